@@ -1,0 +1,187 @@
+"""Checkpoints that are whole or not there: written aside, synced, hashed, then renamed.
+
+    save_checkpoint("runs/a", Snapshot(step=500, ...), keep=2)
+    found = newest_checkpoint("runs/a")                # the newest that verifies, or None where there is none
+    snapshot = load_checkpoint(found)
+
+A checkpoint is a folder `checkpoints/step-000000500` with model.pt (open_clip's CustomTextCLIP state dict),
+optimizer.pt, state.json (step, position, order, counters), config.yaml and manifest.json (size and SHA-256 of each).
+Randomness needs no state: it is keyed by the seed and by steps and positions (gradcache.py, data/), which are here.
+Tensors are loaded with `weights_only=True`: nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clipscale.config import Config, UserError, config_from_yaml, dump_config
+
+VERSION = 1
+_NAME = re.compile(r"step-(\d{9})")
+
+
+@dataclass
+class Snapshot:
+    """A run after `step` steps, on the CPU or not."""
+
+    step: int
+    position: int  # samples consumed: where the next batch begins
+    model: dict[str, torch.Tensor]
+    optimizer: dict[str, Any]
+    state: dict[str, Any]  # JSON: what the trainer keeps besides (order, counters, loss scaler)
+    config: Config
+
+
+def save_checkpoint(run_dir: str, snapshot: Snapshot, keep: int) -> Path:
+    """Write one checkpoint durably, then drop all but the `keep` newest. Main rank only.
+
+    Raises:
+        UserError: it cannot be written (disk full, no permission); older checkpoints stay.
+    """
+    folder = Path(run_dir, "checkpoints")
+    target = folder / f"step-{snapshot.step:09}"
+    aside = folder / f"{target.name}.tmp-{os.getpid()}"
+    state = {"version": VERSION, "step": snapshot.step, "position": snapshot.position, **snapshot.state}
+    try:
+        for leftover in folder.glob("step-*.tmp-*"):
+            shutil.rmtree(leftover)
+        aside.mkdir(parents=True)
+        _write(aside / "model.pt", lambda file: torch.save(snapshot.model, file))
+        _write(aside / "optimizer.pt", lambda file: torch.save(snapshot.optimizer, file))
+        _write(aside / "state.json", lambda file: file.write(json.dumps(state, indent=1).encode()))
+        _write(aside / "config.yaml", lambda file: file.write(dump_config(snapshot.config).encode()))
+        manifest = {path.name: _facts(path) for path in sorted(aside.iterdir())}
+        _write(aside / "manifest.json", lambda file: file.write(json.dumps(manifest, indent=1).encode()))
+        _sync_folder(aside)
+        if target.exists():  # the same step again, after a resume from an earlier one
+            shutil.rmtree(target)
+        aside.rename(target)
+        _sync_folder(folder)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        free = shutil.disk_usage(run_dir).free if Path(run_dir).exists() else 0
+        shutil.rmtree(aside, ignore_errors=True)
+        raise UserError(f"checkpoint {target} cannot be written ({free >> 20} MiB free): {error}") from error
+    for _, old in _candidates(folder)[keep:]:
+        shutil.rmtree(old)
+    return target
+
+
+def newest_checkpoint(run_dir: str, warn: Callable[[str], None] = lambda _: None) -> Path | None:
+    """The newest checkpoint of a run that verifies; None where the run has none at all.
+
+    Raises:
+        UserError: there are checkpoints and none of them verifies: a run never starts over in silence.
+    """
+    damage = []
+    for _, path in _candidates(Path(run_dir, "checkpoints")):
+        problem = verify(path)
+        if not problem:
+            for line in damage:
+                warn(f"skipping a damaged checkpoint: {line}")
+            return path
+        damage.append(f"{path}: {problem}")
+    if damage:
+        raise UserError(
+            f"no checkpoint of {run_dir} verifies ({'; '.join(damage)}); restore one, or set another run.dir"
+        )
+    return None
+
+
+def find_checkpoint(path: str) -> Path:
+    """A checkpoint's own folder, or the newest of a run's folder, verified.
+
+    Raises:
+        UserError: neither, or damaged.
+    """
+    if Path(path, "manifest.json").is_file():
+        problem = verify(Path(path))
+        if problem:
+            raise UserError(f"checkpoint {path}: {problem}")
+        return Path(path)
+    found = newest_checkpoint(path)
+    if found is None:
+        raise UserError(f"{path!r} is neither a checkpoint nor the folder of a run with checkpoints")
+    return found
+
+
+def verify(path: Path) -> str:
+    """'' if every file has the size and hash that the manifest says, else what is wrong."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        for name, facts in manifest.items():
+            if _facts(path / name) != facts:
+                return f"{name} is not what was written (size or SHA-256 differs)"
+    except (OSError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def load_config_of(path: Path) -> Config:
+    """The resolved configuration that the checkpoint was written under."""
+    return config_from_yaml((path / "config.yaml").read_text())
+
+
+def load_checkpoint(path: Path) -> Snapshot:
+    """A verified checkpoint's content, tensors on the CPU.
+
+    Raises:
+        UserError: written by another layout version.
+    """
+    state = json.loads((path / "state.json").read_text())
+    if state.pop("version") != VERSION:
+        raise UserError(f"checkpoint {path} has another layout version; this clipscale reads version {VERSION}")
+    return Snapshot(
+        step=state.pop("step"),
+        position=state.pop("position"),
+        model=torch.load(path / "model.pt", map_location="cpu", weights_only=True),
+        optimizer=torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True),
+        state=state,
+        config=load_config_of(path),
+    )
+
+
+def _candidates(folder: Path) -> list[tuple[int, Path]]:
+    """(step, path), newest first."""
+    if not folder.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return sorted(found, reverse=True)
+
+
+def _write(path: Path, write: Callable) -> None:
+    with open(path, "xb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _digest(file: Any) -> Any:
+    """hashlib.file_digest for Python 3.10."""
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,146 @@
+"""The command line: `clipscale train`, `clipscale eval zeroshot`, `clipscale index`.
+
+Torch is imported only once the arguments are known to be right, so that help and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from clipscale import __version__
+from clipscale.config import SharedError, UserError, dump_config, load_config
+
+_TRAIN_EXAMPLES = """\
+examples:
+  clipscale train configs/quickstart.yaml
+  clipscale train configs/quickstart.yaml train.global_batch=4096 run.dir=runs/large-batch
+  clipscale train configs/quickstart.yaml --print-config
+  torchrun --nproc-per-node 8 -m clipscale train configs/vit_b32.yaml data.sources.mine.urls='shards/{0000..0999}.tar'
+
+Running the same command again resumes from the newest checkpoint in run.dir (resume=auto).
+"""
+_ZEROSHOT_EXAMPLES = """\
+examples:
+  clipscale eval zeroshot runs/quickstart
+  clipscale eval zeroshot runs/b32/checkpoints/step-000010000 eval.zeroshot.folder=imagenet/val
+  clipscale eval zeroshot runs/b32 eval.zeroshot.urls='cifar/test-*.tar' \\
+      eval.zeroshot.classnames=cifar/classnames.txt eval.zeroshot.templates=configs/templates/photo.txt
+"""
+_INDEX_EXAMPLES = """\
+examples:
+  clipscale index 'shards/{0000..0999}.tar'
+  clipscale index 'cc3m/*.tar' 'cc12m/*.tar' --index-dir index
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="clipscale",
+        description="CLIP image-text pretraining at very large batches: exact, in constant memory.",
+        epilog="start here:\n  clipscale train configs/quickstart.yaml",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"clipscale {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = _command(commands, "train", "train a model, or resume its training", _TRAIN_EXAMPLES)
+    train.add_argument("config", nargs="+", metavar="CONFIG.yaml|key=value", help="merged from left to right")
+    train.add_argument("--print-config", action="store_true", help="show the resolved configuration and stop")
+
+    evaluate = _command(commands, "eval", "evaluate a checkpoint", _ZEROSHOT_EXAMPLES)
+    kinds = evaluate.add_subparsers(dest="kind", required=True, metavar="KIND")
+    zeroshot = _command(kinds, "zeroshot", "zero-shot classification, top-1 and top-5", _ZEROSHOT_EXAMPLES)
+    zeroshot.add_argument("checkpoint", help="a run's folder (its newest checkpoint) or a checkpoint's")
+    zeroshot.add_argument("settings", nargs="*", metavar="key=value", help="changes to the checkpoint's own config")
+
+    index = _command(commands, "index", "index shards ahead of training, and count what is usable", _INDEX_EXAMPLES)
+    index.add_argument("shards", nargs="+", metavar="SHARDS", help="paths, globs, braces or URLs")
+    index.add_argument("--index-dir", help="where the sidecars go; default: beside each shard")
+    index.add_argument("--cache-dir", help="where copies of remote shards go; default: the user's cache folder")
+    return parser
+
+
+def _command(commands: argparse._SubParsersAction, name: str, what: str, examples: str) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=what,
+        description=what[0].upper() + what[1:] + ".",
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+    try:
+        if arguments.command == "train":
+            return _train(arguments)
+        if arguments.command == "eval":
+            return _zeroshot(arguments)
+        return _index(arguments)
+    except UserError as error:
+        return _fail(error)
+    except KeyboardInterrupt:
+        print("clipscale: interrupted; the same command resumes from the newest checkpoint", file=sys.stderr)
+        return 130
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.config)
+    if arguments.print_config:
+        print(dump_config(config), end="")
+        return 0
+    from clipscale.train import train
+
+    summary = train(config)
+    if _rank() == 0:
+        print("\n".join(summary))
+    return 0
+
+
+def _zeroshot(arguments: argparse.Namespace) -> int:
+    from clipscale.evaluate import evaluate_checkpoint
+
+    result = evaluate_checkpoint(arguments.checkpoint, arguments.settings)
+    if _rank() == 0:
+        print(
+            "  ".join(f"{name} {value:.4f}" if "/top" in name else f"{name} {value}" for name, value in result.items())
+        )
+    return 0
+
+
+def _index(arguments: argparse.Namespace) -> int:
+    from clipscale.data.index import refusals
+    from clipscale.data.source import open_source
+    from clipscale.telemetry import track
+
+    source = open_source(
+        "index",
+        "::".join(arguments.shards),
+        need="pairs",
+        index_dir=arguments.index_dir,
+        cache_dir=arguments.cache_dir,
+        track=track,
+    )
+    for shard in source.shards:
+        if shard.cut:
+            print(f"{shard.path}: {shard.pairs} pairs usable: {shard.cut}")
+    for cause, count in refusals(source.shards, "pairs").most_common():
+        print(f"refused, {cause}: {count}")
+    print(f"{len(source.shards)} shards, {source.samples} usable pairs, fingerprint {source.fingerprint()}")
+    return 0
+
+
+def _fail(error: UserError) -> int:
+    """One line; an error that every rank raises alike is told once."""
+    if _rank() == 0:
+        print(f"clipscale: error: {error}", file=sys.stderr)
+    elif not isinstance(error, SharedError):
+        print(f"clipscale: error on rank {_rank()}: {error}", file=sys.stderr)
+    return 2
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))

@@ -1,0 +1,353 @@
+"""Every setting of clipscale in one page, and the only place that reads YAML. No torch import.
+
+    config = load_config(["configs/quickstart.yaml", "train.global_batch=4096"])
+    config.train.global_batch                      # 4096
+    print(dump_config(config))                     # the resolved YAML: goes into the run folder and every checkpoint
+
+Files are merged from left to right, then `key.path=value`. A bad key, type or combination raises `UserError` with one
+line that holds the value, the rule and the fix. Units live in names (`_steps`, `_samples`, `_bytes`, `_seconds`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+class UserError(ValueError):
+    """Something the person who runs clipscale can mend: shown as one line, without a traceback."""
+
+
+class SharedError(UserError):
+    """Raised on every rank alike, so that telling it once is enough."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `UserError(message)` unless `condition` holds."""
+    if not condition:
+        raise UserError(message)
+
+
+@dataclass(frozen=True)
+class Run:
+    dir: str = "runs/default"  # checkpoints, metrics.jsonl, TensorBoard and the resolved config go here
+    log_every_steps: int = 10  # one line in the log for so many steps; metrics.jsonl has every step
+
+    def __post_init__(self) -> None:
+        require(self.log_every_steps >= 1, f"run.log_every_steps={self.log_every_steps} must be at least 1")
+
+
+@dataclass(frozen=True)
+class Model:
+    """An open_clip model by name, or a model of one's own when `vision` and `text` are given."""
+
+    name: str = "ViT-B-32"
+    embed_dim: int = 512  # D; used only with vision/text below, a named model brings its own
+    vision: dict[str, Any] = field(default_factory=dict)  # fields of open_clip's CLIPVisionCfg
+    text: dict[str, Any] = field(default_factory=dict)  # fields of open_clip's CLIPTextCfg
+    quick_gelu: bool = False
+    logit_scale_init: float = 1 / 0.07
+    logit_scale_max: float = 100.0
+
+    def __post_init__(self) -> None:
+        require(
+            bool(self.vision) == bool(self.text),
+            "model.vision and model.text must be given together (or neither, to use the open_clip model model.name)",
+        )
+        require(self.embed_dim >= 1, f"model.embed_dim={self.embed_dim} must be at least 1")
+        require(
+            0 < self.logit_scale_init <= self.logit_scale_max,
+            f"model.logit_scale_init={self.logit_scale_init} must lie in (0, model.logit_scale_max="
+            f"{self.logit_scale_max}]",
+        )
+
+
+@dataclass(frozen=True)
+class Source:
+    urls: str = MISSING  # shards: braces, globs, several joined by '::'
+    weight: float = 1.0  # share of the samples, relative to the other sources
+
+    def __post_init__(self) -> None:
+        require(self.weight >= 0, f"a source's weight={self.weight} must not be negative; 0 switches it off")
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The procedural picture set that the quickstart trains on; built before training where absent."""
+
+    dir: str = "runs/shapes"
+    train_samples: int = 20_000
+    validation_samples: int = 1_024
+    test_samples: int = 2_560
+    image_size: int = 32
+    seed: int = 0
+    shuffle_captions: bool = False  # the control experiment: captions say nothing about their pictures
+
+
+@dataclass(frozen=True)
+class Data:
+    sources: dict[str, Source] = field(default_factory=dict)
+    shapes: Shapes | None = None
+    index_dir: str | None = None  # where index sidecars go; default: beside each shard, else the cache folder
+    cache_dir: str | None = None  # copies of remote shards; default: the user's cache folder
+    streams: int | None = None  # V of the sample order; default: from the number of shards, recorded
+    block_shards: int | None = None  # K of the sample order; default: one block a stream
+    epoch_boundary: Literal["straddle", "drop"] = "straddle"  # a batch over two epochs, or the remainder left out
+    allow_repeats: bool = False  # an epoch shorter than the batch: the same pair several times in a batch
+    accept_changes: bool = False  # resume although shards, seed, crop or decoders differ from the checkpoint's
+    crop_scale: tuple[float, float] = (0.9, 1.0)  # share of the picture's area that the random crop keeps
+    crop_ratio: tuple[float, float] = (0.75, 4 / 3)
+    max_pixels: int = 90_000_000  # a picture whose header promises more is refused
+    max_bad_fraction: float = 0.05  # more masked samples than this end the run
+    threads: int = 2  # decode threads per rank
+    prefetch_steps: int = 1  # step batches decoded ahead; each holds its uint8 pixels in host memory
+
+    def __post_init__(self) -> None:
+        low, high = self.crop_scale
+        require(0 < low <= high <= 1, f"data.crop_scale={list(self.crop_scale)} must be 0 < low <= high <= 1")
+        low, high = self.crop_ratio
+        require(0 < low <= high, f"data.crop_ratio={list(self.crop_ratio)} must be 0 < low <= high")
+        require(self.threads >= 1, f"data.threads={self.threads} must be at least 1")
+        require(self.prefetch_steps >= 1, f"data.prefetch_steps={self.prefetch_steps} must be at least 1")
+        require(0 <= self.max_bad_fraction <= 1, f"data.max_bad_fraction={self.max_bad_fraction} must lie in [0, 1]")
+        require(self.streams is None or self.streams >= 1, f"data.streams={self.streams} must be at least 1, or null")
+        require(
+            self.block_shards is None or self.block_shards >= 1,
+            f"data.block_shards={self.block_shards} must be at least 1, or null",
+        )
+        active = [name for name, source in self.sources.items() if source.weight > 0]
+        require(
+            bool(active) or not self.sources,
+            "every data source has weight 0; set data.sources.<name>.weight of at least one above 0",
+        )
+        require(
+            self.epoch_boundary == "straddle" or len(active) <= 1,
+            "data.epoch_boundary=drop needs a single source (sources of a mixture have epochs of their own); use straddle",
+        )
+
+
+@dataclass(frozen=True)
+class Train:
+    global_batch: int = 4096  # pairs a step, over all ranks
+    samples: int = 12_800_000  # pairs to see in all; steps = ceil(samples / global_batch)
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # autocast of the towers; auto: bf16 on CUDA, else fp32
+    grad_clip_norm: float | None = 1.0
+    max_nonfinite_steps: int = 10  # so many skipped steps in a row, for a gradient that is not finite, end the run
+
+    def __post_init__(self) -> None:
+        require(self.global_batch >= 1, f"train.global_batch={self.global_batch} must be at least 1")
+        require(self.samples >= 1, f"train.samples={self.samples} must be at least 1")
+        require(
+            self.grad_clip_norm is None or self.grad_clip_norm > 0,
+            f"train.grad_clip_norm={self.grad_clip_norm} must be above 0, or null to switch clipping off",
+        )
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW with warm-up and cosine decay."""
+
+    kind: Literal["adamw", "sgd"] = "adamw"  # sgd (no momentum) is for parity checks
+    lr: float = 5e-4
+    final_lr: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-6
+    weight_decay: float = 0.2
+    warmup_samples: int | None = None  # either of the two
+    warmup_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, f"optim.lr={self.lr} must be above 0")
+        require(
+            0 <= self.final_lr <= self.lr, f"optim.final_lr={self.final_lr} must lie between 0 and optim.lr={self.lr}"
+        )
+        require(all(0 <= beta < 1 for beta in self.betas), f"optim.betas={list(self.betas)} must lie in [0, 1)")
+        require(self.eps > 0, f"optim.eps={self.eps} must be above 0")
+        require(self.weight_decay >= 0, f"optim.weight_decay={self.weight_decay} must not be negative")
+        require(
+            self.warmup_samples is None or self.warmup_steps is None,
+            f"optim.warmup_samples={self.warmup_samples} and optim.warmup_steps={self.warmup_steps} say the same "
+            "thing twice; set one of them to null",
+        )
+        for name in ("warmup_samples", "warmup_steps"):
+            value = getattr(self, name)
+            require(value is None or value >= 0, f"optim.{name}={value} must not be negative")
+
+
+@dataclass(frozen=True)
+class GradCache:
+    image_chunk: int = 256  # pictures that go through the image tower at once
+    text_chunk: int = 1024  # captions that go through the text tower at once
+
+    def __post_init__(self) -> None:
+        for name in ("image_chunk", "text_chunk"):
+            value = getattr(self, name)
+            require(value >= 1, f"gradcache.{name}={value} must be at least 1 sample")
+
+
+@dataclass(frozen=True)
+class Loss:
+    precision: Literal["auto", "fp16", "bf16", "tf32", "fp32", "fp64"] = "auto"  # auto: fp16 on CUDA, fp32 on CPU
+    tile: int = 1024  # rows and columns of the similarity matrix that exist at once
+
+    def __post_init__(self) -> None:
+        require(self.tile >= 1, f"loss.tile={self.tile} must be at least 1")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    every_steps: int = 500  # also written at the end
+    keep: int = 2  # newest ones that stay on disk
+
+    def __post_init__(self) -> None:
+        require(self.every_steps >= 1, f"checkpoint.every_steps={self.every_steps} must be at least 1")
+        require(self.keep >= 1, f"checkpoint.keep={self.keep} must be at least 1")
+
+
+@dataclass(frozen=True)
+class ZeroShot:
+    """Labelled pictures (shards with .cls, or an ImageFolder tree), class names and templates."""
+
+    every_steps: int = 0  # 0: at the end only
+    urls: str | None = None
+    folder: str | None = None
+    classnames: str = "imagenet"  # 'imagenet', or a text file with one name a line: line number = label
+    templates: str = "imagenet"  # 'imagenet', or a text file with one template a line: '{}' = class name
+    batch: int = 256
+
+    def __post_init__(self) -> None:
+        require(self.every_steps >= 0, f"eval.zeroshot.every_steps={self.every_steps} must not be negative")
+        require(self.batch >= 1, f"eval.zeroshot.batch={self.batch} must be at least 1")
+        require(
+            self.urls is None or self.folder is None,
+            "eval.zeroshot.urls and eval.zeroshot.folder are both set; set one of them to null",
+        )
+
+    @property
+    def enabled(self) -> bool:
+        return self.urls is not None or self.folder is not None
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Contrastive loss and in-batch accuracy on held-out shards."""
+
+    every_steps: int = 0  # 0: at the end only
+    urls: str | None = None
+    samples: int = 4096  # at most so many pairs of the shards, in their order
+    batch: int = 1024  # pairs per loss, over all ranks: loss and accuracy depend on it
+
+    def __post_init__(self) -> None:
+        require(self.every_steps >= 0, f"eval.validation.every_steps={self.every_steps} must not be negative")
+        require(self.batch >= 1, f"eval.validation.batch={self.batch} must be at least 1")
+        require(self.samples >= 1, f"eval.validation.samples={self.samples} must be at least 1")
+
+
+@dataclass(frozen=True)
+class Eval:
+    zeroshot: ZeroShot = field(default_factory=ZeroShot)
+    validation: Validation = field(default_factory=Validation)
+
+
+@dataclass(frozen=True)
+class Config:
+    run: Run = field(default_factory=Run)
+    seed: int = 0
+    resume: str = "auto"  # auto: the newest checkpoint that verifies; fresh: refuse to find one; or a checkpoint's path
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    train: Train = field(default_factory=Train)
+    optim: Optim = field(default_factory=Optim)
+    gradcache: GradCache = field(default_factory=GradCache)
+    loss: Loss = field(default_factory=Loss)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    eval: Eval = field(default_factory=Eval)
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**63, f"seed={self.seed} must lie in [0, 2^63)")
+        batch, streams = self.train.global_batch, self.data.streams
+        require(
+            streams is None or batch % streams == 0,
+            f"data.streams={streams} does not divide train.global_batch={batch}; choose a divisor, or null",
+        )
+
+    @property
+    def warmup_samples(self) -> int:
+        if self.optim.warmup_steps is not None:
+            return self.optim.warmup_steps * self.train.global_batch
+        return self.optim.warmup_samples or 0
+
+
+def load_config(arguments: list[str]) -> Config:
+    """YAML paths and `key.path=value` words, in any order of kinds: files first, left to right, then the words.
+
+    Raises:
+        UserError: a file that is missing or no YAML mapping, an unknown or duplicate key, a wrong type, a bad value.
+    """
+    words = [word for word in arguments if "=" in word and not Path(word).is_file()]
+    return _merge([_read_yaml(path) for path in arguments if path not in words], words)
+
+
+def apply_overrides(config: Config, words: list[str]) -> Config:
+    """A copy of `config` with `key.path=value` words on top."""
+    bad = [word for word in words if "=" not in word]
+    require(not bad, f"{bad[0] if bad else ''!r} is no key.path=value")
+    return _merge([OmegaConf.structured(config)], words)
+
+
+def config_from_yaml(text: str) -> Config:
+    """The inverse of `dump_config`, for the config stored in a checkpoint."""
+    return _merge([OmegaConf.create(text)], [])
+
+
+def _merge(layers: list[Any], words: list[str]) -> Config:
+    try:
+        return OmegaConf.to_object(
+            OmegaConf.merge(OmegaConf.structured(Config), *layers, OmegaConf.from_dotlist(words))
+        )
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise UserError(_one_line(error)) from error
+
+
+def dump_config(config: Config) -> str:
+    """The whole resolved configuration as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def changed_keys(old: Config, new: Config) -> list[str]:
+    """One 'key: old -> new' for each setting that differs, for the log of a resume."""
+
+    def flat(value: Any, prefix: str) -> dict[str, Any]:
+        if isinstance(value, dict):
+            return {k: v for key, item in value.items() for k, v in flat(item, f"{prefix}.{key}").items()}
+        return {prefix[1:]: value}
+
+    before, after = flat(dataclasses.asdict(old), ""), flat(dataclasses.asdict(new), "")
+    keys = sorted(before.keys() | after.keys())
+    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key)]
+
+
+def _read_yaml(path: str) -> Any:
+    if not Path(path).is_file():
+        kind = "a folder" if Path(path).is_dir() else "no such file"
+        raise UserError(f"config {path!r}: {kind}; arguments are YAML files and key.path=value words")
+    try:
+        return OmegaConf.load(path)
+    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path!r}: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, yaml.MarkedYAMLError):
+        mark = error.problem_mark
+        return f"{error.problem}{f' at line {mark.line + 1}' if mark else ''}"
+    message = str(error).splitlines()[0]
+    key = error.full_key if isinstance(error, OmegaConfBaseException) else None
+    return f"{key}: {message}" if key else message

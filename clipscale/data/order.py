@@ -1,0 +1,160 @@
+"""The order of the samples as a pure function of (counts, seed, position): resuming needs one integer.
+
+    order = Order(counts=[10_000] * 40, seed=0, streams=8)
+    epoch, shard, index = order.locate(np.arange(4096))        # where positions 0..4095 of the run lie
+    rank_positions(0, 4096, world=4, rank=1, streams=8)         # the quarter of that batch that rank 1 reads
+
+Position p is global and never falls; epoch e = p div L, q = p mod L with L samples an epoch. Each epoch lays its shards
+end to end in an order of its own (starting inside the first one, so that cuts fall elsewhere each time) and cuts the
+line into V streams of equal length. Position q takes stream q mod V at index q div V; inside a stream, blocks of K
+shards are permuted sample by sample. V and K are configuration, not hardware, so the order does not depend on ranks.
+
+Tar neighbours share a batch about as often as chance has it while V blocks together hold most of the data (a block of
+share f of the epoch makes it 1/f times as often); hence the defaults: V about shards/4, one block a stream.
+
+Shapes: P positions, S shards, V streams. All positions and indices are int64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from clipscale.counter import draw, fold, permuted, shuffled
+
+_SHARDS_PER_STREAM = 4
+_SAMPLES_PER_STREAM_AND_BATCH = 4
+
+
+def default_streams(shards: int, global_batch: int) -> int:
+    """V: the largest divisor of the batch with at least 4 shards a stream and 4 samples a stream and batch."""
+    limit = max(1, min(shards // _SHARDS_PER_STREAM, global_batch // _SAMPLES_PER_STREAM_AND_BATCH))
+    return next(v for v in range(limit, 0, -1) if global_batch % v == 0)
+
+
+def rank_positions(start: int, global_batch: int, *, world: int, rank: int, streams: int) -> np.ndarray:
+    """The positions of batch [start, start + global_batch) that `rank` reads, int64 [global_batch / world].
+
+    Stream by stream, so that a rank keeps to few shards; the ranks' parts are a partition of the batch for any world.
+    """
+    per_rank, per_stream = global_batch // world, global_batch // streams
+    slot = np.arange(rank * per_rank, (rank + 1) * per_rank, dtype=np.int64)
+    return start + slot % per_stream * streams + slot // per_stream
+
+
+@dataclass(frozen=True)
+class _Line:
+    """One epoch's shards end to end: piece k holds the samples of shard[k] from first[k] on, at cum[k]."""
+
+    shard: np.ndarray  # [S + 1]: the first shard comes twice, its head last
+    first: np.ndarray  # [S + 1]
+    cum: np.ndarray  # [S + 2]
+
+
+class Order:
+    """The order of one source's samples.
+
+    Args:
+        counts: usable samples of each shard, [S].
+        seed: any integer; two sources of a run get different ones.
+        streams: V; must divide every global batch it is used with.
+        block_shards: K, or None for one block a stream.
+        epoch_length: samples that an epoch uses, at most sum(counts); the rest of that epoch's order is left out.
+    """
+
+    def __init__(
+        self,
+        counts: np.ndarray | list[int],
+        *,
+        seed: int,
+        streams: int = 1,
+        block_shards: int | None = None,
+        epoch_length: int | None = None,
+    ) -> None:
+        self.counts = np.asarray(counts, np.int64)
+        self.samples = int(self.counts.sum())
+        self.epoch_length = self.samples if epoch_length is None else epoch_length
+        assert 0 < self.epoch_length <= self.samples, "an epoch must hold samples"
+        self.seed, self.streams, self.block_shards = seed, streams, block_shards
+        self._lines: dict[int, _Line] = {}
+
+    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Positions [P] -> epoch [P], shard [P], index within the shard [P]."""
+        epoch = positions // self.epoch_length
+        shard, index = np.empty_like(positions), np.empty_like(positions)
+        for e in np.unique(epoch):
+            here = epoch == e
+            shard[here], index[here] = self._locate_in_epoch(int(e), positions[here] - e * self.epoch_length)
+        return epoch, shard, index
+
+    def _locate_in_epoch(self, epoch: int, q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        line = self._line(epoch)
+        base, longer = divmod(self.samples, self.streams)  # the first `longer` streams hold one sample more
+        in_rows = q < base * self.streams
+        stream = np.where(in_rows, q % self.streams, q - base * self.streams)
+        low = stream * base + np.minimum(stream, longer)
+        high = low + base + (stream < longer)
+        x = low + np.where(in_rows, q // self.streams, base)
+        block, start, stop = self._blocks(epoch, line, stream, low, high, x)
+        key = draw(draw(fold(self.seed, "block", epoch), stream), block)
+        x = start + permuted(key, x - start, stop - start)
+        piece = np.searchsorted(line.cum, x, side="right") - 1
+        return line.shard[piece], line.first[piece] + x - line.cum[piece]
+
+    def _blocks(
+        self, epoch: int, line: _Line, stream: np.ndarray, low: np.ndarray, high: np.ndarray, x: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Number, start and stop of the block that holds x; first blocks differ in length, so that they do not all
+        change shards at once."""
+        if self.block_shards is None:
+            return np.zeros_like(x), low, high
+        k = self.block_shards
+        piece = np.searchsorted(line.cum, x, side="right") - 1
+        origin = np.searchsorted(line.cum, low, side="right") - 1
+        origin = origin - (draw(fold(self.seed, "stagger", epoch), stream) % np.uint64(k)).astype(np.int64)
+        block = (piece - origin) // k
+        last = len(line.cum) - 1
+        start = np.maximum(low, line.cum[np.clip(origin + block * k, 0, last)])
+        stop = np.minimum(high, line.cum[np.clip(origin + (block + 1) * k, 0, last)])
+        return block, start, stop
+
+    def _line(self, epoch: int) -> _Line:
+        if epoch not in self._lines:
+            while len(self._lines) >= 2:  # a batch lies in two epochs at most, unless repeats are allowed
+                del self._lines[min(self._lines)]
+            shards = shuffled(fold(self.seed, "shards", epoch), len(self.counts))
+            shards = shards[self.counts[shards] > 0]
+            head = int(draw(fold(self.seed, "head", epoch), np.zeros(1))[0] % np.uint64(self.counts[shards[0]]))
+            lengths = np.concatenate([self.counts[shards], [head]])
+            lengths[0] -= head
+            first = np.zeros_like(lengths)
+            first[0] = head
+            cum = np.concatenate([[0], np.cumsum(lengths)])
+            self._lines[epoch] = _Line(np.append(shards, shards[0]), first, cum)
+        return self._lines[epoch]
+
+
+class Mixture:
+    """Several sources by weight: in each cycle of M slots source i takes round(M w_i), in an order of its own.
+
+    `locate(positions)` -> (source [P], ordinal [P]): the ordinal is a position of that source's Order.
+    """
+
+    def __init__(self, weights: list[float], *, seed: int, cycle: int = 10_000) -> None:
+        share = np.asarray(weights, np.float64) / np.sum(weights)
+        self.quota = np.floor(share * cycle).astype(np.int64)
+        for i in np.argsort(-(share * cycle - self.quota), kind="stable")[: cycle - self.quota.sum()]:
+            self.quota[i] += 1  # largest remainders, so that the quotas fill the cycle
+        assert all(q > 0 or w == 0 for q, w in zip(self.quota, weights, strict=True)), "a weight below 1 in M"
+        self.cycle, self.seed = cycle, seed
+        self._pattern = np.repeat(np.arange(len(weights)), self.quota)
+
+    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if np.count_nonzero(self.quota) == 1:
+            return np.full_like(positions, np.flatnonzero(self.quota)[0]), positions
+        cycle, slot = np.divmod(positions, self.cycle)
+        place = permuted(draw(fold(self.seed, "mixture"), cycle), slot, self.cycle)
+        source = self._pattern[place]
+        offset = place - np.concatenate([[0], np.cumsum(self.quota)])[source]  # which of the source's slots it is
+        return source, cycle * self.quota[source] + offset

@@ -1,0 +1,131 @@
+"""The ranks of a run: started by torchrun, by Slurm's srun, or one process alone.
+
+with start_world("auto") as world:
+    world.rank, world.size, world.device
+    total = world.sum([local_count, local_loss])       # float64, the same on every rank
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from clipscale.config import SharedError, UserError, require
+
+_TIMEOUT_SECONDS = 1800
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    local_rank: int  # among the ranks of this node
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Elementwise sum over the ranks, in float64; collective."""
+        if self.size == 1:
+            return [float(value) for value in values]
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def gather(self, item: Any) -> list[Any]:
+        """Every rank's item, on every rank; collective. For small things that are rare."""
+        if self.size == 1:
+            return [item]
+        items = [None] * self.size
+        dist.all_gather_object(items, item)
+        return items
+
+    def broadcast(self, item: Any) -> Any:
+        """Rank 0's item on every rank; collective."""
+        if self.size == 1:
+            return item
+        box = [item]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def lead(self, work: Callable[[], Any], *, on_each_node: bool = False) -> Any:
+        """Rank 0 does the work and every rank gets its result; collective.
+
+        Args:
+            on_each_node: the first rank of every node does it (local files); the result is still rank 0's.
+
+        Raises:
+            SharedError: on every rank, with the text of the first `UserError` that the work raised.
+        """
+        result, problem = None, ""
+        if self.is_main or (on_each_node and self.local_rank == 0):
+            try:
+                result = work()
+            except UserError as error:
+                problem = str(error)
+        problems = [line for line in self.gather(problem) if line]
+        if problems:
+            raise SharedError(problems[0])
+        return self.broadcast(result)
+
+
+def _launch() -> tuple[int, int, int]:
+    """(rank, world size, local rank) as torchrun or srun set them; (0, 1, 0) for a process alone."""
+    env = os.environ
+    if "RANK" in env:
+        return int(env["RANK"]), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0))
+    if "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        require(
+            "MASTER_ADDR" in env and "MASTER_PORT" in env,
+            "srun started several tasks without MASTER_ADDR and MASTER_PORT; export both, as slurm/train.sbatch does",
+        )
+        return int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_LOCALID", 0))
+    return 0, 1, 0
+
+
+@contextmanager
+def start_world(device: str = "auto") -> Iterator[World]:
+    """Join the other ranks (gloo on CPU, nccl on GPUs); leave them in order at the end.
+
+    Args:
+        device: "auto" (a GPU where there is one), "cpu" or "cuda".
+
+    Raises:
+        UserError: "cuda" without a GPU, or fewer GPUs than ranks on this node.
+    """
+    rank, size, local_rank = _launch()
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    require(device != "cuda" or gpus > 0, "device=cuda, but torch finds no GPU here; use device=auto or cpu")
+    on_gpu = gpus > 0 and device != "cpu"
+    if on_gpu:
+        require(
+            local_rank < gpus,
+            f"local rank {local_rank} has no GPU of its own ({gpus} on {socket.gethostname()}); start {gpus} ranks a node",
+        )
+        torch.cuda.set_device(local_rank)
+    where = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if size == 1:
+        yield World(rank, size, local_rank, where)
+        return
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=_TIMEOUT_SECONDS),
+        device_id=where if on_gpu else None,
+    )
+    try:
+        yield World(rank, size, local_rank, where)
+        dist.barrier()  # leaving while another rank still talks to this one aborts that rank
+    finally:
+        dist.destroy_process_group()

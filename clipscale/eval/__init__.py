@@ -1,0 +1,1 @@
+"""What a model is worth: zero-shot classification, and the contrastive loss on held-out pairs. All ranks take part."""

@@ -1,0 +1,62 @@
+"""The evaluations that a config asks for, ready to run at any step; shared by training and by `clipscale eval`."""
+
+from __future__ import annotations
+
+from clipscale.config import Config
+from clipscale.data.source import open_source
+from clipscale.data.tokenize import Tokenize
+from clipscale.dist import World
+from clipscale.eval.validation import evaluate_validation
+from clipscale.eval.zeroshot import evaluate_zeroshot, load_task
+from clipscale.towers import Towers
+
+
+class EvalSuite:
+    """Opens the evaluation sets at once, so that a wrong path ends a run before it begins.
+
+    Raises:
+        UserError: shards, class names or templates that cannot be used.
+    """
+
+    def __init__(self, config: Config, towers: Towers, tokenize: Tokenize, world: World) -> None:
+        self.config, self.towers, self.tokenize, self.world = config, towers, tokenize, world
+        places = {"index_dir": config.data.index_dir, "cache_dir": config.data.cache_dir}
+        validation, zeroshot = config.eval.validation, config.eval.zeroshot
+        self._pairs = open_source("validation", validation.urls, need="pairs", **places) if validation.urls else None
+        self._task = load_task(zeroshot, **places) if zeroshot.enabled else None
+        self._reading = {"threads": config.data.threads, "max_pixels": config.data.max_pixels}
+
+    def validation(self) -> dict[str, float]:
+        """Metrics of the held-out pairs; none without `eval.validation.urls`. Collective."""
+        if self._pairs is None:
+            return {}
+        result = evaluate_validation(
+            self.towers,
+            self._pairs,
+            self.tokenize,
+            self.world,
+            self.config.eval.validation,
+            self.config.loss,
+            chunk=self.config.gradcache.image_chunk,
+            **self._reading,
+        )
+        return {
+            "validation/loss": result.loss,
+            "validation/image_accuracy": result.image_accuracy,
+            "validation/text_accuracy": result.text_accuracy,
+        }
+
+    def zeroshot(self) -> dict[str, float]:
+        """Metrics of the labelled pictures; none without `eval.zeroshot.urls` or `.folder`. Collective."""
+        if self._task is None:
+            return {}
+        result = evaluate_zeroshot(
+            self.towers,
+            self._task,
+            self.tokenize,
+            self.world,
+            batch=self.config.eval.zeroshot.batch,
+            text_chunk=self.config.gradcache.text_chunk,
+            **self._reading,
+        )
+        return {"zeroshot/top1": result.top1, "zeroshot/top5": result.top5, "zeroshot/bad_pictures": result.bad}

@@ -1,0 +1,81 @@
+"""The contrastive loss and in-batch accuracy on held-out pairs: the same pairs in the same batches every time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from clipscale.config import Loss, Validation
+from clipscale.data.evalset import ShardPictures, batches
+from clipscale.data.source import Source
+from clipscale.data.tokenize import Tokenize
+from clipscale.dist import World
+from clipscale.loss import ContrastiveGrads, contrastive_grads
+from clipscale.towers import Towers
+
+
+@dataclass(frozen=True)
+class ValidationResult:
+    """Means over the batches."""
+
+    loss: float
+    image_accuracy: float  # share of pictures whose own caption is the nearest of the batch
+    text_accuracy: float
+    pairs: int
+
+
+@torch.no_grad()
+def evaluate_validation(
+    towers: Towers,
+    source: Source,
+    tokenize: Tokenize,
+    world: World,
+    config: Validation,
+    loss: Loss,
+    *,
+    chunk: int,
+    threads: int,
+    max_pixels: int,
+) -> ValidationResult:
+    """Collective; the same result on every rank. Puts the model in eval mode for the time.
+
+    Batches of `config.batch` pairs over all ranks, in the order of the shards; a last batch that is not full is left
+    out (unless it is the only one), because a contrastive loss depends on how many pairs it is taken over.
+    """
+    training = towers.model.training
+    towers.model.eval()
+    total = min(config.samples, source.samples)
+    size = min(config.batch, total)
+    pictures = ShardPictures(source)
+    results = []
+    for start in range(0, total - size + 1, size):
+        mine = range(start + world.rank, start + size, world.size)
+        images, texts = [_nothing(towers)], [_nothing(towers)]
+        for pixels, captions, valid in batches(
+            pictures, mine, batch=chunk, side=towers.image_size, threads=threads, max_pixels=max_pixels
+        ):
+            if valid.any():
+                tokens = tokenize([text.decode() for text, ok in zip(captions, valid, strict=True) if ok])
+                images.append(towers.image(pixels[valid].to(towers.image.device)))
+                texts.append(towers.text(tokens.to(towers.text.device)))
+        image_ND, text_ND = torch.cat(images), torch.cat(texts)
+        results.append(
+            contrastive_grads(image_ND, text_ND, towers.logit_scale(), precision=loss.precision, tile=loss.tile)
+        )
+    towers.model.train(training)
+    return ValidationResult(
+        loss=_mean(results, lambda result: result.loss.item()),
+        image_accuracy=_mean(results, lambda result: result.image_accuracy),
+        text_accuracy=_mean(results, lambda result: result.text_accuracy),
+        pairs=sum(result.pairs for result in results),
+    )
+
+
+def _nothing(towers: Towers) -> torch.Tensor:
+    """No embedding yet, [0, D]: a rank without a readable picture takes part all the same."""
+    return torch.zeros(0, towers.embed_dim, device=towers.image.device)
+
+
+def _mean(results: list[ContrastiveGrads], pick) -> float:
+    return sum(pick(result) for result in results) / len(results)

@@ -1,0 +1,148 @@
+"""Zero-shot classification: class names x templates -> a classifier -> top-1 and top-5 (CLIP, arXiv 2103.00020).
+
+    task = load_task(config.eval.zeroshot, ...)
+    result = evaluate_zeroshot(towers, task, tokenize, world, ...)      # ZeroShotResult(top1=0.93, top5=0.99, ...)
+
+Shapes: C classes, K templates, M pictures at once, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipscale.config import UserError, ZeroShot, require
+from clipscale.data.evalset import FolderPictures, Pictures, ShardPictures, batches
+from clipscale.data.source import open_source
+from clipscale.data.tokenize import Tokenize
+from clipscale.dist import World
+from clipscale.towers import Towers
+
+
+@dataclass(frozen=True)
+class ZeroShotTask:
+    pictures: Pictures  # their notes are labels: the number of a class name
+    classnames: list[str]
+    templates: list[str]  # '{}' stands for the class name
+
+
+@dataclass(frozen=True)
+class ZeroShotResult:
+    top1: float
+    top5: float
+    pictures: int  # counted, over all ranks
+    bad: int  # pictures that could not be decoded: left out
+    per_class_top1: list[float]  # [C]; nan for a class without pictures
+
+
+def load_task(config: ZeroShot, *, index_dir: str | None = None, cache_dir: str | None = None) -> ZeroShotTask:
+    """Open the pictures, names and templates that a config names.
+
+    Raises:
+        UserError: a file that is missing or empty, or shards without labels.
+    """
+    if config.classnames == "imagenet":
+        names = list(open_clip.IMAGENET_CLASSNAMES)
+    else:
+        names = _lines(config.classnames, "eval.zeroshot.classnames")
+    if config.templates == "imagenet":
+        templates = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
+    else:
+        templates = _lines(config.templates, "eval.zeroshot.templates")
+    odd = [template for template in templates if template.count("{}") != 1]
+    require(not odd, f"eval.zeroshot.templates: {odd[:1]} must hold '{{}}' once, where the class name goes")
+    if config.folder is not None:
+        pictures: Pictures = FolderPictures(config.folder)
+        classes = len(pictures.folders)
+        require(
+            classes == len(names),
+            f"eval.zeroshot.folder {config.folder!r} has {classes} class folders, eval.zeroshot.classnames="
+            f"{config.classnames!r} names {len(names)}; line i names the i-th folder by name",
+        )
+        return ZeroShotTask(pictures, names, templates)
+    require(config.urls is not None, "eval.zeroshot needs pictures: set eval.zeroshot.urls or eval.zeroshot.folder")
+    source = open_source("zeroshot", config.urls, need="labelled", index_dir=index_dir, cache_dir=cache_dir)
+    return ZeroShotTask(ShardPictures(source), names, templates)
+
+
+@torch.no_grad()
+def build_classifier(towers: Towers, task: ZeroShotTask, tokenize: Tokenize, chunk: int) -> Tensor:
+    """Each class's mean text embedding over the templates, normalised again: [C, D]. `chunk`: captions at once."""
+    captions = [template.replace("{}", name) for name in task.classnames for template in task.templates]
+    embeddings = [
+        towers.text(tokenize(captions[i : i + chunk]).to(towers.text.device)) for i in range(0, len(captions), chunk)
+    ]
+    mean_CD = torch.cat(embeddings).unflatten(0, (len(task.classnames), len(task.templates))).mean(1)
+    return F.normalize(mean_CD, dim=-1)
+
+
+@torch.no_grad()
+def evaluate_zeroshot(
+    towers: Towers,
+    task: ZeroShotTask,
+    tokenize: Tokenize,
+    world: World,
+    *,
+    batch: int,
+    text_chunk: int,
+    threads: int,
+    max_pixels: int,
+) -> ZeroShotResult:
+    """Classify every picture, each rank its share. Collective; the same result on every rank.
+
+    Puts the model in eval mode for the time.
+    """
+    training = towers.model.training
+    towers.model.eval()
+    classifier_CD = build_classifier(towers, task, tokenize, text_chunk)
+    classes, device = len(task.classnames), towers.image.device
+    hits1, hits5, seen = (torch.zeros(classes, device=device) for _ in range(3))
+    bad = 0
+    mine = range(world.rank, len(task.pictures), world.size)
+    for images, notes, valid in batches(
+        task.pictures, mine, batch=batch, side=towers.image_size, threads=threads, max_pixels=max_pixels
+    ):
+        bad += int((~valid).sum())
+        if not valid.any():
+            continue
+        labels = torch.tensor(
+            [_label(note, classes) for note, ok in zip(notes, valid, strict=True) if ok], device=device
+        )
+        similarity_MC = towers.image(images[valid].to(device)) @ classifier_CD.T
+        ranked = similarity_MC.topk(min(5, classes), dim=1).indices == labels[:, None]
+        seen += labels.bincount(minlength=classes)
+        hits1 += labels[ranked[:, 0]].bincount(minlength=classes)
+        hits5 += labels[ranked.any(1)].bincount(minlength=classes)
+    towers.model.train(training)
+    totals = world.sum([bad, *hits1.tolist(), *hits5.tolist(), *seen.tolist()])
+    bad, counts = int(totals[0]), torch.tensor(totals[1:], dtype=torch.float64).view(3, classes)
+    pictures = counts[2].sum().item()
+    require(pictures > 0, f"zero-shot evaluation: none of the {bad} pictures can be decoded")
+    top1, top5 = (counts[:2].sum(1) / pictures).tolist()
+    return ZeroShotResult(top1, top5, int(pictures), bad, (counts[0] / counts[2]).tolist())
+
+
+def _label(note: bytes, classes: int) -> int:
+    try:
+        label = int(note)
+    except ValueError as error:
+        raise UserError(
+            f"label {note[:40]!r} is no number; a .cls member holds the line number of a class name"
+        ) from error
+    require(0 <= label < classes, f"label {label} has no class name: there are {classes} (0 to {classes - 1})")
+    return label
+
+
+def _lines(path: str, setting: str) -> list[str]:
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{setting}={path!r} cannot be read: {error}") from error
+    lines = [line for line in lines if line]
+    require(bool(lines), f"{setting}={path!r} is empty; write one a line")
+    return lines

@@ -1,0 +1,119 @@
+"""The step under gradient caching (Gao et al., arXiv 2101.06983): memory for a chunk, not for the batch.
+
+    result = gradcache_step(towers, batch.images, batch.tokens, batch.valid, ...)
+    sum_gradients(towers.encoder_parameters(), world)      # parallel.py: once a step, then the optimizer
+
+Three movements: embed every chunk without grad; take the loss and its gradients on all embeddings of all ranks at once
+(loss/); embed every chunk again with grad and push its embeddings' gradients through. The chain rule makes the
+parameters' gradients those of the whole batch, whatever the chunks.
+
+Dropout, drop-path and patch dropout must draw the same in both passes. Randomness is keyed, not kept: a chunk's draws
+are a function of (seed, step, rank, tower, chunk), so replaying needs no stored state and a resumed run draws the same.
+
+Shapes: N slots of this rank, of which V valid; M chunk; D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from clipscale.counter import fold
+from clipscale.data.replay import chunks
+from clipscale.loss import ContrastiveGrads
+from clipscale.towers import Tower, Towers
+
+LossAndGrads = Callable[[Tensor, Tensor, float], ContrastiveGrads]
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """How many samples a tower takes at once; need not divide the batch."""
+
+    image: int
+    text: int
+
+
+class StepResult(NamedTuple):
+    """The same on every rank."""
+
+    loss: float
+    pairs: int  # valid pairs of all ranks; 0: nothing was learned, and no gradient was set
+    image_accuracy: float
+    text_accuracy: float
+    logit_scale: float
+
+
+def gradcache_step(
+    towers: Towers,
+    images: Tensor,
+    tokens: Tensor,
+    valid: Tensor,
+    *,
+    chunk: Chunks,
+    loss_and_grads: LossAndGrads,
+    key: int,
+    grad_scale: float = 1.0,
+) -> StepResult:
+    """Add the gradient of the mean loss over all valid pairs of all ranks to every parameter's `.grad`.
+
+    The towers' parameters get this rank's share: sum them over the ranks. `logit_scale.grad` is complete on every rank.
+
+    Args:
+        images: uint8 [N, 3, S, S], host memory.
+        tokens: int64 [N, L].
+        valid: bool [N]; the other slots run through the towers but have no part in the loss.
+        loss_and_grads: (image [V, D], text [V, D], s) -> ContrastiveGrads over all ranks, for the global mean.
+        key: of this step and rank, for the towers' randomness.
+        grad_scale: factor on every gradient (loss scaling for fp16).
+    """
+    inputs = ((towers.image, images, chunk.image), (towers.text, tokens, chunk.text))
+    slots = valid.nonzero().squeeze(1).to(towers.image.device)
+    image_VD, text_VD = (embed(tower, batch, size, key)[slots] for tower, batch, size in inputs)
+    logit_scale = towers.logit_scale()
+    grads = loss_and_grads(image_VD, text_VD, logit_scale)
+    if grads.pairs > 0:
+        for (tower, batch, size), d_VD in zip(inputs, (grads.d_image_ND, grads.d_text_ND), strict=True):
+            d_ND = d_VD.new_zeros(len(batch), d_VD.shape[1]).index_copy_(0, slots, d_VD * grad_scale)
+            replay_backward(tower, batch, d_ND, size, key)
+        _add_logit_scale_grad(towers, grads.d_logit_scale * (logit_scale * grad_scale))
+    return StepResult(grads.loss.item(), grads.pairs, grads.image_accuracy, grads.text_accuracy, logit_scale)
+
+
+def embed(tower: Tower, inputs: Tensor, size: int, key: int) -> Tensor:
+    """Pass 1: [N, ...] -> embeddings [N, D], chunk by chunk, no activation kept."""
+    out = []
+    with torch.no_grad():
+        for start, chunk in chunks(inputs, size, tower.device):
+            with chunk_randomness(key, tower, start):
+                out.append(tower(chunk))
+    return torch.cat(out)
+
+
+def replay_backward(tower: Tower, inputs: Tensor, d_embeddings_ND: Tensor, size: int, key: int) -> None:
+    """Pass 2: the same chunks with grad and the same randomness; parameters' `.grad` gather."""
+    for start, chunk in chunks(inputs, size, tower.device):
+        with chunk_randomness(key, tower, start):
+            embeddings = tower(chunk)
+        embeddings.backward(d_embeddings_ND[start : start + size].to(embeddings.dtype))
+
+
+@contextmanager
+def chunk_randomness(key: int, tower: Tower, start: int) -> Iterator[None]:
+    """torch's generators, seeded for the chunk that begins at slot `start`; the outer state comes back afterwards."""
+    devices = [tower.device] if tower.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(fold(key, tower.name, start) >> 1)
+        yield
+
+
+def _add_logit_scale_grad(towers: Towers, d_log_scale: Tensor) -> None:
+    """The parameter is log s, hence the factor s = d s / d log s in the caller."""
+    parameter = towers.model.logit_scale
+    grad = d_log_scale.to(parameter).reshape(parameter.shape)
+    parameter.grad = grad if parameter.grad is None else parameter.grad + grad

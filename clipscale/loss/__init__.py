@@ -1,0 +1,18 @@
+"""The contrastive loss of the whole batch, exact, in memory that does not grow with the batch.
+
+    image, text = embed(...)                                      # [N, D] on each rank, normalised
+    grads = contrastive_grads(image, text, logit_scale)           # over the pairs of all ranks
+    image_chunk.backward(grads.d_image_ND[chunk])                 # into the towers, chunk by chunk
+
+or, in a trainer of one's own, in place of open_clip's `ClipLoss`:
+
+    loss = contrastive_loss(image, text, model.logit_scale.exp())
+    loss.backward()
+
+Read `reference.py` (what is computed), `tiles.py` (one block of it), `ring.py` (all ranks' blocks), `contrastive.py`.
+"""
+
+from clipscale.loss.contrastive import ContrastiveGrads, contrastive_grads, contrastive_loss
+from clipscale.loss.reference import dense_contrastive_loss
+
+__all__ = ["ContrastiveGrads", "contrastive_grads", "contrastive_loss", "dense_contrastive_loss"]

@@ -1,0 +1,206 @@
+"""The loss's doors: `contrastive_grads` for clipscale's own step, `contrastive_loss` for any trainer.
+
+Both evaluate the loss of the whole batch of a process group, without autograd and without its B x B logits
+(`ring.py`, `tiles.py`), and give the same numbers; they differ in the convention for what is returned. That loss and
+embedding gradients come first and the towers' backward pass later is gradient caching (arXiv 2101.06983).
+
+Shapes: N pairs on this rank, B pairs of all ranks, D width.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from clipscale.loss.precision import OPERAND_DTYPE, accumulator_dtype, resolve_precision
+from clipscale.loss.ring import Ring, Statistics, ring_gradients, ring_statistics, world_size
+from clipscale.loss.tiles import DEFAULT_TILE
+
+
+class ContrastiveGrads(NamedTuple):
+    """One evaluation of the loss. Tensors are float32, or float64 under precision fp64."""
+
+    loss: Tensor
+    """Mean over the B pairs of all ranks, in nats; 0 without a pair. [], the same on every rank."""
+    d_image_ND: Tensor
+    """Derivative of that mean in this rank's image embeddings."""
+    d_text_ND: Tensor
+    d_logit_scale: Tensor
+    """Its derivative in the factor `logit_scale`. [], the same on every rank."""
+    pairs: int
+    """B."""
+    image_accuracy: float
+    """Share of the B images whose own text has the largest logit of all texts (a tie is a miss)."""
+    text_accuracy: float
+
+
+class _Forward(NamedTuple):
+    """What pass 1 tells of the whole batch."""
+
+    ring: Ring
+    precision: str
+    statistics: Statistics
+    loss: Tensor
+    image_accuracy: float
+    text_accuracy: float
+
+
+@torch.no_grad()
+def contrastive_grads(
+    image_ND: Tensor,
+    text_ND: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    group: dist.ProcessGroup | None = None,
+    precision: str = "auto",
+    tile: int = DEFAULT_TILE,
+) -> ContrastiveGrads:
+    """Loss, its true derivatives and the in-batch accuracies, over the pairs of all ranks of `group`. Collective.
+
+    Row i of `image_ND` pairs with row i of `text_ND`; ranks may hold different numbers of pairs, none included. A
+    trainer that *sums* parameter gradients over the ranks gets the gradient of the mean over all pairs. `logit_scale`
+    is the factor itself (CLIP's `logit_scale.exp()`), the same on every rank.
+
+    `group` None is the default process group, or this process alone. `precision`: auto, fp16, bf16, tf32, fp32 or
+    fp64 (see `precision.py`). `tile`: rows and columns of the logits that exist at a time.
+
+    ValueError for arguments that do not fit, and on every rank if any rank's embeddings are not finite.
+    """
+    scale = _checked_scale(image_ND, text_ND, logit_scale, tile)
+    forward = _evaluate(image_ND, text_ND, scale, group, precision, tile)
+    d_image_ND, d_text_ND, d_scale = ring_gradients(
+        forward.ring, image_ND, text_ND, scale, forward.statistics, precision=forward.precision, tile=tile
+    )
+    return ContrastiveGrads(
+        loss=forward.loss,
+        d_image_ND=d_image_ND,
+        d_text_ND=d_text_ND,
+        d_logit_scale=d_scale,
+        pairs=forward.ring.total_pairs,
+        image_accuracy=forward.image_accuracy,
+        text_accuracy=forward.text_accuracy,
+    )
+
+
+def contrastive_loss(
+    image_ND: Tensor,
+    text_ND: Tensor,
+    logit_scale: Tensor | float,
+    group: dist.ProcessGroup | None = None,
+    *,
+    precision: str = "auto",
+    tile: int = DEFAULT_TILE,
+) -> Tensor:
+    """The symmetric contrastive loss over the pairs of all ranks of `group`, [] and differentiable once. Collective.
+
+    Gradients follow open_clip's convention (`local_loss=False, gather_with_grad=True`), so that a tower wrapped in DDP,
+    which averages over the ranks, ends with the gradient of the mean over all pairs: the embeddings' gradients are
+    that mean's times the number of ranks, and `logit_scale`'s is complete on every rank. They come in the inputs'
+    types; those of half-precision embeddings should be scaled (GradScaler) at batches in the millions.
+
+    Both passes run in the forward, so the backward does not communicate. Where no gradient is wanted (`torch.no_grad`,
+    or no input requires one: on all ranks alike) only pass 1 runs.
+
+    Arguments and errors are those of `contrastive_grads`; and RuntimeError for a backward pass under create_graph=True.
+    """
+    factor = logit_scale if isinstance(logit_scale, Tensor) else torch.tensor(logit_scale, dtype=torch.float64)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (image_ND, text_ND, factor)):
+        return _ContrastiveLoss.apply(image_ND, text_ND, factor, group, precision, tile)
+    with torch.no_grad():
+        scale = _checked_scale(image_ND, text_ND, factor, tile)
+        return _evaluate(image_ND, text_ND, scale, group, precision, tile).loss
+
+
+class _ContrastiveLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, image_ND, text_ND, logit_scale, group, precision, tile):
+        grads = contrastive_grads(image_ND, text_ND, logit_scale, group=group, precision=precision, tile=tile)
+        d_scale = grads.d_logit_scale.to(logit_scale).expand_as(logit_scale)
+        ctx.save_for_backward(grads.d_image_ND, grads.d_text_ND, d_scale)
+        ctx.dtypes = image_ND.dtype, text_ND.dtype
+        ctx.world = world_size(group)
+        return grads.loss
+
+    @staticmethod
+    def backward(ctx, d_loss):
+        # Autograd is on here for create_graph only. (`once_differentiable` would pass a gradient penalty as a constant.)
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "create_graph=True asks contrastive_loss for a second derivative, and it has a first one only: "
+                "use dense_contrastive_loss where you need more"
+            )
+        d_image_ND, d_text_ND, d_scale = ctx.saved_tensors
+        image_dtype, text_dtype = ctx.dtypes
+        return (
+            (d_loss * ctx.world * d_image_ND).to(image_dtype),
+            (d_loss * ctx.world * d_text_ND).to(text_dtype),
+            (d_loss * d_scale).to(d_scale),
+            *(None,) * 3,
+        )
+
+
+def _evaluate(
+    image_ND: Tensor, text_ND: Tensor, scale: float, group: dist.ProcessGroup | None, precision: str, tile: int
+) -> _Forward:
+    """Pass 1, and one reduction over the ranks."""
+    precision = resolve_precision(precision, image_ND.device, torch.promote_types(image_ND.dtype, text_ND.dtype))
+    ring = Ring.join(group, image_ND, precision)
+    statistics = ring_statistics(ring, image_ND, text_ND, scale, precision=precision, tile=tile)
+    rows, columns = statistics.rows, statistics.columns
+    addends = (torch.cat([rows.loss(), columns.loss()]), rows.diag, rows.correct(), columns.correct())
+    sums = ring.sum(torch.stack([addend.sum(dtype=torch.float64) for addend in addends]))
+    loss, diag, images_right, texts_right = sums.tolist()
+    # S_ii is finite only where both embeddings of the pair are, so the sum of the diagonal speaks for all of them.
+    if not math.isfinite(loss + diag):
+        raise ValueError(_not_finite(image_ND, text_ND, ring.rank, precision))
+    pairs = max(ring.total_pairs, 1)
+    mean = (sums[0] / (2 * pairs)).to(accumulator_dtype(precision))
+    return _Forward(ring, precision, statistics, mean, images_right / pairs, texts_right / pairs)
+
+
+def _checked_scale(image_ND: Tensor, text_ND: Tensor, logit_scale: Tensor | float, tile: int) -> float:
+    """The scale as a number, once every argument is known to fit."""
+    if image_ND.dim() != 2 or image_ND.shape != text_ND.shape:
+        raise ValueError(
+            f"image embeddings have shape {list(image_ND.shape)} and text embeddings {list(text_ND.shape)}: "
+            "both must be [pairs, width] and alike; pass row i of each for pair i"
+        )
+    if image_ND.device != text_ND.device:
+        raise ValueError(
+            f"image embeddings are on {image_ND.device} and text embeddings on {text_ND.device}: "
+            "both must be on one device; move one of them"
+        )
+    if not (image_ND.is_floating_point() and text_ND.is_floating_point()):
+        raise ValueError(
+            f"embeddings are {image_ND.dtype} (image) and {text_ND.dtype} (text): "
+            "both must be floating point; convert them with .float()"
+        )
+    if isinstance(logit_scale, Tensor) and logit_scale.numel() != 1:
+        raise ValueError(f"logit_scale has shape {list(logit_scale.shape)}: it must be one number")
+    scale = float(logit_scale)
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(
+            f"logit_scale is {scale}: it must be finite and above 0; pass the factor itself, logit_scale.exp() in CLIP"
+        )
+    if tile < 1:
+        raise ValueError(f"tile is {tile}: it must be at least 1; leave it out for {DEFAULT_TILE}")
+    return scale
+
+
+def _not_finite(image_ND: Tensor, text_ND: Tensor, rank: int, precision: str) -> str:
+    """The message for a batch whose logits are not all finite; looked into only then."""
+    for side, embeddings_ND in (("image", image_ND), ("text", text_ND)):
+        bad_ND = ~embeddings_ND.to(OPERAND_DTYPE[precision]).isfinite()
+        if bad_ND.any():
+            row, column = bad_ND.nonzero()[0].tolist()
+            return (
+                f"{side} embedding {row} of rank {rank} holds {embeddings_ND[row, column].item()}, not finite in the "
+                f"working precision {precision}: look into the {side} tower's output for it (learning rate, mixed "
+                "precision, input), or normalise embeddings that are finite but too large"
+            )
+    return (
+        f"the contrastive loss is not finite, though rank {rank}'s {len(image_ND)} pairs are in precision {precision}: "
+        "see the errors of the other ranks; if none names an embedding, the logits overflow: normalise the embeddings"
+    )

@@ -1,0 +1,139 @@
+"""What a run tells: log lines and a progress bar for people, metrics.jsonl and TensorBoard for tools.
+
+    log = RunLog("runs/a", is_main=True, start_step=0, total_steps=400)
+    log.metrics({"step": 1, "loss": 5.5, ...})          # one row of metrics.jsonl, the same in TensorBoard
+    log.line("step 1/400 ...")                           # above the progress bar, and in run.log
+
+Only the main rank writes. Rows of steps that a resumed run does again are dropped first, so every step stands once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+
+class RunLog:
+    """The one place a run writes to, on the main rank; on other ranks every method does nothing."""
+
+    def __init__(self, folder: str, *, is_main: bool, start_step: int = 0, total_steps: int = 0) -> None:
+        self.is_main = is_main
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+        if not is_main:
+            return
+        self._folder = Path(folder)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        keep_rows(self._folder / "metrics.jsonl", lambda row: row["step"] <= start_step)
+        self._metrics = open(self._folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        self._text = open(self._folder / "run.log", "a", encoding="utf-8")  # noqa: SIM115
+        self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=start_step + 1)
+        self._progress = _bar(self.console)
+        self._task = self._progress.add_task("step", total=total_steps, completed=start_step)
+        self._progress.start()
+
+    def metrics(self, row: dict[str, Any]) -> None:
+        """One row of metrics.jsonl; its numbers go to TensorBoard under the same names."""
+        if not self.is_main:
+            return
+        self._metrics.write(json.dumps(row) + "\n")
+        self._metrics.flush()
+        for name, value in row.items():
+            if name != "step":
+                self._board.add_scalar(name if "/" in name else f"train/{name}", value, row["step"])
+
+    def advance(self, step: int) -> None:
+        if self.is_main:
+            self._progress.update(self._task, completed=step)
+
+    def line(self, text: str) -> None:
+        if self.is_main:
+            self.console.print(text)
+            self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            self._text.flush()
+
+    def close(self) -> None:
+        if self.is_main:
+            self._progress.stop()
+            self._metrics.close()
+            self._text.close()
+            self._board.close()
+
+
+def track(items: Iterable[str], label: str) -> Iterable[str]:
+    """The same items, with a progress bar where a person watches."""
+    items = list(items)
+    with progress_bar(label) as progress:
+        for done, item in enumerate(items, 1):
+            yield item
+            progress(done, len(items))
+
+
+@contextmanager
+def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A function progress(done, total) that moves a bar on a terminal, and does nothing elsewhere."""
+    with _bar(Console(stderr=True)) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+def keep_rows(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Drop the rows of a JSONL file that are not wanted, and a last row that a crash cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if keep(row):
+            kept.append(line + "\n")
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text("".join(kept), encoding="utf-8")
+    partial.replace(path)
+
+
+def memory_bytes() -> int:
+    """Peak resident memory of this process, and of its GPU where one is used (the larger)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return max(peak, torch.cuda.max_memory_allocated()) if torch.cuda.is_initialized() else peak
+
+
+def duration(seconds: float) -> str:
+    """95 -> '1:35', 4000 -> '1:06:40'."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Add rows to a JSONL file."""
+    os.makedirs(path.parent, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)

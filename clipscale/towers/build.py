@@ -1,0 +1,154 @@
+"""Both towers and the logit scale, from an open_clip model name or from fields written out in the YAML.
+
+    towers = build_towers(config.model)
+    image_embeddings = towers.image(images_uint8)      # [M, D]
+    text_embeddings = towers.text(tokens)              # [M, D]
+    towers.logit_scale()                               # s, 1/0.07 at first
+
+The weights live in open_clip's own `CustomTextCLIP` (`towers.model`), so that a checkpoint's state dict loads there.
+The towers are separate doors into it, and the logit scale stays outside both.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass
+
+import open_clip
+import torch
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+from torch import nn
+
+from clipscale.config import Model, UserError, require
+from clipscale.towers.tower import Tower, normalise_pixels, token_ids
+
+
+@dataclass
+class Towers:
+    """The trainable whole. `model` owns every parameter, `model.logit_scale` (the logarithm of s) among them."""
+
+    model: open_clip.CustomTextCLIP
+    image: Tower
+    text: Tower
+    embed_dim: int  # D
+    image_size: int
+    context_length: int
+    tokenizer_name: str | None  # open_clip model whose tokenizer fits; None: CLIP's BPE
+    logit_scale_max: float
+
+    def logit_scale(self) -> float:
+        """s = exp(log scale), the factor of the cosine similarities."""
+        return math.exp(self.model.logit_scale.item())
+
+    def encoder_parameters(self) -> list[nn.Parameter]:
+        """Every parameter but the logit scale: those whose gradients are summed over the ranks."""
+        return [parameter for name, parameter in self.model.named_parameters() if name != "logit_scale"]
+
+    def clamp_logit_scale(self) -> None:
+        """Keep s <= logit_scale_max, after an optimizer step (Radford et al., arXiv 2103.00020, section 2.5)."""
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(max=math.log(self.logit_scale_max))
+
+
+def build_towers(
+    config: Model, *, device: torch.device | str = "cpu", autocast: torch.dtype | None = None, seed: int = 0
+) -> Towers:
+    """Both towers with fresh weights, the same on every rank for the same seed.
+
+    Args:
+        autocast: dtype of the matrix products inside the towers, or None for float32.
+
+    Raises:
+        UserError: unknown model name, unknown or impossible fields, a tower with BatchNorm.
+    """
+    settings = _described(config) if config.vision else _named(config.name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            model = open_clip.CustomTextCLIP(init_logit_scale=math.log(config.logit_scale_init), **settings)
+        except (AssertionError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+            raise UserError(f"model {config.name!r} cannot be built: {type(error).__name__}: {error}") from error
+    _refuse_batchnorm(model, config.name)
+    model = model.to(device)
+    side = settings["vision_cfg"].image_size
+    side, other = (side, side) if isinstance(side, int) else side
+    require(side == other, f"model.vision.image_size={[side, other]} must be square")
+    mean = getattr(model.visual, "image_mean", None) or OPENAI_DATASET_MEAN
+    std = getattr(model.visual, "image_std", None) or OPENAI_DATASET_STD
+    towers = Towers(
+        model=model,
+        image=Tower("image", model.visual, normalise_pixels(mean, std), autocast),
+        text=Tower("text", model.text, token_ids, autocast),
+        embed_dim=settings["embed_dim"],
+        image_size=side,
+        context_length=model.context_length,
+        tokenizer_name=None if config.vision else config.name,
+        logit_scale_max=config.logit_scale_max,
+    )
+    _check_picture_size(towers, config.name)
+    return towers
+
+
+def _check_picture_size(towers: Towers, name: str) -> None:
+    """Some timm backbones are fixed to a size of their own: one black picture tells."""
+    picture = torch.zeros(1, 3, towers.image_size, towers.image_size, dtype=torch.uint8, device=towers.image.device)
+    training = towers.model.training
+    towers.model.eval()
+    try:
+        with torch.no_grad():
+            towers.image(picture)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"model {name!r} does not take pictures of {towers.image_size} x {towers.image_size}: {error}"
+        ) from error
+    towers.model.train(training)
+
+
+def _named(name: str) -> dict:
+    known = open_clip.list_models()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see open_clip.list_models()"
+        raise UserError(f"model.name={name!r} is no open_clip model; {hint} (or describe model.vision and model.text)")
+    settings = copy.deepcopy(open_clip.get_model_config(name))
+    usable = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_scale", "init_logit_bias"}
+    odd = sorted(settings.keys() - usable)
+    require(not odd, f"model.name={name!r} needs {', '.join(odd)}: only image-text towers can be trained contrastively")
+    return {
+        "embed_dim": settings["embed_dim"],
+        "vision_cfg": CLIPVisionCfg(**settings["vision_cfg"]),
+        "text_cfg": CLIPTextCfg(**settings["text_cfg"]),
+        "quick_gelu": settings.get("quick_gelu", False),
+    }
+
+
+def _described(config: Model) -> dict:
+    return {
+        "embed_dim": config.embed_dim,
+        "vision_cfg": _fields(CLIPVisionCfg, config.vision, "model.vision"),
+        "text_cfg": _fields(CLIPTextCfg, config.text, "model.text"),
+        "quick_gelu": config.quick_gelu,
+    }
+
+
+def _fields(kind: type, values: dict, prefix: str) -> CLIPVisionCfg | CLIPTextCfg:
+    known = [field.name for field in dataclasses.fields(kind)]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {prefix}.{near[0]}?" if near else f"the fields are {', '.join(known)}"
+            raise UserError(f"unknown key {prefix}.{key}; {hint}")
+    return kind(**values)
+
+
+def _refuse_batchnorm(model: nn.Module, name: str) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise UserError(
+                f"model {name!r} has BatchNorm ({path}): gradient caching runs every chunk twice, which would "
+                "change its statistics; choose a tower with LayerNorm (a ViT, a ConvNeXt)"
+            )

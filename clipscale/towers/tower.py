@@ -1,0 +1,61 @@
+"""One tower behind one door: a chunk of raw inputs in, L2-normalised embeddings out.
+
+Shapes: M chunk, D width of the embedding, S side of a picture, L tokens of a caption.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Tower:
+    """Raw inputs [M, ...] on the tower's device -> embeddings [M, D], float32 (float64 for a float64 tower).
+
+    Args:
+        name: "image" or "text".
+        encoder: module from prepared inputs to features [M, D].
+        prepare: raw inputs (uint8 pixels, token ids), dtype of the weights -> what the encoder takes.
+        autocast: dtype of the encoder's matrix products, or None for that of its weights.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        encoder: nn.Module,
+        prepare: Callable[[torch.Tensor, torch.dtype], torch.Tensor],
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        self.name, self.encoder, self.prepare, self.autocast = name, encoder, prepare, autocast
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        weight = next(self.encoder.parameters())
+        context = torch.autocast(weight.device.type, self.autocast) if self.autocast else nullcontext()
+        with context:
+            features = self.encoder(self.prepare(inputs, weight.dtype))
+        return F.normalize(features if features.dtype == torch.float64 else features.float(), dim=-1)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.encoder.parameters()).device
+
+
+def normalise_pixels(mean: tuple[float, ...], std: tuple[float, ...]) -> Callable:
+    """uint8 [M, 3, S, S] -> (x / 255 - mean) / std in the given dtype, on the pixels' own device."""
+
+    def prepare(images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        scale = 255 * torch.tensor(std, dtype=dtype, device=images.device)[:, None, None]
+        shift = torch.tensor(mean, dtype=dtype, device=images.device)[:, None, None]
+        return images.to(dtype) / scale - 255 * shift / scale
+
+    return prepare
+
+
+def token_ids(tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Token ids [M, L] are what a text encoder takes."""
+    del dtype
+    return tokens

@@ -1,0 +1,351 @@
+"""The training run: build, resume, loop, evaluate, save.
+
+    summary = train(config)          # one process, or every rank of torchrun / srun
+
+Read `Trainer.run` for the loop and `Trainer.step` for one step. What a step does is a function of the config, the seed
+and its position alone, so a run that was killed and started again goes the way of one that was not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clipscale.checkpoint import Snapshot, find_checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
+from clipscale.config import Config, SharedError, UserError, changed_keys, dump_config, require
+from clipscale.counter import fold
+from clipscale.data.loader import Loader, StepBatch
+from clipscale.data.pipeline import build_pipeline
+from clipscale.data.shapes import make_shapes
+from clipscale.data.source import open_source
+from clipscale.data.tokenize import build_tokenizer
+from clipscale.dist import World, start_world
+from clipscale.eval.suite import EvalSuite
+from clipscale.gradcache import Chunks, StepResult, gradcache_step
+from clipscale.loss import contrastive_grads
+from clipscale.optim import build_optimizer, learning_rate, set_lr, total_steps
+from clipscale.parallel import broadcast_parameters, sum_gradients
+from clipscale.telemetry import RunLog, append_rows, duration, keep_rows, memory_bytes, progress_bar, track
+from clipscale.towers import build_towers
+
+_NAMED_SKIPS = 20  # masked samples with a log line of their own; skipped.jsonl has every one
+_BAD_FRACTION_AFTER = 1000  # samples seen before data.max_bad_fraction is applied
+_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def train(config: Config) -> list[str]:
+    """Train to the end of `config.train.samples`; returns what to tell the person, in three lines.
+
+    Raises:
+        UserError: anything the person can mend, in one line.
+    """
+    with start_world(config.device) as world:
+        trainer = Trainer(config, world)
+        try:
+            return trainer.run()
+        finally:
+            trainer.close()
+
+
+class Trainer:
+    """One rank of a run. Construction resumes; `run` trains; `close` lets go of threads and files."""
+
+    def __init__(self, config: Config, world: World) -> None:
+        batch = config.train.global_batch
+        require(
+            batch % world.size == 0,
+            f"train.global_batch={batch} is not divisible by the {world.size} ranks; choose a multiple of {world.size}",
+        )
+        self.config, self.world = config, world
+        found = world.lead(self._find_checkpoint)
+        snapshot = load_checkpoint(found) if found else None
+        self.steps_done = snapshot.step if snapshot else 0
+        self.position = snapshot.position if snapshot else 0
+        state = snapshot.state if snapshot else {"skips": {}, "last_row": {}, "order": None, "scaler": {}}
+        self.skips = Counter(state["skips"])  # masked samples of all ranks, by cause
+        self.last_row: dict[str, Any] = state["last_row"]
+        self.nonfinite_in_a_row = 0
+        self.last_step = self.steps_done + total_steps(config, self.position)
+        self.log = RunLog(config.run.dir, is_main=world.is_main, start_step=self.steps_done, total_steps=self.last_step)
+        self.loader: Loader | None = None
+        try:
+            self._tell_start(found, snapshot)
+            self._build_towers(snapshot, state["scaler"])
+            if self.steps_done < self.last_step:
+                self._build_data(state["order"])
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self) -> list[str]:
+        """The loop: take a batch, step, evaluate, tell, save."""
+        config = self.config
+        if self.steps_done == self.last_step:
+            return self._summary("already complete: nothing to do")
+        self.towers.model.train()
+        started, waited = time.perf_counter(), 0.0
+        first = self.steps_done
+        while self.steps_done < self.last_step:
+            begin = time.perf_counter()
+            batch = next(self.loader)
+            wait = time.perf_counter() - begin
+            row = self.step(batch)
+            seconds = time.perf_counter() - begin
+            waited += wait
+            row |= {"samples_per_second": config.train.global_batch / seconds, "data_wait_share": wait / seconds}
+            row |= self._evaluate_if_due()
+            self.log.metrics(row)
+            self.last_row = row
+            self.log.advance(self.steps_done)
+            if self._due(config.run.log_every_steps):
+                pace = (time.perf_counter() - started) / (self.steps_done - first)
+                self._tell_step(row, eta_seconds=pace * (self.last_step - self.steps_done))
+            if self._due(config.checkpoint.every_steps):
+                self._save()
+        return self._summary(f"trained {self.last_step - first} steps in {duration(time.perf_counter() - started)}")
+
+    def step(self, batch: StepBatch) -> dict[str, Any]:
+        """One optimizer step on one global batch; returns its row of metrics."""
+        config, model = self.config, self.towers.model
+        lr = learning_rate(config, self.position)
+        set_lr(self.optimizer, lr)
+        self.optimizer.zero_grad(set_to_none=True)
+        result = self._gradients(batch)
+        grad_norm = self._update() if result.pairs else 0.0
+        self.steps_done += 1
+        self.position += config.train.global_batch
+        self._account_for_skips(batch, result)
+        self.towers.clamp_logit_scale()
+        return {
+            "step": self.steps_done,
+            "samples": self.position,
+            "loss": result.loss,
+            "logit_scale": math.exp(model.logit_scale.item()),
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "image_accuracy": result.image_accuracy,
+            "text_accuracy": result.text_accuracy,
+            "masked_samples": self.skips.total(),
+            "repeated_pairs": self.pipeline.repeats(batch.position, config.train.global_batch),
+            "memory_bytes": memory_bytes(),
+        }
+
+    def close(self) -> None:
+        if self.loader is not None:
+            self.loader.close()
+        self.log.close()
+
+    # --- one step -----------------------------------------------------------------------------------------------------
+
+    def _gradients(self, batch: StepBatch) -> StepResult:
+        """Gradients of the mean over the whole step's valid pairs, summed over the ranks."""
+        config = self.config
+        try:
+            result = gradcache_step(
+                self.towers,
+                batch.images,
+                batch.tokens,
+                batch.valid,
+                chunk=Chunks(config.gradcache.image_chunk, config.gradcache.text_chunk),
+                loss_and_grads=partial(contrastive_grads, precision=config.loss.precision, tile=config.loss.tile),
+                key=fold(config.seed, "towers", self.steps_done, self.world.rank),
+                grad_scale=self.scaler.get_scale(),
+            )
+        except ValueError as error:  # embeddings that are not finite: the loss names side and row
+            raise UserError(f"step {self.steps_done + 1}: {error}") from error
+        if result.pairs:
+            sum_gradients(self.towers.encoder_parameters(), self.world)
+        return result
+
+    def _update(self) -> float:
+        """Clip and step; a gradient that is not finite is skipped and counted. Returns its norm before clipping."""
+        self.scaler.unscale_(self.optimizer)
+        limit = self.config.train.grad_clip_norm or math.inf
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.towers.model.parameters(), limit).item()
+        if math.isfinite(grad_norm):
+            self.scaler.step(self.optimizer)
+            self.nonfinite_in_a_row = 0
+        else:
+            self.nonfinite_in_a_row += 1
+            self.log.line(f"step {self.steps_done + 1}: gradient norm is {grad_norm}, step skipped")
+            require(
+                self.nonfinite_in_a_row < self.config.train.max_nonfinite_steps,
+                f"step {self.steps_done + 1}: {self.nonfinite_in_a_row} steps in a row without a finite gradient "
+                "(train.max_nonfinite_steps); lower optim.lr, or use train.precision=bf16 or fp32",
+            )
+        self.scaler.update()
+        return grad_norm
+
+    def _account_for_skips(self, batch: StepBatch, result: StepResult) -> None:
+        """Count, log and bound the masked samples of all ranks."""
+        if result.pairs == self.config.train.global_batch:
+            return
+        skips = sorted(skip for part in self.world.gather(batch.skips) for skip in part)
+        for number, skip in enumerate(skips, self.skips.total()):
+            if number < _NAMED_SKIPS:
+                self.log.line(f"masked sample {skip.key} of {skip.shard} at position {skip.position}: {skip.detail}")
+        if self.world.is_main:
+            append_rows(self._skip_file, (skip._asdict() for skip in skips))
+        self.skips.update(skip.cause for skip in skips)
+        bad, seen = self.skips.total(), self.position
+        enough_seen = seen >= min(_BAD_FRACTION_AFTER, self.config.train.samples)
+        if bad == seen or (enough_seen and bad > self.config.data.max_bad_fraction * seen):
+            causes = ", ".join(f"{cause}: {count}" for cause, count in self.skips.most_common())
+            raise SharedError(
+                f"{bad} of {seen} samples could not be used ({causes}), more than data.max_bad_fraction="
+                f"{self.config.data.max_bad_fraction}; see {self._skip_file}, mend the shards or raise the bound"
+            )
+
+    # --- evaluation, telling, saving ----------------------------------------------------------------------------------
+
+    def _due(self, every_steps: int) -> bool:
+        return self.steps_done == self.last_step or (every_steps > 0 and self.steps_done % every_steps == 0)
+
+    def _evaluate_if_due(self) -> dict[str, float]:
+        row = {}
+        if self._due(self.config.eval.validation.every_steps):
+            row |= self.evaluations.validation()
+        if self._due(self.config.eval.zeroshot.every_steps):
+            row |= self.evaluations.zeroshot()
+        return row
+
+    def _tell_start(self, found: Path | None, snapshot: Snapshot | None) -> None:
+        config = self.config
+        if self.world.is_main:
+            Path(config.run.dir, "config.yaml").write_text(dump_config(config))
+        self.log.line(
+            f"{config.run.dir}: {self.last_step} steps of {config.train.global_batch} pairs on {self.world.size} "
+            f"{self.world.device.type} rank{'s' * (self.world.size > 1)}, "
+            + (f"resuming after step {self.steps_done} from {found}" if found else "from the start")
+        )
+        for change in changed_keys(snapshot.config, config) if snapshot else []:
+            self.log.line(f"changed since the checkpoint: {change}")
+
+    def _tell_step(self, row: dict[str, Any], eta_seconds: float) -> None:
+        self.log.line(
+            f"step {row['step']}/{self.last_step}  samples {row['samples']:,}  loss {row['loss']:.4f}  "
+            f"scale {row['logit_scale']:.2f}  grad {row['grad_norm']:.3f}  lr {row['lr']:.2e}  "
+            f"{row['samples_per_second']:,.0f} samples/s  data wait {row['data_wait_share']:.0%}  "
+            f"memory {row['memory_bytes'] / 2**30:.2f} GiB  masked {row['masked_samples']}  eta {duration(eta_seconds)}"
+            + "".join(f"  {name} {value:.4f}" for name, value in row.items() if "/" in name)
+        )
+
+    def _save(self) -> None:
+        """Every rank reaches this at the same step; the main rank writes, an error is everyone's."""
+        snapshot = Snapshot(
+            step=self.steps_done,
+            position=self.position,
+            model=self.towers.model.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            state={
+                "order": self.pipeline.identity(),
+                "skips": dict(self.skips),
+                "scaler": self.scaler.state_dict(),
+                "last_row": self.last_row,
+            },
+            config=self.config,
+        )
+        self.world.lead(partial(save_checkpoint, self.config.run.dir, snapshot, self.config.checkpoint.keep))
+
+    def _summary(self, what: str) -> list[str]:
+        """What was learned and where things lie."""
+        row, folder = self.last_row, Path(self.config.run.dir)
+        scores = [f"loss {row['loss']:.4f}", f"in-batch accuracy {row['image_accuracy']:.3f}"]
+        if "validation/loss" in row:
+            scores.append(f"validation loss {row['validation/loss']:.4f}")
+        if "zeroshot/top1" in row:
+            scores.append(f"zero-shot top-1 {row['zeroshot/top1']:.4f}, top-5 {row['zeroshot/top5']:.4f}")
+        return [
+            f"{what}; {row['samples']:,} samples seen, {row['masked_samples']} masked",
+            "learned: " + ", ".join(scores),
+            f"checkpoints in {folder / 'checkpoints'}, metrics in {folder / 'metrics.jsonl'}; "
+            f"curves: tensorboard --logdir {folder / 'tensorboard'}",
+        ]
+
+    # --- building -----------------------------------------------------------------------------------------------------
+
+    def _find_checkpoint(self) -> Path | None:
+        """What to resume from, by `resume`; None for a run without any checkpoint."""
+        resume, run_dir = self.config.resume, self.config.run.dir
+        if resume not in ("auto", "fresh"):
+            return find_checkpoint(resume)
+        found = newest_checkpoint(run_dir)
+        require(
+            resume == "auto" or found is None,
+            f"resume=fresh, but {found} exists; set another run.dir to start anew, or resume=auto to go on",
+        )
+        return found
+
+    def _build_towers(self, snapshot: Snapshot | None, scaler_state: dict[str, Any]) -> None:
+        config, device = self.config, self.world.device
+        precision = config.train.precision
+        if precision == "auto":
+            precision = "bf16" if device.type == "cuda" else "fp32"
+        self.towers = build_towers(config.model, device=device, autocast=_AUTOCAST[precision], seed=config.seed)
+        self.optimizer = build_optimizer(self.towers.model, config.optim)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        if snapshot is not None:
+            try:
+                self.towers.model.load_state_dict(snapshot.model)
+                self.optimizer.load_state_dict(snapshot.optimizer)
+            except (RuntimeError, ValueError) as error:
+                raise UserError(f"the checkpoint does not fit the model of this config: {error}") from error
+            self.scaler.load_state_dict(scaler_state)
+        broadcast_parameters(self.towers.model, self.world)
+
+    def _build_data(self, recorded: dict[str, Any] | None) -> None:
+        """Sources and evaluation sets. The first rank of a node writes what is missing, then all ranks read it."""
+        config, data = self.config, self.config.data
+        self.world.lead(self._prepare_files, on_each_node=True)
+        self.pipeline = build_pipeline(
+            data,
+            build_tokenizer(self.towers.tokenizer_name, self.towers.context_length),
+            image_size=self.towers.image_size,
+            context_length=self.towers.context_length,
+            seed=config.seed,
+            global_batch=config.train.global_batch,
+            recorded=recorded,
+            warn=self.log.line,
+        )
+        self.evaluations = EvalSuite(config, self.towers, self.pipeline.tokenize, self.world)
+        self._skip_file = Path(config.run.dir, "skipped.jsonl")
+        if self.world.is_main:
+            keep_rows(self._skip_file, lambda row: row["position"] < self.position)
+        self.log.line(
+            "data: "
+            + ", ".join(f"{source.name} {source.samples:,} pairs" for source in self.pipeline.sources)
+            + f" in {self.pipeline.streams} streams"
+        )
+        self.loader = Loader(
+            self.pipeline,
+            start=self.position,
+            global_batch=config.train.global_batch,
+            world=self.world.size,
+            rank=self.world.rank,
+            threads=data.threads,
+            prefetch=data.prefetch_steps,
+            device=self.world.device,
+        )
+
+    def _prepare_files(self) -> None:
+        """Draw the shapes set if the config asks for it, and index every shard that has no index."""
+        data, evaluation = self.config.data, self.config.eval
+        if data.shapes is not None:
+            shapes = dataclasses.asdict(data.shapes)
+            with progress_bar("drawing the shapes set") as progress:
+                make_shapes(shapes.pop("dir"), **shapes, progress=progress)
+        wanted = [(name, source.urls, "pairs") for name, source in data.sources.items() if source.weight > 0]
+        wanted += [
+            ("validation", evaluation.validation.urls, "pairs"),
+            ("zeroshot", evaluation.zeroshot.urls, "labelled"),
+        ]
+        for name, urls, need in wanted:
+            if urls is not None:
+                open_source(name, urls, need=need, index_dir=data.index_dir, cache_dir=data.cache_dir, track=track)

@@ -1,0 +1,76 @@
+"""Runs a function on several gloo ranks, each a process of its own."""
+
+import multiprocessing
+import os
+import pickle
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# How long the other ranks may take to fail too once one has: their tracebacks often tell less, but never nothing.
+_GRACE_SECONDS = 2.0
+
+
+def run_ranks(fn: Callable, world: int, *args, timeout: float = 120.0) -> list[Any]:
+    """The results of `fn(rank, world, *args)`, by rank, each from a process in a default gloo group of `world` ranks.
+
+    `fn` is a function of a module (spawned processes import it); arguments and results are pickled. A process takes
+    some 4 s to start, so put many checks into one call. `timeout` is in seconds.
+
+    RuntimeError when a rank fails or is still running when the time is up, with the tracebacks of those that failed,
+    earliest first; the others are killed then.
+    """
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [context.Process(target=_rank_main, args=(folder, fn, r, world, args)) for r in range(world)]
+        try:
+            for process in processes:
+                process.start()
+            _wait(processes, timeout)
+            _raise_failure(processes, Path(folder), timeout)
+        finally:
+            for process in processes:
+                if process.is_alive():
+                    process.kill()
+                    process.join()
+        return [pickle.loads(Path(folder, f"result-{rank}").read_bytes()) for rank in range(world)]
+
+
+def _rank_main(folder: str, fn: Callable, rank: int, world: int, args: tuple) -> None:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+        )
+        Path(folder, f"result-{rank}").write_bytes(pickle.dumps(fn(rank, world, *args)))
+        dist.barrier()  # nobody leaves while another may still need it
+    except BaseException:
+        Path(folder, f"error-{rank}").write_text(f"rank {rank}:\n{traceback.format_exc()}")
+        os._exit(1)
+    os._exit(0)  # gloo's threads now and then abort an orderly exit ("terminate called without an active exception")
+
+
+def _wait(processes: list, timeout: float) -> None:
+    """Until all have ended, the time is up, or one has failed and the others have had their grace."""
+    deadline = time.monotonic() + timeout
+    while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
+        if any(process.exitcode for process in processes):
+            deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
+        time.sleep(0.02)
+
+
+def _raise_failure(processes: list, folder: Path, timeout: float) -> None:
+    exitcodes = [process.exitcode for process in processes]
+    if not any(code != 0 for code in exitcodes):
+        return
+    errors = sorted(folder.glob("error-*"), key=lambda path: path.stat().st_mtime_ns)
+    told = "\n".join(path.read_text() for path in errors)
+    raise RuntimeError(f"exit codes by rank {exitcodes} (None: still running, limit {timeout:g} s)\n{told}")

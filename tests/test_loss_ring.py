@@ -1,0 +1,160 @@
+"""The loss round gloo ranks, against the dense loss of the whole batch in one process.
+
+Shapes: N pairs on this rank, B pairs of all ranks, D width.
+"""
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from spawn import run_ranks
+from test_loss_tiles import LiveTensors, assert_close, dense_results, make_pairs, stable_dense_loss, tiled_results
+
+from clipscale.loss import contrastive_grads, contrastive_loss
+from clipscale.loss.tiles import logsumexp_block
+
+WIDTH, SCALE, TILE = 12, 14.3, 4
+PAIRS_BY_RANK = {
+    1: [(9,), (1,), (0,)],
+    2: [(6, 6), (9, 4), (0, 5), (1, 0), (0, 0)],
+    3: [(5, 5, 5), (1, 7, 0), (0, 0, 3)],
+    4: [(4, 4, 4, 4), (3, 0, 9, 1)],
+}
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float32}
+
+
+def share(embeddings_BD, pairs_by_rank, rank):
+    return embeddings_BD.split(pairs_by_rank)[rank].clone()
+
+
+def every_case(rank, world):
+    """This rank's results of every case: what the trainer's door gives, and what the autograd door gives."""
+    results = {}
+    for pairs_by_rank in PAIRS_BY_RANK[world]:
+        batch = make_pairs(sum(pairs_by_rank), WIDTH)
+        for precision, dtype in DTYPES.items():
+            image_ND, text_ND = (share(side_BD.to(dtype), pairs_by_rank, rank) for side_BD in batch)
+            grads = contrastive_grads(image_ND, text_ND, SCALE, precision=precision, tile=TILE)
+            inputs = [image_ND.requires_grad_(), text_ND.requires_grad_(), torch.tensor([SCALE]).requires_grad_()]
+            loss = contrastive_loss(*inputs, precision=precision, tile=TILE)
+            with torch.no_grad():
+                assert contrastive_loss(*inputs, precision=precision, tile=TILE).equal(loss)
+            results[pairs_by_rank, precision] = grads, (loss.detach(), *torch.autograd.grad(loss, inputs))
+    return results
+
+
+def joined(results):
+    """(loss, d image, d text, d scale) of all ranks: the first and last must be the same bits on each."""
+    for loss, _, _, d_scale in results:
+        assert loss.equal(results[0][0])
+        assert d_scale.equal(results[0][3])
+    d_image_BD, d_text_BD = (torch.cat([result[side] for result in results]).double() for side in (1, 2))
+    return [results[0][0].double(), d_image_BD, d_text_BD, results[0][3].double().squeeze()]
+
+
+@pytest.mark.parametrize("world", PAIRS_BY_RANK)
+def test_ranks_give_the_loss_of_the_whole_batch(world):
+    by_rank = run_ranks(every_case, world)
+    for pairs_by_rank, precision in by_rank[0]:
+        grads, autograd = zip(*(results[pairs_by_rank, precision] for results in by_rank), strict=True)
+        pairs = sum(pairs_by_rank)
+        assert {one.pairs for one in grads} == {pairs}
+        assert len({(one.image_accuracy, one.text_accuracy) for one in grads}) == 1
+        image_BD, text_BD = (side_BD.to(DTYPES[precision]).double() for side_BD in make_pairs(pairs, WIDTH))
+        if precision == "fp16":
+            references = tiled_results(image_BD, text_BD, SCALE, precision, TILE)
+        elif pairs:
+            references = dense_results(image_BD, text_BD, SCALE, loss_fn=stable_dense_loss)
+        else:
+            references = [torch.zeros(shape, dtype=torch.float64) for shape in ((), (0, WIDTH), (0, WIDTH), ())]
+        relative, floor = {"fp64": (1e-10, 0), "fp32": (2e-6, 1e-8), "fp16": (1e-5, 1e-8)}[precision]
+        assert_close(joined([one[:4] for one in grads]), references, relative, floor)
+
+        # The autograd door: embedding gradients are times the world, the scale's (a float32 leaf) is complete.
+        loss, d_image_BD, d_text_BD, d_scale = joined(autograd)
+        scaled_back = [loss, d_image_BD / world, d_text_BD / world, d_scale]
+        assert_close(scaled_back, references, max(relative, 1e-6), floor)
+
+
+def subgroup_case(rank, world):
+    """Ranks 1 and 2 evaluate on a group of their own; rank 0, outside, is told so. A rank's grads, or its error."""
+    group = dist.new_group([1, 2])
+    image_ND, text_ND = (share(side_BD, (0, 5, 2), rank) for side_BD in make_pairs(7, WIDTH))
+    try:
+        return contrastive_grads(image_ND, text_ND, SCALE, group=group, tile=TILE)
+    except ValueError as error:
+        return str(error)
+
+
+def broken_inputs(rank, world):
+    """The error of this rank for a NaN in rank 1's text, an overflow of fp16 on rank 0, unequal widths and types; then
+    the loss of a good batch, for which the ring must still work."""
+    messages = []
+    image_ND, text_ND = make_pairs(4, WIDTH)
+    nan_ND, huge_ND = text_ND.clone(), image_ND.clone()
+    nan_ND[2:, 3] = float("nan")
+    huge_ND[1, 2] = 1e6
+    for arguments in (
+        {"image_ND": image_ND, "text_ND": nan_ND if rank == 1 else text_ND},
+        {"image_ND": huge_ND if rank == 0 else image_ND, "text_ND": text_ND, "precision": "fp16"},
+        {"image_ND": image_ND[:, rank:], "text_ND": text_ND[:, rank:]},
+        {"image_ND": image_ND.float() if rank else image_ND, "text_ND": text_ND.float() if rank else text_ND},
+    ):
+        with pytest.raises(ValueError) as caught:
+            contrastive_grads(logit_scale=SCALE, **arguments)
+        messages.append(str(caught.value))
+    return messages, contrastive_grads(image_ND, text_ND, SCALE).loss
+
+
+def test_a_group_that_is_not_the_whole_world():
+    outside, *inside = run_ranks(subgroup_case, 3)
+    assert "not in the group" in outside
+    references = dense_results(*make_pairs(7, WIDTH), SCALE)
+    assert_close(joined([grads[:4] for grads in inside]), references, relative=1e-10)
+
+
+def test_every_rank_raises_on_one_ranks_bad_embeddings():
+    (nan_0, huge_0, width_0, type_0), loss_0 = (by_rank := run_ranks(broken_inputs, 2))[0]
+    (nan_1, huge_1, width_1, type_1), loss_1 = by_rank[1]
+    assert "text embedding 2 of rank 1 holds nan" in nan_1
+    assert "rank 0's 4 pairs are in precision fp64: see the errors of the other ranks" in nan_0
+    assert "image embedding 1 of rank 0 holds 1000000.0, not finite in the working precision fp16" in huge_0
+    assert "rank 1's 4 pairs are in precision fp16" in huge_1
+    assert width_0 == width_1
+    assert "differ in width [12, 11]" in width_0
+    assert type_0 == type_1
+    assert "precision ['fp64', 'fp32']" in type_0
+    assert loss_0.equal(loss_1)
+
+
+def peak_bytes(rank, world):
+    """Most bytes alive at a time, at 64 pairs a rank: of the ring, and of gathering all texts (the control)."""
+    image_ND, text_ND = (share(side_BD, [64] * world, rank) for side_BD in make_pairs(64 * world, WIDTH))
+    with LiveTensors() as ring:
+        contrastive_grads(image_ND, text_ND, SCALE, tile=16)
+    with LiveTensors() as gathered:
+        texts = [torch.empty_like(text_ND) for _ in range(world)]
+        dist.all_gather(texts, text_ND)
+        logsumexp_block(image_ND, torch.cat(texts), SCALE, diagonal=False, precision="fp64", tile=16)
+    return ring.peak_bytes, gathered.peak_bytes
+
+
+def test_memory_per_rank_does_not_grow_with_the_ranks():
+    """From 3 to 5 ranks (2 need one buffer less) by less than a tenth of one [N, D] block."""
+    three, five = (run_ranks(peak_bytes, world) for world in (3, 5))
+    allowed = 64 * WIDTH * 8 // 10
+    for (ring_three, gathered_three), (ring_five, gathered_five) in zip(three, five[:3], strict=True):
+        assert ring_five <= ring_three + allowed
+        assert gathered_five > gathered_three + allowed, "the check sees the gathered texts"
+
+
+def fails_on_rank_1(rank, world):
+    if rank == 1:
+        raise ArithmeticError("rank 1 has had enough")
+    time.sleep(3600)
+
+
+def test_a_failing_rank_ends_the_run_and_is_heard():
+    with pytest.raises(RuntimeError, match=r"(?s)\[None, 1\].*ArithmeticError: rank 1 has had enough"):
+        run_ranks(fails_on_rank_1, 2)

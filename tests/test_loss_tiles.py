@@ -1,0 +1,262 @@
+"""The tiled loss on one process, against the dense loss: accuracy of every precision, memory, determinism.
+
+Shapes: B pairs, D width. Errors are Frobenius norms relative to the reference's.
+"""
+
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from clipscale.loss import contrastive_grads, dense_contrastive_loss
+from clipscale.loss.precision import HALF_GRADIENT_SCALE, OPERAND_DTYPE, resolve_precision
+from clipscale.loss.tiles import Partial, gradient_block, logsumexp_block
+
+PAIRS = (1, 2, 3, 63, 65, 127, 300)
+WIDTHS = (5, 32, 130)
+SCALES = (1.0, 14.3, 100.0)
+QUANTITIES = ("loss", "d_image", "d_text", "d_scale")
+
+
+def make_pairs(pairs, width, noise=0.7):
+    """Normalised images and texts [B, D] in float64: a shared offset, as real features have, a signal, and noise."""
+    generator = torch.Generator().manual_seed(1000 * pairs + width)
+    signal_BD, *noise_BD = torch.randn(3, pairs, width, generator=generator, dtype=torch.float64)
+    return [F.normalize(0.5 + signal_BD + noise * own_BD) for own_BD in noise_BD]
+
+
+def easy_pairs(pairs, cosine):
+    """Pairs of this cosine, orthogonal to all others: at scale s the loss is log(1 + (B - 1) exp(-cosine s))."""
+    image_BD = torch.linalg.qr(make_pairs(pairs, 2 * pairs)[0].T)[0].T.contiguous()
+    return [image_BD, cosine * image_BD]
+
+
+def duplicated(image_BD, text_BD):
+    image_BD[1], text_BD[1:4] = image_BD[0], text_BD[0]
+    return [image_BD, text_BD]
+
+
+HARD_CASES = {
+    "random, scale 1": (*make_pairs(127, 32), 1.0),
+    "random, scale 14.3": (*make_pairs(127, 32), 14.3),
+    "random, scale 100": (*make_pairs(127, 32), 100.0),
+    "duplicates": (*duplicated(*make_pairs(65, 32)), 100.0),
+    "logits of hundreds": (*(20 * side_BD for side_BD in make_pairs(127, 32, noise=2.0)), 1.3),
+    "logits of hundreds, all negative": (20 * make_pairs(65, 32)[0], -20 * make_pairs(65, 32)[1], 1.3),
+    "logits of 1e-6": (*(1e-3 * side_BD for side_BD in make_pairs(65, 32)), 1.0),
+    "loss 0.009": (*easy_pairs(65, 0.62), 14.3),
+    "loss 1e-6": (*easy_pairs(65, 0.18), 100.0),
+    "loss 6e-12": (*easy_pairs(65, 0.3), 100.0),
+}
+
+
+def stable_dense_loss(image_BD, text_BD, logit_scale):
+    """The dense loss with the diagonal apart, which keeps its relative precision, and its gradients', near zero."""
+    logits_BB = logit_scale * (image_BD @ text_BD.T)
+    wrong_BB = logits_BB.masked_fill(torch.eye(len(logits_BB), dtype=torch.bool), -torch.inf)
+    return sum(-F.logsigmoid(logits_BB.diagonal() - wrong_BB.logsumexp(dim)).mean() for dim in (0, 1)) / 2
+
+
+def dense_results(image_BD, text_BD, logit_scale, *, loss_fn=dense_contrastive_loss, dtype=torch.float64):
+    """Loss, d image, d text and d scale by autograd in `dtype`, returned in float64."""
+    inputs = [
+        torch.as_tensor(value, dtype=dtype).clone().requires_grad_() for value in (image_BD, text_BD, logit_scale)
+    ]
+    loss = loss_fn(*inputs)
+    return [value.double() for value in (loss.detach(), *torch.autograd.grad(loss, inputs))]
+
+
+def rounded_results(image_BD, text_BD, logit_scale, precision):
+    """What half-precision operands cost a dense computation that is otherwise exact: both products' operands rounded,
+    dL/dS off the diagonal only, at the same power of two; all else float64."""
+    dtype = OPERAND_DTYPE[precision]
+    halves = image_BD.to(dtype).double(), text_BD.to(dtype).double()
+    loss, *_, d_scale = dense_results(*halves, logit_scale, loss_fn=stable_dense_loss)
+    logits_BB = logit_scale * halves[0] @ halves[1].T
+    g_BB = (logits_BB.softmax(1) + logits_BB.softmax(0)).fill_diagonal_(0.0)
+    missing_B1 = sum(logits_BB.softmax(dim).fill_diagonal_(0.0).sum(dim) for dim in (0, 1))[:, None]
+    g_BB = (g_BB * HALF_GRADIENT_SCALE).to(dtype).double() / HALF_GRADIENT_SCALE
+    factor = logit_scale / (2 * len(image_BD))
+    d_image_BD = factor * (g_BB @ halves[1] - missing_B1 * text_BD)
+    d_text_BD = factor * (g_BB.T @ halves[0] - missing_B1 * image_BD)
+    return [loss, d_image_BD, d_text_BD, d_scale]
+
+
+def tiled_results(image_BD, text_BD, logit_scale, precision, tile):
+    grads = contrastive_grads(image_BD, text_BD, logit_scale, precision=precision, tile=tile)
+    return [value.double() for value in (grads.loss, grads.d_image_ND, grads.d_text_ND, grads.d_logit_scale)]
+
+
+def assert_close(results, references, relative, floor=0.0):
+    for name, result, reference in zip(QUANTITIES, results, references, strict=True):
+        bar = relative * reference.norm() + floor
+        assert (result - reference).norm() <= bar, f"{name}: {(result - reference).norm()} above {bar}"
+
+
+def assert_no_worse(results, rivals, references, slack):
+    """Each error at most 1.1 times the rival's, plus `slack` of the reference's norm."""
+    for name, result, rival, reference in zip(QUANTITIES, results, rivals, references, strict=True):
+        bar = 1.1 * (rival - reference).norm() + slack * reference.norm()
+        assert (result - reference).norm() <= bar, f"{name}: {(result - reference).norm()} above {bar}"
+
+
+class LiveTensors(TorchDispatchMode):
+    """While active: the most elements any one tensor has, and the most bytes alive at a time of those made within."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest_numel = self.live_bytes = self.peak_bytes = 0
+        self._seen = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor)
+        return result
+
+    def _count(self, tensor):
+        self.largest_numel = max(self.largest_numel, tensor.numel())
+        storage = tensor.untyped_storage()
+        if storage not in self._seen:
+            self._seen.add(storage)
+            self.live_bytes += storage.nbytes()
+            self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+            weakref.finalize(storage, self._release, storage.nbytes())
+
+    def _release(self, nbytes):
+        self.live_bytes -= nbytes
+
+
+@pytest.mark.parametrize("pairs", PAIRS)
+def test_float64_equals_the_dense_loss_and_open_clips(pairs):
+    from open_clip.loss import ClipLoss
+
+    for width in WIDTHS:
+        image_BD, text_BD = make_pairs(pairs, width)
+        for scale in SCALES:
+            dense = dense_results(image_BD, text_BD, scale)
+            open_clip = dense_results(image_BD, text_BD, scale, loss_fn=ClipLoss())
+            for tile in {7, 50, pairs, 1024} if pairs > 7 else {1, 2, 1024}:
+                tiled = tiled_results(image_BD, text_BD, scale, "auto", tile)
+                assert_close(tiled, dense, relative=1e-10, floor=1e-14)
+                assert_close(tiled, open_clip, relative=1e-10, floor=1e-14)
+
+
+@pytest.mark.parametrize("tile", [16, 1024])
+@pytest.mark.parametrize("case", HARD_CASES)
+def test_float64_keeps_its_relative_precision(case, tile):
+    """Also near a loss of zero, where the reference keeps the diagonal apart as well."""
+    references = dense_results(*HARD_CASES[case], loss_fn=stable_dense_loss)
+    assert_close(references, dense_results(*HARD_CASES[case]), relative=1e-10, floor=1e-14)
+    assert_close(tiled_results(*HARD_CASES[case], "fp64", tile), references, relative=1e-11)
+
+
+@pytest.mark.parametrize("tile", [16, 50, 1024])
+@pytest.mark.parametrize("case", HARD_CASES)
+def test_float32_is_as_exact_as_dense_float32(case, tile):
+    image_BD, text_BD, scale = *(side_BD.float() for side_BD in HARD_CASES[case][:2]), HARD_CASES[case][2]
+    references = dense_results(image_BD.double(), text_BD.double(), scale, loss_fn=stable_dense_loss)
+    tiled = tiled_results(image_BD, text_BD, scale, "auto", tile)
+    assert_no_worse(tiled, dense_results(image_BD, text_BD, scale, dtype=torch.float32), references, slack=1e-6)
+    if case.startswith("loss"):
+        assert_close(tiled, references, relative=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("case", HARD_CASES)
+def test_half_precision_costs_no_more_than_rounding_the_operands(case, precision):
+    """Slack 1e-4 for float32 logits, statistics and sums (of logits up to 600), a fifth of fp16's rounding."""
+    references = dense_results(*HARD_CASES[case], loss_fn=stable_dense_loss)
+    rivals = rounded_results(*HARD_CASES[case], precision)
+    for tile in (16, 50, 1024):
+        tiled = tiled_results(*HARD_CASES[case], precision, tile)
+        assert_no_worse(tiled, rivals, references, slack=1e-4)
+        assert_close(tiled, rivals, relative=1e-4)
+
+
+def test_no_tensor_is_larger_than_a_tile_or_an_input():
+    image_BD, text_BD = (side_BD.float() for side_BD in make_pairs(300, 5))
+    with LiveTensors() as tiled:
+        contrastive_grads(image_BD, text_BD, 14.3, tile=32)
+    assert tiled.largest_numel <= max(image_BD.numel(), 32 * 32)
+    with LiveTensors() as dense:
+        dense_contrastive_loss(image_BD, text_BD, 14.3)
+    assert dense.largest_numel == 300 * 300, "the check sees a dense matrix"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_same_inputs_same_bits(precision):
+    image_BD, text_BD = make_pairs(127, 32)
+    first, second = (tiled_results(image_BD, text_BD, 14.3, precision, 50) for _ in range(2))
+    assert all(a.equal(b) for a, b in zip(first, second, strict=True))
+
+
+def test_products_are_exact_whatever_the_process_has_set():
+    """Autocast or a lower float32 precision around the loss changes nothing, and is as it was afterwards."""
+    image_BD, text_BD = (side_BD.float() for side_BD in make_pairs(65, 32))
+    plain = tiled_results(image_BD, text_BD, 14.3, "fp32", 16)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            wrapped = tiled_results(image_BD, text_BD, 14.3, "fp32", 16)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert all(a.equal(b) for a, b in zip(plain, wrapped, strict=True))
+
+
+@pytest.mark.parametrize("pairs", [1, 3, 127])
+def test_accuracy_is_that_of_the_largest_logit(pairs):
+    image_BD, text_BD = make_pairs(pairs, 5, noise=2.0)
+    grads = contrastive_grads(image_BD, text_BD, 14.3, tile=50)
+    logits_BB, right_B = image_BD @ text_BD.T, torch.arange(pairs)
+    assert grads.image_accuracy == (logits_BB.argmax(1) == right_B).double().mean()
+    assert grads.text_accuracy == (logits_BB.argmax(0) == right_B).double().mean()
+
+
+def test_identical_pairs_are_all_missed():
+    ones_BD = torch.ones(4, 8) / 8**0.5
+    grads = contrastive_grads(ones_BD, ones_BD, 14.3)
+    assert (grads.image_accuracy, grads.text_accuracy) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(0, 3), (3, 0), (0, 0)])
+def test_a_block_may_be_empty(rows, columns):
+    image_MD, text_ND = torch.randn(rows, 4), torch.randn(columns, 4)
+    partials = logsumexp_block(image_MD, text_ND, 1.0, diagonal=False, precision="fp32")
+    for partial in partials:
+        assert partial.max.eq(-torch.inf).all()
+        assert partial.sum.eq(0).all()
+        assert partial.loss().eq(0).all()
+    softmaxes = [partial.softmax() for partial in partials]
+    d_image_MD = torch.zeros(rows, 4)
+    d_text_ND, d_scale = gradient_block(
+        image_MD, text_ND, 1.0, *softmaxes, d_image_MD, diagonal=False, precision="fp32"
+    )
+    assert d_image_MD.equal(torch.zeros(rows, 4))
+    assert d_text_ND.equal(torch.zeros(columns, 4))
+    assert d_scale == 0
+
+
+def test_partials_merge_whatever_has_been_seen():
+    """Values -inf, ordinary and far apart: column after column, the merged sum is that of the whole row."""
+    logits_RN = torch.tensor([[-500.0, 500.0, 1.0], [-torch.inf, 3.0, 4.0], [-torch.inf] * 3], dtype=torch.float64)
+    merged = Partial.empty(3, logits_RN)
+    for column_R in logits_RN.T:
+        merged = merged.merge(Partial(column_R, column_R.isfinite().double(), torch.zeros_like(column_R)))
+    torch.testing.assert_close(merged.max + merged.sum.log(), logits_RN.logsumexp(1), rtol=1e-14, atol=0)
+
+
+def test_auto_precision_and_its_alternatives():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert resolve_precision("auto", cuda, torch.float32) == "fp16"
+    assert resolve_precision("auto", cpu, torch.bfloat16) == "fp32"
+    assert resolve_precision("auto", cuda, torch.float64) == "fp64"
+    assert resolve_precision("tf32", cuda, torch.float32) == "tf32"
+    with pytest.raises(ValueError, match=r"'fp8' is unknown: choose one of auto, fp16"):
+        resolve_precision("fp8", cuda, torch.float32)
+    with pytest.raises(ValueError, match=r"'tf32' exists only on CUDA.*cpu: choose 'fp32'"):
+        resolve_precision("tf32", cpu, torch.float32)

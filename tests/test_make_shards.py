@@ -1,0 +1,345 @@
+"""data_tools/make_shards.py."""
+
+import csv
+import importlib.util
+import io
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset as wds
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+TOOL = ROOT / "data_tools" / "make_shards.py"
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("make_shards", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["make_shards"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def picture(kind: str = "JPEG", seed: int = 0, size: tuple[int, int] = (20, 16)) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format=kind)
+    return buffer.getvalue()
+
+
+def read(folder: Path, prefix: str = "train") -> list[dict]:
+    samples = []
+    for path in sorted(folder.glob(f"{prefix}-*.tar")):
+        samples += list(wds.WebDataset(str(path), shardshuffle=False))
+    return samples
+
+
+def refused(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "refused.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def causes(folder: Path) -> dict[str, int]:
+    return dict(Counter(row["cause"] for row in refused(folder)))
+
+
+def one_error_line(capsys) -> str:
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("make_shards.py: error: ")
+    return lines[0]
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """Nine good pictures pic0.jpg ... pic8.jpg in tmp_path/pics."""
+    folder = tmp_path / "pics"
+    folder.mkdir()
+    for index in range(9):
+        (folder / f"pic{index}.jpg").write_bytes(picture(seed=index))
+    return folder
+
+
+def write_csv(path: Path, header: list[str], rows: list[list], delimiter: str = ",") -> Path:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file, delimiter=delimiter).writerows([header, *rows])
+    return path
+
+
+# --- lists ------------------------------------------------------------------------------------------------------------
+
+
+def test_csv_to_shards_and_back(tool, pictures, tmp_path, capsys):
+    (pictures / "pic1.jpg").write_bytes(picture("PNG", seed=1))  # the name lies: extension goes by the bytes
+    (pictures / "pic2.jpg").write_bytes(picture("WEBP", seed=2))
+    rows = [[f"caption, {index}", f"pics/pic{index}.jpg", index * 10] for index in range(8)]
+    rows.append(["zwölf\nZeilen", str(pictures / "pic8.jpg"), -1])  # absolute path, quoted line break
+    source = write_csv(tmp_path / "list.csv", ["caption", "filepath", "label"], rows)
+    out = tmp_path / "out"
+    command = [str(source), "--output", str(out), "--samples-per-shard", "4", "--label-key", "label", "--workers", "3"]
+    assert tool.main(command) == 0
+    assert "9 samples in 3 shards, train-0000.tar to train-0002.tar" in capsys.readouterr().out
+    assert refused(out) == []
+
+    samples = read(out)
+    assert [sample["__key__"] for sample in samples] == [f"{index:09d}" for index in range(9)]
+    order = [json.loads(sample["json"])["filepath"] for sample in samples]
+    assert order != [row[1] for row in rows]  # shuffled
+    by_path = {json.loads(sample["json"])["filepath"]: sample for sample in samples}
+    for index, (caption, path, label) in enumerate(rows):
+        sample = by_path[path]
+        extension = {1: "png", 2: "webp"}.get(index, "jpg")
+        assert {name for name in sample if not name.startswith("__")} == {extension, "txt", "cls", "json"}
+        assert sample[extension] == (pictures / f"pic{index}.jpg").read_bytes()
+        assert sample["txt"].decode() == caption
+        assert int(sample["cls"]) == label
+        assert json.loads(sample["json"]) == {"key": sample["__key__"], "filepath": path, "width": 20, "height": 16}
+
+
+def test_order_follows_the_seed_and_not_the_threads(tool, pictures, tmp_path):
+    source = write_csv(
+        tmp_path / "list.csv", ["filepath", "caption"], [[f"pics/pic{i}.jpg", f"c{i}"] for i in range(9)]
+    )
+
+    def build(name: str, *options: str) -> tuple[bytes, list[bytes]]:
+        assert tool.main([str(source), "--output", str(tmp_path / name), *options]) == 0
+        return (tmp_path / name / "train-0000.tar").read_bytes(), [s["txt"] for s in read(tmp_path / name)]
+
+    first, order = build("a", "--workers=1")
+    assert build("b", "--workers=5")[0] == first
+    assert build("c", "--seed=1")[1] != order
+    assert build("d", "--no-shuffle")[1] == [f"c{i}".encode() for i in range(9)]
+
+
+@pytest.mark.parametrize("form", ["tsv", "jsonl", "headless", "first two", "keys", "bom"])
+def test_other_forms_of_lists(tool, pictures, tmp_path, form):
+    rows = [[f"pics/pic{index}.jpg", f"caption {index}"] for index in range(3)]
+    source, options = tmp_path / "list.csv", []
+    if form == "tsv":
+        source = write_csv(tmp_path / "list.tsv", ["filepath", "caption"], rows, delimiter="\t")
+    elif form == "jsonl":
+        source = tmp_path / "list.jsonl"
+        source.write_text("".join(json.dumps({"caption": c, "filepath": p, "n": 1}) + "\n\n" for p, c in rows))
+    elif form == "headless":
+        write_csv(source, rows[0], rows[1:])
+    elif form == "first two":
+        write_csv(source, ["picture", "words", "more"], [[*row, "x"] for row in rows])
+    elif form == "keys":
+        write_csv(source, ["text", "filepath", "img"], [[c, "wrong.jpg", p] for p, c in rows])
+        options = ["--image-key", "img", "--caption-key", "text"]
+    elif form == "bom":
+        source.write_text("filepath,caption\n" + "".join(f"{p},{c}\n" for p, c in rows), encoding="utf-8-sig")
+    assert tool.main([str(source), "--output", str(tmp_path / "out"), "--no-shuffle", *options]) == 0
+    assert [sample["txt"].decode() for sample in read(tmp_path / "out")] == [caption for _, caption in rows]
+
+
+def test_refusals_are_counted_by_cause_and_listed(tool, pictures, tmp_path, capsys):
+    good = picture(seed=3)
+    (pictures / "cut.jpg").write_bytes(good[: len(good) // 2])
+    (pictures / "cut.png").write_bytes(picture("PNG")[:400])
+    (pictures / "head.webp").write_bytes(picture("WEBP")[:40])
+    (pictures / "soi.jpg").write_bytes(b"\xff\xd8\xff")
+    (pictures / "text.jpg").write_text("<html>404</html>")
+    (pictures / "empty.jpg").write_bytes(b"")
+    (pictures / "moving.gif").write_bytes(picture("GIF"))
+    (pictures / "huge.png").write_bytes(picture("PNG", size=(120, 90)))
+    (pictures / "folder.jpg").mkdir()
+    lines = [
+        b"filepath,caption,label",
+        b"pics/pic0.jpg,good,1",
+        b"pics/pic0.jpg,good,1",  # the same row again
+        b"pics/pic0.jpg,another caption of the same picture,1",
+        b"pics/gone.jpg,x,1",
+        b"pics/pic1.jpg,   ,1",
+        b"pics/pic1.jpg,caf\xe9,1",
+        b"pics/pic1.jpg,x,first",
+        b"pics/pic1.jpg,x,1,surplus",
+        b'pics/pic1.jpg,"x"y,1',
+        b",x,1",
+        *(f"pics/{name},x,1".encode() for name in ("cut.jpg", "cut.png", "head.webp", "soi.jpg")),
+        *(f"pics/{name},x,1".encode() for name in ("text.jpg", "empty.jpg", "moving.gif", "huge.png", "folder.jpg")),
+        b"pics/pic2.jpg,caf\xc3\xa9,2",
+    ]
+    (tmp_path / "list.csv").write_bytes(b"\n".join(lines))
+    out = tmp_path / "out"
+    command = [
+        str(tmp_path / "list.csv"),
+        "--output",
+        str(out),
+        "--label-key=label",
+        "--max-pixels=10000",
+        "--no-shuffle",
+    ]
+    assert tool.main(command) == 0
+    expected = {
+        "duplicate row": 1,
+        "missing file": 1,
+        "empty caption": 1,
+        "caption not UTF-8": 1,
+        "label not an integer": 1,
+        "broken row": 2,
+        "empty path": 1,
+        "broken image": 4,
+        "unknown format": 3,
+        "too large": 1,
+        "unreadable file": 1,
+    }
+    assert causes(out) == expected
+    assert [sample["txt"].decode() for sample in read(out)] == ["good", "another caption of the same picture", "café"]
+    table = capsys.readouterr().out
+    for cause, count in expected.items():
+        row = next(line for line in table.splitlines() if f"refused: {cause} " in line)
+        assert f" {count} " in row
+    row = next(row for row in refused(out) if row["cause"] == "too large")
+    assert row["prefix"] == "train"
+    assert row["path"] == "pics/huge.png"
+    assert row["place"] == "line 19"
+    assert "120 x 90" in row["detail"]
+
+
+def test_broken_json_lines(tool, pictures, tmp_path):
+    lines = [
+        '{"filepath": "pics/pic0.jpg", "caption": "good"}',
+        "{not json",
+        "[1, 2]",
+        '{"filepath": "pics/pic1.jpg"}',
+        '{"filepath": "pics/pic1.jpg", "caption": 5}',
+        '{"filepath": "pics/pic1.jpg", "caption": "\\ud800"}',
+        "[" * 100_000,
+    ]
+    (tmp_path / "list.jsonl").write_text("\n".join(lines))
+    assert tool.main([str(tmp_path / "list.jsonl"), "--output", str(tmp_path / "out")]) == 0
+    assert causes(tmp_path / "out") == {"broken row": 5, "caption not UTF-8": 1}
+    assert len(read(tmp_path / "out")) == 1
+
+
+def test_an_unbalanced_quote_is_reported_with_the_lines_it_took(tool, pictures, tmp_path):
+    lines = ["filepath\tcaption", "pics/pic0.jpg\tgood"]
+    lines += ['pics/pic1.jpg\t"Nice', "pics/pic2.jpg\tx", 'pics/pic3.jpg\tis "it" now', "pics/pic4.jpg\tgood"]
+    (tmp_path / "list.tsv").write_text("\n".join(lines))
+    assert tool.main([str(tmp_path / "list.tsv"), "--output", str(tmp_path / "out")]) == 0
+    assert [row["place"] for row in refused(tmp_path / "out")] == ["lines 3-5"]
+    assert len(read(tmp_path / "out")) == 2
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+
+def test_folder_with_captions_beside(tool, tmp_path):
+    source = tmp_path / "tree"
+    for name in ("a/one.jpg", "a/b/two.PNG", "three.webp", "c.d/four.x.jpeg"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes(picture({"PNG": "PNG", "webp": "WEBP"}.get(name.split(".")[-1], "JPEG")))
+        (source / name).with_suffix(".txt").write_text(f"  caption of {name}\n")
+    (source / "a" / "one.png").write_bytes(picture("PNG"))  # a second picture for one.txt
+    (source / "alone.jpg").write_bytes(picture())
+    (source / "orphan.txt").write_text("no picture")
+    (source / "blank.jpg").write_bytes(picture())
+    (source / "blank.txt").write_text(" \n")
+    (source / "latin.jpg").write_bytes(picture())
+    (source / "latin.txt").write_bytes(b"caf\xe9")
+    (source / "notes.md").write_text("ignored")
+    (source / ".hidden.jpg").write_bytes(b"ignored")
+    (source / "a" / "loop").symlink_to(source)
+    out = source / "shards"  # inside the source, as people do
+    for _ in range(2):
+        assert tool.main([str(source), "--output", str(out), "--prefix", "validation", "--overwrite"]) == 0
+        expected = {
+            "duplicate key": 1,
+            "no caption file": 1,
+            "missing file": 1,
+            "empty caption": 1,
+            "caption not UTF-8": 1,
+        }
+        assert causes(out) == expected
+        found = {json.loads(s["json"])["filepath"]: s["txt"].decode() for s in read(out, "validation")}
+        assert found == {
+            name: f"caption of {name}" for name in ("a/one.jpg", "a/b/two.PNG", "three.webp", "c.d/four.x.jpeg")
+        }
+    assert sorted(path.name for path in out.iterdir()) == ["refused.jsonl", "validation-0000.tar"]
+
+
+# --- wrong input: one line, exit status 2 -----------------------------------------------------------------------------
+
+
+def test_wrong_input_is_one_line_and_status_2(tool, pictures, tmp_path, capsys):
+    output = ["--output", str(tmp_path / "out")]
+    source = write_csv(tmp_path / "list.csv", ["filepath", "words"], [["pics/pic0.jpg", "x"]])
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "one.csv").write_text("a column\nvalue\n")
+    (tmp_path / "list.parquet").write_text("PAR1")
+    for arguments, message in [
+        ([str(tmp_path / "gone.csv")], "does not exist"),
+        ([str(tmp_path / "list.parquet")], "neither a folder nor a list ending in .csv"),
+        ([str(tmp_path / "empty.csv")], "is empty"),
+        ([str(tmp_path / "empty.jsonl")], "holds no JSON object"),
+        ([str(tmp_path / "one.csv")], "the one column 'a column'"),
+        ([str(source), "--caption-key", "text"], "has no column 'text' (it has 'filepath', 'words')"),
+        ([str(source), "--label-key", "label"], "has no column 'label'"),
+        ([str(pictures), "--image-key", "x"], "are for lists"),
+        ([str(source), "--prefix", "a/b"], "must be a plain file name"),
+    ]:
+        assert tool.main(arguments + output) == 2, arguments
+        assert message in one_error_line(capsys)
+    assert tool.main([str(source), "--output", str(source)]) == 2
+    assert "is a file" in one_error_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_existing_shards_are_kept_unless_overwrite(tool, pictures, tmp_path, capsys):
+    source = write_csv(tmp_path / "list.csv", ["filepath", "caption"], [[f"pics/pic{i}.jpg", "x"] for i in range(9)])
+    out = tmp_path / "out"
+    command = [str(source), "--output", str(out)]
+    assert tool.main([*command, "--samples-per-shard=3"]) == 0
+    assert tool.main([*command, "--prefix=train-b"]) == 0  # another prefix is no conflict
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    capsys.readouterr()
+    assert tool.main(command) == 2
+    assert "already holds 3 shards train-*.tar" in one_error_line(capsys)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+    # Nothing usable: the old shards stay even under --overwrite.
+    bad = write_csv(tmp_path / "bad.csv", ["filepath", "caption"], [["gone.jpg", "x"], ["pics/pic0.jpg", ""]])
+    assert tool.main([str(bad), "--output", str(out), "--overwrite"]) == 2
+    printed = capsys.readouterr()
+    assert "no usable sample" in printed.err
+    assert "refused: missing file" in printed.out
+    assert len(read(out)) == 9 + 9  # train and train-b
+    assert causes(out) == {"missing file": 1, "empty caption": 1}
+
+    assert tool.main([*command, "--overwrite", "--samples-per-shard=5"]) == 0
+    assert sorted(path.name for path in out.iterdir()) == [
+        "refused.jsonl",
+        "train-0000.tar",
+        "train-0001.tar",
+        "train-b-0000.tar",
+    ]
+    assert refused(out) == []
+
+
+def test_refusals_of_other_prefixes_stay_listed(tool, pictures, tmp_path):
+    for prefix, row in (("train", ["gone.jpg", "x"]), ("test", ["pics/pic1.jpg", ""])):
+        source = write_csv(tmp_path / "list.csv", ["filepath", "caption"], [["pics/pic0.jpg", "x"], row])
+        assert tool.main([str(source), "--output", str(tmp_path / "out"), "--prefix", prefix]) == 0
+    listed = [(row["prefix"], row["path"], row["cause"]) for row in refused(tmp_path / "out")]
+    assert listed == [("train", "gone.jpg", "missing file"), ("test", "pics/pic1.jpg", "empty caption")]
+
+
+def test_as_a_command(pictures, tmp_path):
+    source = write_csv(tmp_path / "list.csv", ["filepath", "caption"], [["pics/pic0.jpg", "x"], ["pics/pic1.jpg", "y"]])
+    command = [sys.executable, str(TOOL)]
+    done = subprocess.run([*command, str(source), "--output", str(tmp_path / "out")], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.strip()) == (0, "")
+    assert "2 samples in train-0000.tar" in done.stdout
+    done = subprocess.run([*command, str(source), "--output", str(tmp_path / "out")], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    done = subprocess.run([*command, "--help"], capture_output=True, text=True)
+    assert "python data_tools/make_shards.py captions.csv --output shards" in done.stdout
