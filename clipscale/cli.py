@@ -74,6 +74,8 @@ def _command(commands: argparse._SubParsersAction, name: str, what: str, example
 
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
+    # Decode threads share the cores with OpenMP's workers; those must sleep while they wait, not spin. Before torch.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         if arguments.command == "train":
             return _train(arguments)

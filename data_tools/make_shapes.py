@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from clipscale.config import UserError
 from clipscale.data.shapes import make_shapes
 
 EXAMPLES = """\
@@ -76,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
                 bar.update(task, completed=done, total=total)
 
             make_shapes(folder, **arguments, progress=progress)
-    except (ValueError, OSError) as error:
+    except UserError as error:
         print(f"make_shapes.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

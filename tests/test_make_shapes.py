@@ -1,4 +1,4 @@
-"""clipscale/data/shapes.py, clipscale/data/shard_writer.py and data_tools/make_shapes.py."""
+"""clipscale/data/shapes.py, shape_pictures.py, shard_writer.py and data_tools/make_shapes.py."""
 
 import hashlib
 import importlib.util
@@ -15,8 +15,10 @@ import pytest
 import webdataset as wds
 from PIL import Image
 
-from clipscale.data import shapes
-from clipscale.data.shapes import CLASS_NAMES, CLASSES, COLOURS, HELD_OUT, SEEN, SHAPES, draw_attributes, make_shapes
+from clipscale.config import UserError
+from clipscale.data import shape_pictures, shapes
+from clipscale.data.shape_pictures import CLASS_NAMES, CLASSES, COLOURS, HELD_OUT, SEEN, SHAPES, draw_attributes
+from clipscale.data.shapes import make_shapes
 from clipscale.data.shard_writer import ShardWriter, shard_sizes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,7 +69,7 @@ def test_files_counts_and_members(small):
         "unseen.txt",
         "validation-0000.tar",
     ]
-    train, validation, test = (read_shards(small, split) for split in shapes.SPLITS)
+    train, validation, test = (read_shards(small, split) for split in shape_pictures.SPLITS)
     assert [len(train), len(validation), len(test)] == [300, 40, 128]
     assert [sample["__key__"] for sample in train] == [f"{index:09d}" for index in range(300)]
     for sample in train + validation:
@@ -120,15 +122,15 @@ def test_equal_arguments_give_equal_bytes_in_another_process(small, tmp_path):
 
 
 def test_pictures_do_not_depend_on_the_batch_and_differ_by_seed_and_split():
-    whole = shapes.render(draw_attributes(3, "train", 0, 50), 32)
-    pieces = [shapes.render(draw_attributes(3, "train", first, 7), 32) for first in range(0, 49, 7)]
+    whole = shape_pictures.render(draw_attributes(3, "train", 0, 50), 32)
+    pieces = [shape_pictures.render(draw_attributes(3, "train", first, 7), 32) for first in range(0, 49, 7)]
     np.testing.assert_array_equal(whole[:49], np.concatenate(pieces))
     assert (
-        shapes.captions(draw_attributes(3, "train", 20, 2))
-        == shapes.captions(draw_attributes(3, "train", 0, 50))[20:22]
+        shape_pictures.captions(draw_attributes(3, "train", 20, 2))
+        == shape_pictures.captions(draw_attributes(3, "train", 0, 50))[20:22]
     )
     for other in (draw_attributes(4, "train", 0, 50), draw_attributes(3, "validation", 0, 50)):
-        assert (shapes.render(other, 32) != whole).any(axis=(1, 2, 3)).all()
+        assert (shape_pictures.render(other, 32) != whole).any(axis=(1, 2, 3)).all()
 
 
 def test_pixels_and_captions_are_those_of_version_1():
@@ -137,8 +139,8 @@ def test_pixels_and_captions_are_those_of_version_1():
     digest = hashlib.sha256()
     for split in ("train", "test"):
         attributes = draw_attributes(11, split, 0, 2000)
-        digest.update(shapes.render(attributes, 32).tobytes())
-        digest.update("\n".join(shapes.captions(attributes)).encode())
+        digest.update(shape_pictures.render(attributes, 32).tobytes())
+        digest.update("\n".join(shape_pictures.captions(attributes)).encode())
     assert digest.hexdigest().startswith("377ad8316ec2fea7")
 
 
@@ -146,7 +148,7 @@ def test_png(tmp_path):
     arguments = {"train_samples": 4, "validation_samples": 2, "test_samples": 2, "shards": 1, "image_size": 40}
     folder = make_shapes(tmp_path / "png", image_format="png", seed=5, **arguments)
     pixels = [np.asarray(Image.open(io.BytesIO(sample["png"]))) for sample in read_shards(folder, "train")]
-    np.testing.assert_array_equal(np.stack(pixels), shapes.render(draw_attributes(5, "train", 0, 4), 40))
+    np.testing.assert_array_equal(np.stack(pixels), shape_pictures.render(draw_attributes(5, "train", 0, 4), 40))
 
 
 def test_shuffled_captions_change_places_and_nothing_else(small, tmp_path):
@@ -173,9 +175,9 @@ def test_a_finished_set_is_left_alone(small):
 
 
 def test_other_arguments_are_refused_by_name(small):
-    with pytest.raises(ValueError, match=r"seed 0 there, 1 asked for.*another folder"):
+    with pytest.raises(UserError, match=r"seed 0 there, 1 asked for.*another folder"):
         make_shapes(small, **SMALL, seed=1)
-    with pytest.raises(ValueError, match="train_samples 300 there, 301 asked for"):
+    with pytest.raises(UserError, match="train_samples 300 there, 301 asked for"):
         make_shapes(small, **{**SMALL, "train_samples": 301})
 
 
@@ -184,7 +186,7 @@ def test_other_arguments_are_refused_by_name(small):
     [("train_samples", 0), ("shards", 301), ("image_size", 8), ("seed", -1), ("image_format", "gif"), ("shards", 0)],
 )
 def test_bad_arguments_name_themselves(tmp_path, name, value):
-    with pytest.raises(ValueError, match=f"{name} is '?{value}"):
+    with pytest.raises(UserError, match=f"{name} is '?{value}"):
         make_shapes(tmp_path / "set", **{**SMALL, name: value})
     assert list(tmp_path.iterdir()) == []
 
@@ -214,10 +216,10 @@ def test_an_interrupted_build_leaves_nothing_and_is_rebuilt(small, tmp_path):
 
 def test_foreign_files_are_never_removed(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match=r"thesis\.tex.*new or empty folder"):
+    with pytest.raises(UserError, match=r"thesis\.tex.*new or empty folder"):
         make_shapes(tmp_path, **SMALL)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-    with pytest.raises(ValueError, match="is a file"):
+    with pytest.raises(UserError, match="is a file"):
         make_shapes(tmp_path / "thesis.tex", **SMALL)
 
 
@@ -237,8 +239,11 @@ def test_several_processes_at_once(small, tmp_path):
 
 def test_the_shape_has_the_named_colour_and_stands_out():
     attributes = draw_attributes(1, "test", 0, 1280)
-    pixels, inside = shapes.render(attributes, 32).astype(np.float64), shapes.coverage(attributes, 32) == 1
-    outside = shapes.coverage(attributes, 32) == 0
+    pixels, inside = (
+        shape_pictures.render(attributes, 32).astype(np.float64),
+        shape_pictures.coverage(attributes, 32) == 1,
+    )
+    outside = shape_pictures.coverage(attributes, 32) == 0
     assert (inside.sum(axis=(1, 2)) >= 8).all()  # even small crescents have a body
     mean = (pixels * inside[..., None]).sum(axis=(1, 2)) / inside.sum(axis=(1, 2))[:, None]
     around = (pixels * outside[..., None]).sum(axis=(1, 2)) / outside.sum(axis=(1, 2))[:, None]
@@ -250,12 +255,12 @@ def test_the_shape_has_the_named_colour_and_stands_out():
 
 
 def test_shapes_differ_and_are_never_cut():
-    inside = shapes.coverage(draw_attributes(2, "test", 0, 1280), 128)
+    inside = shape_pictures.coverage(draw_attributes(2, "test", 0, 1280), 128)
     border = np.concatenate([inside[:, 0], inside[:, -1], inside[:, :, 0], inside[:, :, -1]], axis=1)
     assert border.max() == 0
     # Silhouettes brought to one place and scale: two of a kind overlap more than two of different kinds.
     upright = {
-        name: shapes._DISTANCES[name](*np.meshgrid(np.linspace(-1.1, 1.1, 64), np.linspace(1.1, -1.1, 64))) < 0
+        name: shape_pictures._DISTANCES[name](*np.meshgrid(np.linspace(-1.1, 1.1, 64), np.linspace(1.1, -1.1, 64))) < 0
         for name in SHAPES
     }
     for first in SHAPES:
@@ -266,7 +271,7 @@ def test_shapes_differ_and_are_never_cut():
 
 def test_positions_and_sizes_are_where_the_words_say():
     attributes = draw_attributes(6, "train", 0, 2000)
-    inside = shapes.coverage(attributes, 64) > 0.5
+    inside = shape_pictures.coverage(attributes, 64) > 0.5
     axis = (np.arange(64) + 0.5) / 64
 
     def middle(occupied: np.ndarray) -> np.ndarray:
@@ -274,7 +279,7 @@ def test_positions_and_sizes_are_where_the_words_say():
         return np.array([(axis[line].min() + axis[line].max()) / 2 for line in occupied])
 
     column, row = middle(inside.any(axis=1)), middle(inside.any(axis=2))
-    for number, ((right, down), names) in enumerate(shapes.POSITIONS):
+    for number, ((right, down), names) in enumerate(shape_pictures.POSITIONS):
         chosen = attributes.position == number
         for direction, centre, low, high in ((right, column, "left", "right"), (down, row, "top", "bottom")):
             moved = centre[chosen] - 0.5
@@ -289,7 +294,7 @@ def test_positions_and_sizes_are_where_the_words_say():
 
 def test_captions_name_colour_and_shape_in_varied_wording():
     attributes = draw_attributes(0, "train", 0, 4000)
-    own = shapes.captions(attributes)
+    own = shape_pictures.captions(attributes)
     forms = set()
     for label, text in zip(attributes.label, own, strict=True):
         colour, shape = CLASSES[label]
@@ -298,7 +303,7 @@ def test_captions_name_colour_and_shape_in_varied_wording():
         assert (f"an {colour}" in text) <= (colour == "orange"), text
         assert f"a {colour}" not in text or colour != "orange", text
         forms.add(text.replace(colour, "C").replace(shape, "S").replace("an C", "a C"))
-    assert len(shapes.CAPTIONS) >= 12
+    assert len(shape_pictures.CAPTIONS) >= 12
     assert len(forms) > 300
     assert len(set(own)) > 1500
     assert 0.2 < np.mean([text.endswith(("paper", "ground", "gray", "dark", "sand")) for text in own]) < 0.5

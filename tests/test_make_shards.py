@@ -1,4 +1,4 @@
-"""data_tools/make_shards.py."""
+"""data_tools/make_shards.py and clipscale/data/shard_inputs.py."""
 
 import csv
 import importlib.util
@@ -185,9 +185,9 @@ def test_refusals_are_counted_by_cause_and_listed(tool, pictures, tmp_path, caps
         "label not an integer": 1,
         "broken row": 2,
         "empty path": 1,
-        "broken image": 4,
-        "unknown format": 3,
-        "too large": 1,
+        "broken picture": 4,
+        "not JPEG, PNG or WebP": 3,
+        "too many pixels": 1,
         "unreadable file": 1,
     }
     assert causes(out) == expected
@@ -196,7 +196,7 @@ def test_refusals_are_counted_by_cause_and_listed(tool, pictures, tmp_path, caps
     for cause, count in expected.items():
         row = next(line for line in table.splitlines() if f"refused: {cause} " in line)
         assert f" {count} " in row
-    row = next(row for row in refused(out) if row["cause"] == "too large")
+    row = next(row for row in refused(out) if row["cause"] == "too many pixels")
     assert row["prefix"] == "train"
     assert row["path"] == "pics/huge.png"
     assert row["place"] == "line 19"
@@ -226,6 +226,17 @@ def test_an_unbalanced_quote_is_reported_with_the_lines_it_took(tool, pictures, 
     assert tool.main([str(tmp_path / "list.tsv"), "--output", str(tmp_path / "out")]) == 0
     assert [row["place"] for row in refused(tmp_path / "out")] == ["lines 3-5"]
     assert len(read(tmp_path / "out")) == 2
+
+
+def test_a_picture_that_training_would_mask_is_refused(tool, pictures, tmp_path):
+    """Pillow opens this damaged JPEG without complaint, the loader's strict decoder does not."""
+    data = (pictures / "pic0.jpg").read_bytes()
+    data = data[:-40] + b"\xff\xd0" + data[-38:]
+    Image.open(io.BytesIO(data)).load()
+    (pictures / "pic0.jpg").write_bytes(data)
+    source = write_csv(tmp_path / "list.csv", ["filepath", "caption"], [[f"pics/pic{i}.jpg", "x"] for i in range(2)])
+    assert tool.main([str(source), "--output", str(tmp_path / "out")]) == 0
+    assert causes(tmp_path / "out") == {"broken picture": 1}
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------
@@ -341,5 +352,10 @@ def test_as_a_command(pictures, tmp_path):
     done = subprocess.run([*command, str(source), "--output", str(tmp_path / "out")], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    done = subprocess.run([*command, "--help"], capture_output=True, text=True)
-    assert "python data_tools/make_shards.py captions.csv --output shards" in done.stdout
+
+
+def test_help_shows_an_example(tool, capsys):
+    with pytest.raises(SystemExit) as stop:
+        tool.main(["--help"])
+    assert stop.value.code == 0
+    assert "python data_tools/make_shards.py captions.csv --output shards" in capsys.readouterr().out

@@ -79,7 +79,7 @@ def index_shard(path: str, index_dir: str | None = None, cache_dir: str | None =
     places = _sidecar_places(path, index_dir, cache_dir)
     for place in places:
         meta = _load_meta(place)
-        if meta is not None and all(meta[key] == value for key, value in stamp.items()):
+        if stamp.items() <= meta.items():
             return _shard(path, place, meta)
     return _build(path, places, stamp)
 
@@ -164,7 +164,7 @@ def _write(place: Path, meta: dict, table: Table) -> None:
     """Atomically: a reader sees the whole sidecar or none."""
     place.parent.mkdir(parents=True, exist_ok=True)
     arrays = {"image": table.image, "text": table.text, "label": table.label}
-    arrays["keys"] = np.frombuffer("\0".join(table.keys).encode(), np.uint8)
+    arrays["keys"] = np.frombuffer(json.dumps(table.keys).encode(), np.uint8)
     arrays["meta"] = np.frombuffer(json.dumps(meta).encode(), np.uint8)
     with tempfile.NamedTemporaryFile(dir=place.parent, prefix=f".{place.name}.", delete=False) as file:
         try:
@@ -176,20 +176,27 @@ def _write(place: Path, meta: dict, table: Table) -> None:
             raise
 
 
-def _load_meta(place: Path) -> dict | None:
+def _load_meta(place: Path) -> dict:
+    """Empty where there is no whole sidecar: it is built again."""
     try:
         with np.load(place, allow_pickle=False) as arrays:
-            return json.loads(arrays["meta"].tobytes())
-    except (OSError, ValueError, KeyError, EOFError):  # none there, or not whole: it is built again
-        return None
+            return dict(json.loads(arrays["meta"].tobytes()))
+    except Exception:  # damaged zip and npy headers raise kinds without number
+        return {}
 
 
 @lru_cache(maxsize=4096)
 def _load_table(sidecar: str, crc32: int) -> Table:
-    """`crc32` belongs to the cache's key, so that a rebuilt sidecar is loaded afresh."""
-    with np.load(sidecar, allow_pickle=False) as arrays:
-        keys = arrays["keys"].tobytes().decode().split("\0")
-        return Table(keys, arrays["image"], arrays["text"], arrays["label"])
+    try:
+        with np.load(sidecar, allow_pickle=False) as arrays:
+            found = json.loads(arrays["meta"].tobytes())["crc32"]
+            keys = json.loads(arrays["keys"].tobytes())
+            table = Table(keys, arrays["image"], arrays["text"], arrays["label"])
+    except Exception as error:  # damaged zip and npy headers raise kinds without number
+        raise OSError(f"index {sidecar!r} is damaged ({error}); delete it, the next run builds it again") from error
+    if found != crc32:
+        raise OSError(f"index {sidecar!r} was built again while this run was using it: the shard has changed")
+    return table
 
 
 def _shard(path: str, place: Path, meta: dict) -> Shard:

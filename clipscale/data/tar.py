@@ -6,8 +6,9 @@
         listing.cut               # '' or why the archive ends early: 'cut short at byte 81920, inside 000007.jpg'
 
 ustar, GNU long names ('L') and pax paths ('x') are read; directories, links and devices are passed over, as webdataset
-does; sparse members are left out (a 1.5 KB archive could claim 3 GiB). A bad header ends the listing: what follows it
-cannot be trusted. Format: POSIX.1-1988 ustar and pax (https://pubs.opengroup.org/onlinepubs/9699919799/utilities/pax.html).
+does. A bad header ends the listing, for what follows it cannot be trusted; so does a sparse member (a 1.5 KB archive
+could claim 3 GiB). Bytes after the end marker are reported: two archives in one file, or a hole full of zeros.
+Format: POSIX.1-1988 ustar and pax (https://pubs.opengroup.org/onlinepubs/9699919799/utilities/pax.html).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import NamedTuple
 
 _BLOCK = 512
 _MAX_METADATA_BYTES = 1 << 16
+_MAX_PADDING_BYTES = 1 << 20  # zeros after the end marker; GNU tar pads to 10 KiB, and to 1 MiB where it is asked to
 
 
 class Member(NamedTuple):
@@ -70,6 +72,9 @@ def _walk(tar: bytes | mmap.mmap) -> Iterator[Member]:
         if len(header) < _BLOCK:
             raise _Damaged(f"cut short at byte {position}: no end-of-archive marker")
         if header == bytes(_BLOCK):
+            padding = tar[position : position + _MAX_PADDING_BYTES + 1]
+            if len(padding) > _MAX_PADDING_BYTES or padding.strip(b"\0"):
+                raise _Damaged(f"{len(tar) - position} bytes follow the end-of-archive marker at byte {position}")
             return
         kind, size = header[156:157], _header_size(header, position)
         start = position + _BLOCK
@@ -78,11 +83,15 @@ def _walk(tar: bytes | mmap.mmap) -> Iterator[Member]:
                 raise _Damaged(f"{size} bytes of metadata at byte {position}")
             data = tar[start : start + size]
             if kind == b"L":
-                long_name = data.rstrip(b"\0").decode("utf-8", "replace")
+                long_name = _text(data.split(b"\0")[0])
             elif kind == b"x":
                 records = _pax_records(data, position)
                 long_name = records.get("path", long_name)
                 pax_size = int(records["size"]) if "size" in records else None
+        elif kind == b"S":
+            raise _sparse(position)
+        elif kind in b"123456":  # links, devices, folders: no data, whatever the size field says
+            size, long_name, pax_size = 0, None, None
         else:
             name, size = long_name or _header_name(header), size if pax_size is None else pax_size
             long_name = pax_size = None
@@ -102,7 +111,10 @@ def _header_size(header: bytes, position: int) -> int:
         field_bytes = header[124:136]
         if field_bytes[0] & 0x80:  # GNU base-256 for 8 GiB and above
             return int.from_bytes(field_bytes[1:], "big")
-        return int(field_bytes.split(b"\0")[0].strip() or b"0", 8)
+        size = int(field_bytes.split(b"\0")[0].strip() or b"0", 8)
+        if size < 0:
+            raise ValueError(f"a size of {size}")
+        return size
     except ValueError as error:
         raise _Damaged(f"bad tar header at byte {position}: {error}") from error
 
@@ -111,7 +123,7 @@ def _header_name(header: bytes) -> str:
     name = header[:100].split(b"\0")[0]
     if header[257:263] == b"ustar\0" and (prefix := header[345:500].split(b"\0")[0]):
         name = prefix + b"/" + name
-    return name.decode("utf-8", "replace")
+    return _text(name)
 
 
 def _pax_records(data: bytes, position: int) -> dict[str, str]:
@@ -119,13 +131,24 @@ def _pax_records(data: bytes, position: int) -> dict[str, str]:
     try:
         while data:
             length = int(data.split(b" ", 1)[0])
-            key, _, value = data[:length].split(b" ", 1)[1].rstrip(b"\n").partition(b"=")
-            records[key.decode()] = value.decode("utf-8", "replace")
             if length <= 0:
-                raise ValueError("a record of no length")
+                raise ValueError(f"a record of {length} bytes")
+            key, _, value = data[:length].split(b" ", 1)[1].removesuffix(b"\n").partition(b"=")
+            records[key.decode()] = _text(value)
             data = data[length:]
+        if int(records.get("size", 0)) < 0:
+            raise ValueError(f"a size of {records['size']}")
     except (ValueError, IndexError) as error:
         raise _Damaged(f"bad pax header at byte {position}: {error}") from error
     if any(key.startswith("GNU.sparse") for key in records):
-        raise _Damaged(f"sparse member at byte {position}: shards must hold plain files")
+        raise _sparse(position)
     return records
+
+
+def _sparse(position: int) -> _Damaged:
+    return _Damaged(f"sparse member at byte {position}: shards must hold plain files")
+
+
+def _text(name: bytes) -> str:
+    """Names that are no UTF-8 stay apart and printable: b'caf\\xe9' -> 'caf\\\\xe9'."""
+    return name.decode("utf-8", "backslashreplace")

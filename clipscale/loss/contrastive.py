@@ -125,7 +125,7 @@ class _ContrastiveLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_loss):
-        # Autograd is on here for create_graph only. (`once_differentiable` would pass a gradient penalty as a constant.)
+        # Autograd is on here for create_graph only. `once_differentiable` would make a gradient penalty a constant.
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "create_graph=True asks contrastive_loss for a second derivative, and it has a first one only: "

@@ -1,0 +1,175 @@
+"""Trainings in forked children that are SIGKILLed mid-step and resumed; run by test_resume.py as a process of its own.
+
+    python resume_harness.py FOLDER          # prints one JSON object: what each experiment found
+
+Forking after the imports makes a training cost a second instead of eight; it is safe because this process never
+computes anything itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import torch
+from shards import write_pairs
+
+from clipscale.config import load_config
+from clipscale.train import Trainer, train
+
+STEPS, BATCH, SAMPLES = 12, 8, 40  # 2.4 epochs
+CONFIG = """
+run: {{dir: {run}, log_every_steps: 1}}
+seed: 5
+model:
+  embed_dim: 16
+  vision: {{image_size: 16, patch_size: 4, width: 32, layers: 1, head_width: 16, patch_dropout: {dropout}}}
+  text: {{context_length: 12, width: 32, heads: 2, layers: 1}}
+data: {{sources: {{s: {{urls: "{urls}"}}}}, threads: 3, max_bad_fraction: 0.5}}
+train: {{global_batch: 8, samples: 96}}
+optim: {{lr: 1.0e-2, warmup_steps: 3, kind: {kind}}}
+gradcache: {{image_chunk: 3, text_chunk: 5}}
+checkpoint: {{every_steps: 2}}
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def train_rank(config_path: Path, rank: int, world: int, port: int, kill_at: int | None) -> None:
+    """One rank's training; at step `kill_at`, with the gradients computed and not yet applied, it kills itself."""
+    if world > 1:
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+        os.environ.update(address | {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)})
+    step, update = Trainer.step, Trainer._update
+    seen = open(config_path.with_name(f"seen-{rank}.jsonl"), "a")  # noqa: SIM115
+
+    def recorded_step(self, batch):
+        row = {"step": self.steps_done + 1, "slots": [list(pair) for pair in zip(batch.positions.tolist(), batch.keys, strict=True)]}
+        seen.write(json.dumps(row) + "\n")
+        seen.flush()
+        return step(self, batch)
+
+    def deadly_update(self):
+        if self.steps_done + 1 == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return update(self)
+
+    Trainer.step, Trainer._update = recorded_step, deadly_update
+    train(load_config([str(config_path)]))
+
+
+def run(config_path: Path, world: int = 1, kill_at: int | None = None) -> None:
+    """Fork the ranks and wait; SIGKILL is what must end them if `kill_at` is set, and nothing else may."""
+    port, children = free_port(), []
+    for rank in range(world):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                os.dup2(os.open(config_path.with_name("log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+                train_rank(config_path, rank, world, port, kill_at)
+                code = 0
+            except BaseException as error:
+                print(f"rank {rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            finally:
+                os._exit(code)
+        children.append(child)
+    wanted = 0 if kill_at is None else -signal.SIGKILL
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert codes == [wanted] * world, (codes, config_path.with_name("log").read_text())
+
+
+def outcome(config_path: Path) -> dict:
+    """Everything that must not depend on interruptions."""
+    folder = config_path.parent / "run"
+    checkpoint = folder / "checkpoints" / f"step-{STEPS:09}"
+    tensors = torch.load(checkpoint / "model.pt", weights_only=True)
+    optimizer = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    slots: dict[int, dict[int, str]] = {}  # step -> position -> key
+    consistent = True
+    for path in config_path.parent.glob("seen-*.jsonl"):
+        for row in map(json.loads, path.read_text().splitlines()):
+            for position, key in row["slots"]:
+                known = slots.setdefault(row["step"], {}).setdefault(position, key)
+                consistent &= known == key  # a step done again sees the same samples
+    return {
+        "tensors": tensors,
+        "optimizer": optimizer["state"],
+        "losses": [row["loss"] for row in rows],
+        "grad_norms": [row["grad_norm"] for row in rows],
+        "steps": [row["step"] for row in rows],
+        "masked": rows[-1]["masked_samples"],
+        "skipped": (folder / "skipped.jsonl").read_text(),
+        "slots": slots,
+        "consistent": consistent,
+    }
+
+
+def bitwise_equal(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(bitwise_equal(a[key], b[key]) for key in a)
+    return a == b
+
+
+def setup(folder: Path, urls: str, **changes) -> Path:
+    folder.mkdir()
+    settings = {"dropout": 0.3, "kind": "adamw", "run": folder / "run", "urls": urls} | changes
+    path = folder / "config.yaml"
+    path.write_text(CONFIG.format(**settings))
+    return path
+
+
+def main(folder: Path) -> None:
+    urls = write_pairs(folder / "data", shards=5, per_shard=SAMPLES // 5, size=20, broken={11})
+    report: dict = {"same_world": {}, "other_world": {}}
+
+    twin = setup(folder / "twin", urls)
+    run(twin)
+    wanted = outcome(twin)
+    report["masked"], report["steps"], report["keys"] = wanted["masked"], wanted["steps"], len(wanted["slots"])
+    report["distinct_keys"] = len({key for step in wanted["slots"].values() for key in step.values()})
+    for kill_at in range(1, STEPS + 1):
+        config = setup(folder / f"kill-{kill_at}", urls)
+        run(config, kill_at=kill_at)
+        run(config)
+        found = outcome(config)
+        report["same_world"][kill_at] = {key: bitwise_equal(found[key], wanted[key]) for key in wanted}
+
+    plain = {"dropout": 0.0, "kind": "sgd"}
+    steady = setup(folder / "steady", urls, **plain)
+    run(steady)
+    wanted = outcome(steady)
+    for name, before, after in (("1 to 2", 1, 2), ("2 to 1", 2, 1)):
+        config = setup(folder / name.replace(" ", "-"), urls, **plain)
+        run(config, world=before, kill_at=7)
+        run(config, world=after)
+        found = outcome(config)
+        report["other_world"][name] = {
+            "same_samples": found["slots"] == wanted["slots"] and found["consistent"],
+            "loss_error": max(abs(a - b) for a, b in zip(found["losses"], wanted["losses"], strict=True)),
+            "masked": found["masked"] == wanted["masked"],
+        }
+    other = setup(folder / "other-seed", urls, **plain)
+    other.write_text(other.read_text().replace("seed: 5", "seed: 6"))
+    run(other)
+    found = outcome(other)
+    report["control"] = {
+        "same_samples": found["slots"] == wanted["slots"],
+        "same_tensors": bitwise_equal(found["tensors"], wanted["tensors"]),
+    }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

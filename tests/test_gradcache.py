@@ -1,0 +1,226 @@
+"""Step parity: the gradient-cached, tiled step against the dense loss of the whole batch by plain autograd."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from clipscale import gradcache
+from clipscale.config import Model
+from clipscale.gradcache import Chunks, chunk_randomness, gradcache_step
+from clipscale.loss import contrastive_grads
+from clipscale.towers import Towers, build_towers
+
+KEY = 77
+VISION = {"image_size": 16, "patch_size": 4, "width": 32, "layers": 2, "head_width": 16, "patch_dropout": 0.3}
+TEXT = {"context_length": 8, "width": 32, "heads": 2, "layers": 2}
+CHUNKS = [1, 3, 7, "B"]
+
+
+def make_towers(dtype: torch.dtype, dropout: bool, scale: float = 14.0) -> Towers:
+    """A ViT and a text transformer; with patch dropout, and dropout after each text block, if asked."""
+    vision = VISION if dropout else VISION | {"patch_dropout": 0.0}
+    towers = build_towers(Model(embed_dim=16, vision=vision, text=TEXT, logit_scale_init=scale), seed=3)
+    if dropout:
+        for block in towers.model.text.transformer.resblocks:
+            block.mlp.add_module("drop", nn.Dropout(0.2))
+    towers.model.to(dtype).train()
+    return towers
+
+
+def make_batch(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (n, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    tokens = torch.randint(1, 1000, (n, 8), generator=generator)
+    tokens[:, -1] = 49407
+    return images, tokens
+
+
+def run_step(
+    towers: Towers,
+    images: torch.Tensor,
+    tokens: torch.Tensor,
+    valid: torch.Tensor,
+    image: int,
+    text: int,
+    tile: int = 5,
+):
+    return gradcache_step(
+        towers,
+        images,
+        tokens,
+        valid,
+        chunk=Chunks(image, text),
+        loss_and_grads=partial(contrastive_grads, precision="auto", tile=tile),
+        key=KEY,
+    )
+
+
+def dense_step(
+    towers: Towers, images: torch.Tensor, tokens: torch.Tensor, valid: torch.Tensor, image: int, text: int
+) -> torch.Tensor:
+    """One autograd graph over the whole batch: same chunks and randomness, cross-entropy on all B x B logits."""
+
+    def embed(tower, inputs, size):
+        parts = []
+        for start in range(0, len(inputs), size):
+            with chunk_randomness(KEY, tower, start):
+                parts.append(tower(inputs[start : start + size]))
+        return torch.cat(parts)
+
+    image_BD = embed(towers.image, images, image)[valid]
+    text_BD = embed(towers.text, tokens, text)[valid]
+    logits = towers.model.logit_scale.exp() * image_BD @ text_BD.T
+    labels = torch.arange(len(logits))
+    loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+    loss.backward()
+    return loss.detach()
+
+
+def gradients(towers: Towers) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in towers.model.named_parameters() if p.grad is not None}
+
+
+def worst_error(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+    """The largest ||difference|| / max(||g||, 1e-3 tower RMS sqrt(n)) over the parameter tensors."""
+    assert found.keys() == wanted.keys()
+    worst = 0.0
+    for tower in ("visual", "text", "logit_scale"):
+        names = [name for name in wanted if name.startswith(tower)]
+        elements = sum(wanted[name].numel() for name in names)
+        rms = (sum(wanted[name].double().square().sum() for name in names) / elements).sqrt()
+        for name in names:
+            floor = 1e-3 * rms * wanted[name].numel() ** 0.5
+            scale = torch.maximum(wanted[name].double().norm(), floor)
+            worst = max(worst, ((found[name].double() - wanted[name].double()).norm() / scale).item())
+    return worst
+
+
+def parity(dtype, n, image, text, *, dropout=True, scale=14.0, masked=(), step=run_step, seed=0):
+    """(worst gradient error, loss error, loss) of the cached step against the dense one."""
+    images, tokens = make_batch(n, seed)
+    valid = torch.ones(n, dtype=torch.bool)
+    valid[list(masked)] = False
+    towers = make_towers(dtype, dropout, scale)
+    found_loss = step(towers, images, tokens, valid, image, text).loss
+    found = gradients(towers)
+    towers.model.zero_grad()
+    wanted_loss = dense_step(towers, images, tokens, valid, image, text).item()
+    return worst_error(found, gradients(towers)), abs(found_loss - wanted_loss), wanted_loss
+
+
+BARS = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+
+@pytest.mark.parametrize("dtype", BARS, ids=["fp32", "fp64"])
+@pytest.mark.parametrize("n", [2, 13, 24], ids=["smaller than a tile", "odd", "even"])
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_every_gradient_equals_the_dense_one(dtype, n, chunk):
+    size = n if chunk == "B" else chunk
+    error, loss_error, _ = parity(dtype, n, size, max(1, size - 1))
+    assert error <= BARS[dtype]
+    assert loss_error <= BARS[dtype]
+
+
+@pytest.mark.parametrize("dtype", BARS, ids=["fp32", "fp64"])
+def test_masked_slots_have_no_part(dtype):
+    error, loss_error, _ = parity(dtype, 13, 4, 5, masked=(0, 6, 12))
+    assert error <= BARS[dtype]
+    assert loss_error <= BARS[dtype]
+
+
+def pulled_together(dtype: torch.dtype, scale: float) -> Towers:
+    """Towers trained on one small batch until the loss is below 0.01."""
+    images, tokens = make_batch(9)
+    towers = make_towers(dtype, dropout=False, scale=scale)
+    optimizer = torch.optim.Adam(towers.encoder_parameters(), lr=3e-3)
+    for _ in range(200):
+        towers.model.zero_grad()
+        if dense_step(towers, images, tokens, torch.ones(9, dtype=torch.bool), 9, 9) < 5e-3:
+            return towers
+        optimizer.step()
+    raise AssertionError("the towers did not learn the batch")
+
+
+def low_loss_gradients(towers: Towers, step, image: int, text: int) -> tuple[float, dict[str, torch.Tensor]]:
+    images, tokens = make_batch(9)
+    towers.model.zero_grad()
+    result = step(towers, images, tokens, torch.ones(9, dtype=torch.bool), image, text)
+    return float(getattr(result, "loss", result)), gradients(towers)
+
+
+@pytest.mark.parametrize("dtype", BARS, ids=["fp32", "fp64"])
+@pytest.mark.parametrize("scale", [14.0, 30.0])
+def test_low_loss(dtype, scale):
+    towers = pulled_together(dtype, scale)
+    wanted_loss, wanted = low_loss_gradients(towers, dense_step, 9, 9)
+    assert wanted_loss < 0.01
+    for image, text in ((1, 3), (7, 9), (4, 2)):
+        loss, found = low_loss_gradients(towers, run_step, image, text)
+        assert loss == pytest.approx(wanted_loss, rel=10 * BARS[dtype])
+        assert worst_error(found, wanted) <= BARS[dtype]
+
+
+def test_low_loss_at_a_large_scale_is_nearer_to_the_truth_than_dense_autograd():
+    """At s = 60 float32's dense loss is itself off by several 1e-5 (its logits' rounding is common to a row, and
+    cancels only in exact arithmetic), so both are held against float64 with the same weights."""
+    towers = pulled_together(torch.float32, 60.0)
+    exact = make_towers(torch.float64, dropout=False)
+    exact.model.load_state_dict(towers.model.state_dict())
+    _, truth = low_loss_gradients(exact, dense_step, 9, 9)
+    dense_error = worst_error(low_loss_gradients(towers, dense_step, 9, 9)[1], truth)
+    for image, text in ((1, 3), (7, 9), (4, 2)):
+        error = worst_error(low_loss_gradients(towers, run_step, image, text)[1], truth)
+        assert error <= max(dense_error, BARS[torch.float32])
+
+
+def test_no_valid_pair_gives_no_gradient():
+    towers = make_towers(torch.float32, dropout=True)
+    images, tokens = make_batch(5)
+    result = run_step(towers, images, tokens, torch.zeros(5, dtype=torch.bool), 2, 2)
+    assert result.pairs == 0
+    assert result.loss == 0
+    assert all(parameter.grad is None for parameter in towers.model.parameters())
+
+
+def test_the_outer_random_state_is_left_alone():
+    towers = make_towers(torch.float32, dropout=True)
+    images, tokens = make_batch(5)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    run_step(towers, images, tokens, torch.ones(5, dtype=torch.bool), 2, 2)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+# --- the same check must catch steps that are wrong -------------------------------------------------------------------
+
+
+def test_catches_randomness_that_is_not_replayed(monkeypatch):
+    real, calls = gradcache.chunk_randomness, iter(range(10_000))
+    monkeypatch.setattr(gradcache, "chunk_randomness", lambda key, tower, start: real(key + next(calls), tower, start))
+    error, _, _ = parity(torch.float64, 13, 4, 5)
+    assert error > 1e-2
+
+
+def test_catches_a_dropped_chunk(monkeypatch):
+    real = gradcache.replay_backward
+
+    def drop_the_second(tower, inputs, d_embeddings, size, key):
+        d_embeddings = d_embeddings.clone()
+        d_embeddings[size : 2 * size] = 0
+        real(tower, inputs, d_embeddings, size, key)
+
+    monkeypatch.setattr(gradcache, "replay_backward", drop_the_second)
+    error, _, _ = parity(torch.float64, 13, 4, 5)
+    assert error > 1e-2
+
+
+def test_catches_a_scale_gradient_once_per_chunk(monkeypatch):
+    real = gradcache._add_logit_scale_grad
+    monkeypatch.setattr(gradcache, "_add_logit_scale_grad", lambda towers, d: real(towers, 4 * d))
+    error, _, _ = parity(torch.float64, 13, 4, 5)
+    assert error > 1

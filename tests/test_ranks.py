@@ -1,0 +1,127 @@
+"""The step on 1, 2 and 4 gloo ranks: same loss, same gradients, same parameters."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from spawn import run_ranks
+from test_gradcache import make_batch, make_towers, worst_error
+
+from clipscale.config import Config, SharedError, Train
+from clipscale.dist import World
+from clipscale.gradcache import Chunks, gradcache_step
+from clipscale.loss import contrastive_grads
+from clipscale.parallel import broadcast_parameters, sum_gradients
+from clipscale.train import Trainer
+
+SLOTS, STEPS = 16, 5
+MASKS = {
+    "equal": (),
+    "unequal, one rank of four with none": (1, 4, 5, 6, 7, 15),
+}
+
+
+def five_steps(rank: int, size: int, masked: tuple[int, ...]) -> dict:
+    """SGD on the same five global batches; every step's loss and gradients, and the last parameters."""
+    world = World(rank, size, rank, torch.device("cpu"))
+    towers = make_towers(torch.float32, dropout=False)
+    with torch.no_grad():  # only rank 0 starts from the right weights
+        for parameter in towers.model.parameters():
+            parameter.add_(rank)
+    broadcast_parameters(towers.model, world)
+    optimizer = torch.optim.SGD(towers.model.parameters(), lr=0.02)
+    valid = torch.ones(SLOTS, dtype=torch.bool)
+    valid[list(masked)] = False
+    share = slice(rank * SLOTS // size, (rank + 1) * SLOTS // size)
+    losses, grads = [], []
+    for step in range(STEPS):
+        images, tokens = make_batch(SLOTS, seed=step)
+        optimizer.zero_grad()
+        result = gradcache_step(
+            towers,
+            images[share],
+            tokens[share],
+            valid[share],
+            chunk=Chunks(3, 5),
+            loss_and_grads=partial(contrastive_grads, tile=4),
+            key=step,
+        )
+        sum_gradients(towers.encoder_parameters(), world)
+        losses.append(result.loss)
+        grads.append({name: p.grad.clone() for name, p in towers.model.named_parameters()})
+        optimizer.step()
+    return {"losses": losses, "grads": grads, "parameters": towers.model.state_dict()}
+
+
+def both_masks(rank: int, size: int) -> list[dict]:
+    return [five_steps(rank, size, masked) for masked in MASKS.values()]
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> list[dict]:
+    return both_masks(0, 1)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_agree_with_one_process(size, one_rank):
+    for found_by_mask in run_ranks(both_masks, size):
+        for found, wanted in zip(found_by_mask, one_rank, strict=True):
+            assert found["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
+            for step in range(STEPS):
+                assert worst_error(found["grads"][step], wanted["grads"][step]) <= 1e-5
+            for name, parameter in wanted["parameters"].items():
+                torch.testing.assert_close(found["parameters"][name], parameter, rtol=1e-5, atol=1e-6)
+
+
+def test_masks_matter(one_rank):
+    """A control: the two masks are different problems, so agreement on both says something."""
+    assert worst_error(one_rank[0]["grads"][0], one_rank[1]["grads"][0]) > 1e-2
+
+
+def missing_reduction(rank: int, size: int) -> float:
+    """A step whose ranks keep their own shares."""
+    towers = make_towers(torch.float32, dropout=False)
+    images, tokens = make_batch(SLOTS)
+    share = slice(rank * SLOTS // size, (rank + 1) * SLOTS // size)
+    valid = torch.ones(SLOTS // size, dtype=torch.bool)
+    gradcache_step(
+        towers, images[share], tokens[share], valid, chunk=Chunks(3, 5), loss_and_grads=contrastive_grads, key=0
+    )
+    found = {name: p.grad.clone() for name, p in towers.model.named_parameters()}
+    sum_gradients(towers.encoder_parameters(), World(rank, size, rank, torch.device("cpu")))
+    return worst_error(found, {name: p.grad for name, p in towers.model.named_parameters()})
+
+
+def test_catches_gradients_that_are_not_summed():
+    assert min(run_ranks(missing_reduction, 2)) > 1e-2
+
+
+def shared_errors(rank: int, size: int, run_dir: str) -> list[str]:
+    """What each rank says where only rank 0 meets the trouble."""
+    world = World(rank, size, rank, torch.device("cpu"))
+    told = []
+    config = Config(train=Train(global_batch=3))
+    try:
+        Trainer(config, world)
+    except ValueError as error:
+        told.append(str(error))
+
+    def fail() -> None:
+        raise SharedError(f"only rank {rank} tried")
+
+    try:
+        world.lead(fail)
+    except SharedError as error:
+        told.append(str(error))
+    assert world.lead(lambda: Path(run_dir)) == Path(run_dir)
+    assert world.sum([rank, 1.0]) == [sum(range(size)), size]
+    return told
+
+
+def test_an_error_of_one_rank_reaches_all(tmp_path):
+    for told in run_ranks(shared_errors, 2, str(tmp_path)):
+        assert told[0].startswith("train.global_batch=3 is not divisible by the 2 ranks; choose a multiple of 2")
+        assert told[1] == "only rank 0 tried"

@@ -1,0 +1,53 @@
+"""A run that is SIGKILLed and started again is the run that was never interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> dict:
+    """All experiments of resume_harness.py."""
+    done = subprocess.run(
+        [sys.executable, str(TESTS / "resume_harness.py"), str(tmp_path_factory.mktemp("resume"))],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env={**os.environ, "PYTHONPATH": str(TESTS)},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def test_the_run_holds_what_makes_it_hard(report):
+    """A masked slot, an epoch boundary, every step in the log once."""
+    assert report["masked"] >= 2  # the broken sample comes by in every epoch
+    assert report["steps"] == list(range(1, 13))
+    assert report["keys"] == 12
+    assert report["distinct_keys"] == 40  # 96 slots of 40 samples: at least two epoch boundaries
+
+
+@pytest.mark.parametrize("kill_at", range(1, 13))
+def test_killed_at_any_step_and_resumed_is_bit_for_bit_the_same(report, kill_at):
+    wrong = [what for what, same in report["same_world"][str(kill_at)].items() if not same]
+    assert not wrong
+
+
+@pytest.mark.parametrize("change", ["1 to 2", "2 to 1"])
+def test_resumed_on_another_number_of_ranks(report, change):
+    found = report["other_world"][change]
+    assert found["same_samples"]
+    assert found["masked"]
+    assert found["loss_error"] <= 1e-5
+
+
+def test_the_comparison_can_fail(report):
+    assert report["control"] == {"same_samples": False, "same_tensors": False}
