@@ -11,13 +11,17 @@ line that holds the value, the rule and the fix. Units live in names (`_steps`, 
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 
 class UserError(ValueError):
@@ -114,6 +118,7 @@ class Data:
         low, high = self.crop_ratio
         require(0 < low <= high, f"data.crop_ratio={list(self.crop_ratio)} must be 0 < low <= high")
         require(self.threads >= 1, f"data.threads={self.threads} must be at least 1")
+        require(self.max_pixels >= 1, f"data.max_pixels={self.max_pixels} must be at least 1")
         require(self.prefetch_steps >= 1, f"data.prefetch_steps={self.prefetch_steps} must be at least 1")
         require(0 <= self.max_bad_fraction <= 1, f"data.max_bad_fraction={self.max_bad_fraction} must lie in [0, 1]")
         require(self.streams is None or self.streams >= 1, f"data.streams={self.streams} must be at least 1, or null")
@@ -128,7 +133,7 @@ class Data:
         )
         require(
             self.epoch_boundary == "straddle" or len(active) <= 1,
-            "data.epoch_boundary=drop needs a single source (sources of a mixture have epochs of their own); use straddle",
+            "data.epoch_boundary=drop needs a single source (each of a mixture has its own epochs); use straddle",
         )
 
 
@@ -143,6 +148,9 @@ class Train:
     def __post_init__(self) -> None:
         require(self.global_batch >= 1, f"train.global_batch={self.global_batch} must be at least 1")
         require(self.samples >= 1, f"train.samples={self.samples} must be at least 1")
+        require(
+            self.max_nonfinite_steps >= 1, f"train.max_nonfinite_steps={self.max_nonfinite_steps} must be at least 1"
+        )
         require(
             self.grad_clip_norm is None or self.grad_clip_norm > 0,
             f"train.grad_clip_norm={self.grad_clip_norm} must be above 0, or null to switch clipping off",
@@ -277,12 +285,17 @@ class Config:
             streams is None or batch % streams == 0,
             f"data.streams={streams} does not divide train.global_batch={batch}; choose a divisor, or null",
         )
+        for key, value in _flat(dataclasses.asdict(self)).items():
+            require(not isinstance(value, float) or math.isfinite(value), f"{key}={value} must be a finite number")
 
     @property
     def warmup_samples(self) -> int:
         if self.optim.warmup_steps is not None:
             return self.optim.warmup_steps * self.train.global_batch
         return self.optim.warmup_samples or 0
+
+
+Layer = tuple[str, Callable[[], Any]]  # what an error calls it, and how to read it
 
 
 def load_config(arguments: list[str]) -> Config:
@@ -292,27 +305,37 @@ def load_config(arguments: list[str]) -> Config:
         UserError: a file that is missing or no YAML mapping, an unknown or duplicate key, a wrong type, a bad value.
     """
     words = [word for word in arguments if "=" in word and not Path(word).is_file()]
-    return _merge([_read_yaml(path) for path in arguments if path not in words], words)
+    files = [path for path in arguments if path not in words]
+    return _merge([(f"config {path!r}", partial(_read_yaml, path)) for path in files] + _layers(words))
 
 
 def apply_overrides(config: Config, words: list[str]) -> Config:
     """A copy of `config` with `key.path=value` words on top."""
     bad = [word for word in words if "=" not in word]
     require(not bad, f"{bad[0] if bad else ''!r} is no key.path=value")
-    return _merge([OmegaConf.structured(config)], words)
+    return _merge([("config", partial(OmegaConf.structured, config)), *_layers(words)])
 
 
 def config_from_yaml(text: str) -> Config:
     """The inverse of `dump_config`, for the config stored in a checkpoint."""
-    return _merge([OmegaConf.create(text)], [])
+    return _merge([("the stored config", partial(OmegaConf.create, text))])
 
 
-def _merge(layers: list[Any], words: list[str]) -> Config:
+def _layers(words: list[str]) -> list[Layer]:
+    return [(word, partial(OmegaConf.from_dotlist, [word])) for word in words]
+
+
+def _merge(layers: list[Layer]) -> Config:
+    merged = OmegaConf.structured(Config)
+    for origin, read in layers:
+        try:
+            merged = OmegaConf.merge(merged, read())
+        except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
+            key = origin.partition("=")[0]
+            raise UserError(f"{origin}: {_one_line(error).removeprefix(f'{key}: ')}") from error
     try:
-        return OmegaConf.to_object(
-            OmegaConf.merge(OmegaConf.structured(Config), *layers, OmegaConf.from_dotlist(words))
-        )
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        return OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
         raise UserError(_one_line(error)) from error
 
 
@@ -323,31 +346,45 @@ def dump_config(config: Config) -> str:
 
 def changed_keys(old: Config, new: Config) -> list[str]:
     """One 'key: old -> new' for each setting that differs, for the log of a resume."""
-
-    def flat(value: Any, prefix: str) -> dict[str, Any]:
-        if isinstance(value, dict):
-            return {k: v for key, item in value.items() for k, v in flat(item, f"{prefix}.{key}").items()}
-        return {prefix[1:]: value}
-
-    before, after = flat(dataclasses.asdict(old), ""), flat(dataclasses.asdict(new), "")
+    before, after = _flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(new))
     keys = sorted(before.keys() | after.keys())
     return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key)]
 
 
-def _read_yaml(path: str) -> Any:
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """{'train.samples': 100, ...}"""
+    if isinstance(value, dict):
+        return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}").items()}
+    return {prefix[1:]: value}
+
+
+def _read_yaml(path: str) -> DictConfig:
     if not Path(path).is_file():
         kind = "a folder" if Path(path).is_dir() else "no such file"
         raise UserError(f"config {path!r}: {kind}; arguments are YAML files and key.path=value words")
-    try:
-        return OmegaConf.load(path)
-    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"config {path!r}: {_one_line(error)}") from error
+    settings = OmegaConf.load(path)
+    require(isinstance(settings, DictConfig), f"config {path!r}: a list; a config is a mapping of keys to values")
+    return settings
 
 
 def _one_line(error: Exception) -> str:
     if isinstance(error, yaml.MarkedYAMLError):
         mark = error.problem_mark
         return f"{error.problem}{f' at line {mark.line + 1}' if mark else ''}"
+    if isinstance(error, ConfigKeyError):
+        return _unknown_key(error)
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} must be set"
     message = str(error).splitlines()[0]
     key = error.full_key if isinstance(error, OmegaConfBaseException) else None
     return f"{key}: {message}" if key else message
+
+
+def _unknown_key(error: ConfigKeyError) -> str:
+    """The nearest key beside it, else the same name elsewhere."""
+    path, key = error.full_key, str(error.key)
+    beside = [item.name for item in dataclasses.fields(error.object_type)]
+    elsewhere = [known for known in _flat(dataclasses.asdict(Config())) if known.endswith(f".{key}")]
+    near = [path.removesuffix(key) + name for name in difflib.get_close_matches(key, beside, n=1)] or elsewhere
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known here: {', '.join(beside)}"
+    return f"{path}: unknown key; {hint}"

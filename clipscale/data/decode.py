@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import io
 import math
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,10 +20,15 @@ import simplejpeg
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 
 CAUSES = ("cannot be read", "not JPEG, PNG or WebP", "broken picture", "too many pixels", "caption is not UTF-8")
 CROP_TRIES = 10
 DRAWS_PER_SAMPLE = 4 * CROP_TRIES
+
+_PILLOW = {"JPEG": JpegImageFile, "PNG": PngImageFile, "WEBP": WebPImageFile}  # past Image.open's own pixel limit
 
 Box = tuple[int, int, int, int]  # top, left, height, width
 
@@ -85,8 +89,8 @@ def random_crop(height: int, width: int, draws: np.ndarray, scale: Sequence[floa
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             return int(top_draw * (height - h + 1)), int(left_draw * (width - w + 1)), h, w
-    w = min(width, round(height * ratio[1]))  # none fits: the middle, with the aspect ratio clipped
-    h = min(height, round(width / ratio[0]))
+    w = min(width, max(1, round(height * ratio[1])))  # none fits: the middle, with the aspect ratio clipped
+    h = min(height, max(1, round(width / ratio[0])))
     return (height - h) // 2, (width - w) // 2, h, w
 
 
@@ -111,12 +115,12 @@ def _check_size(height: int, width: int, max_pixels: int) -> None:
 
 
 def _decode_with_pillow(data: bytes, kind: str, max_pixels: int) -> np.ndarray:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own cap comes first
-        with Image.open(io.BytesIO(data), formats=[kind]) as image:
-            _check_size(image.height, image.width, max_pixels)
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image)
-            return np.array(image.convert("RGB"))
+    with _PILLOW[kind](io.BytesIO(data)) as image:
+        _check_size(image.height, image.width, max_pixels)
+        if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
+            return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image)
+        return np.array(image.convert("RGB"))

@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import tempfile
 import zlib
 from collections import Counter
@@ -30,8 +31,10 @@ import numpy as np
 from clipscale.data.shards import cache_folder
 from clipscale.data.tar import Listing, Member, list_members, mapped
 
-VERSION = 1
+VERSION = 2
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+_MAX_CAPTION_BYTES = 1 << 16
+_META = re.compile(r"__[^/]*__($|/)")  # webdataset's `skip_meta`
 Need = Literal["pairs", "labelled"]
 
 
@@ -111,15 +114,8 @@ def _select(listing: Listing, tar: bytes, refused: Counter[str]) -> Table:
         if picture is None:
             refused["no picture"] += 1
             continue
-        caption, cause = members.get("txt"), ""
-        if caption is None:
-            cause = "no caption"
-        else:
-            try:
-                if not tar[caption.offset : caption.offset + caption.size].decode().strip():
-                    cause = "empty caption"
-            except UnicodeDecodeError:
-                cause = "caption is not UTF-8"
+        caption = members.get("txt")
+        cause = _caption_fault(tar, caption)
         if cause:
             refused[cause] += 1
             caption = None
@@ -130,20 +126,37 @@ def _select(listing: Listing, tar: bytes, refused: Counter[str]) -> Table:
     return Table(keys, *(np.array(spans, np.int64).reshape(-1, 2) for spans in (image, text, label)))
 
 
+def _caption_fault(tar: bytes, caption: Member | None) -> str:
+    """Why this caption cannot be used; empty: it can."""
+    if caption is None:
+        return "no caption"
+    if caption.size > _MAX_CAPTION_BYTES:
+        return "caption above 64 KiB"
+    try:
+        text = tar[caption.offset : caption.offset + caption.size].decode()
+    except UnicodeDecodeError:
+        return "caption is not UTF-8"
+    return "" if text.strip() else "empty caption"
+
+
 def _samples(members: list[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
-    """Runs of members that share a key, as suffix -> member; webdataset's grouping (`tariterators.group_by_keys`)."""
+    """Runs of members that share a key, as suffix -> member; webdataset's grouping (`tariterators.group_by_keys`).
+
+    Where webdataset raises, at a suffix that the sample has already, a sample of the same key begins.
+    """
     current, sample = None, {}
     for member in members:
         folder, _, base = member.name.rpartition("/")
         stem, dot, suffix = base.partition(".")
-        if not dot or not stem or (member.name.startswith("__") and member.name.endswith("__")):
+        if not dot or not stem or _META.match(member.name):
             continue
         key = f"{folder}/{stem}" if folder or member.name.startswith("/") else stem
-        if key != current:
+        suffix = suffix.lower()
+        if key != current or suffix in sample:
             if sample:
                 yield current, sample
             current, sample = key, {}
-        sample.setdefault(suffix.lower(), member)
+        sample[suffix] = member
     if sample:
         yield current, sample
 

@@ -60,7 +60,7 @@ class StepBatch:
 class Loader(Iterator[StepBatch]):
     """An endless iterator of step batches, `prefetch` of them decoded ahead.
 
-    A batch's tensors are reused once the next but `prefetch` batch is taken, so consume one before taking another.
+    Taking the next batch overwrites the tensors of the one before.
     """
 
     def __init__(

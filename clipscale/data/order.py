@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from clipscale.config import require
 from clipscale.counter import draw, fold, permuted, shuffled
 
 _SHARDS_PER_STREAM = 4
@@ -146,7 +147,8 @@ class Mixture:
         self.quota = np.floor(share * cycle).astype(np.int64)
         for i in np.argsort(-(share * cycle - self.quota), kind="stable")[: cycle - self.quota.sum()]:
             self.quota[i] += 1  # largest remainders, so that the quotas fill the cycle
-        assert all(q > 0 or w == 0 for q, w in zip(self.quota, weights, strict=True)), "a weight below 1 in M"
+        for quota, weight in zip(self.quota, weights, strict=True):
+            require(quota > 0 or weight == 0, f"a source's weight={weight} is under one sample in {cycle:,}; raise it")
         self.cycle, self.seed = cycle, seed
         self._pattern = np.repeat(np.arange(len(weights)), self.quota)
 

@@ -109,16 +109,8 @@ def build_pipeline(
         for name, source in active.items()
     ]
     mixture = Mixture([source.weight for source in active.values()], seed=seed)
-    for source, quota in zip(sources, mixture.quota, strict=True):
-        per_batch = -(-int(quota) * global_batch // mixture.cycle)
-        require(
-            source.samples >= per_batch or data.allow_repeats,
-            f"source {source.name!r} has {source.samples} usable samples, fewer than its {per_batch} of a batch: "
-            "pairs would repeat within a batch and be each other's negatives; lower train.global_batch, or set "
-            "data.allow_repeats=true",
-        )
     if recorded is not None:
-        streams, block_shards, lengths = recorded["streams"], recorded["block_shards"], recorded["epoch_length"]
+        streams, block_shards = recorded["streams"], recorded["block_shards"]
         require(
             global_batch % streams == 0,
             f"train.global_batch={global_batch} is not divisible by the {streams} streams of this run's sample order; "
@@ -127,24 +119,35 @@ def build_pipeline(
     else:
         shards = max(len(source.shards) for source in sources)
         streams = data.streams or default_streams(shards, global_batch)
-        block_shards, lengths = data.block_shards, {}
+        block_shards = data.block_shards
     orders = [
         Order(
             source.counts,
             seed=fold(seed, source.name),
             streams=streams,
             block_shards=block_shards,
-            epoch_length=lengths.get(source.name, _epoch_length(source, data, global_batch)),
+            epoch_length=_epoch_length(source, data, global_batch, recorded),
         )
         for source in sources
     ]
+    for source, order, quota in zip(sources, orders, mixture.quota, strict=True):
+        per_batch = -(-int(quota) * global_batch // mixture.cycle)
+        require(
+            order.epoch_length >= per_batch or data.allow_repeats,
+            f"source {source.name!r} has {order.epoch_length} usable samples an epoch, fewer than its {per_batch} of a "
+            "batch: pairs would repeat within a batch and be each other's negatives; lower train.global_batch, or set "
+            "data.allow_repeats=true",
+        )
     pipeline = Pipeline(sources, orders, mixture, tokenize, image_size, context_length, seed, data)
     if recorded is not None and not data.accept_changes:
         _refuse_changes(recorded, pipeline.identity())
     return pipeline
 
 
-def _epoch_length(source: Source, data: Data, global_batch: int) -> int:
+def _epoch_length(source: Source, data: Data, global_batch: int, recorded: dict[str, Any] | None) -> int:
+    """As recorded while the source is the same, for another batch could leave out another remainder."""
+    if recorded is not None and recorded["content"].get(source.name) == source.fingerprint():
+        return recorded["epoch_length"][source.name]
     if data.epoch_boundary == "straddle":
         return source.samples
     whole = source.samples // global_batch * global_batch

@@ -13,6 +13,8 @@ import glob
 import hashlib
 import os
 import shutil
+import uuid
+from collections import Counter
 from pathlib import Path
 
 import webdataset
@@ -35,17 +37,18 @@ def expand_urls(urls: str) -> list[str]:
         UserError: nothing left, a file that is not there, a glob without a match, the same shard twice, a pipe.
     """
     try:
-        patterns = [url for url in expand_braces(urls) if url]
+        patterns = [url.strip() for url in expand_braces(urls) if url.strip()]
     except Exception as error:  # braceexpand and webdataset raise several kinds
         raise UserError(f"shards {urls!r}: cannot expand the pattern ({error})") from error
     expanded: list[str] = []
     for pattern in patterns:
-        require(not pattern.startswith("pipe:"), f"shards {pattern!r}: pipes run shell commands and are refused")
+        pipe = pattern.lower().startswith("pipe:")
+        require(not pipe, f"shards {pattern!r}: pipes run shell commands and are refused")
         if not is_local(pattern):
             expanded.append(pattern)
             continue
         path = pattern.removeprefix("file:")
-        if any(sign in path for sign in "*?["):
+        if not os.path.isfile(path) and any(sign in path for sign in "*?["):
             matches = sorted(glob.glob(path, recursive=True))
             require(bool(matches), f"shards {pattern!r}: no file matches the pattern")
             expanded.extend(matches)
@@ -55,8 +58,9 @@ def expand_urls(urls: str) -> list[str]:
     more = f" (and {len(missing) - 1} more of {len(expanded)})" if len(missing) > 1 else ""
     require(not missing, f"shard {missing[0] if missing else ''!r} is not a file{more}; check the path in the config")
     require(bool(expanded), f"shards {urls!r}: the pattern names no shard")
-    twice = {url for url in expanded if expanded.count(url) > 1} if len(set(expanded)) < len(expanded) else set()
-    require(not twice, f"shard {min(twice, default='')!r} is named twice in {urls!r}; name each shard once")
+    places = Counter(os.path.abspath(url) if is_local(url) else url for url in expanded)
+    place, times = max(places.items(), key=lambda item: item[1])
+    require(times == 1, f"shard {place!r} is named {times} times in {urls!r}; name each shard once")
     return expanded
 
 
@@ -71,7 +75,7 @@ def local_path(url: str, cache_dir: str | None) -> str:
     target = cache_folder(cache_dir) / "shards" / hashlib.sha1(url.encode()).hexdigest()[:20] / os.path.basename(url)
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.{os.getpid()}")
+        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
         try:
             with webdataset.gopen(url, "rb") as stream, open(partial, "wb") as file:
                 shutil.copyfileobj(stream, file, 1 << 20)

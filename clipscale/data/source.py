@@ -21,7 +21,7 @@ from clipscale.config import UserError
 from clipscale.data.index import Need, Shard, Table, index_shard
 from clipscale.data.shards import expand_urls, local_path
 
-_MAX_OPEN_FILES = 256
+_MAX_OPEN_FILES = 64  # of each source; a process may have 1,024 in all on many systems
 
 
 class Sample(NamedTuple):
@@ -49,7 +49,7 @@ class Source:
         """One sample's bytes.
 
         Raises:
-            OSError: the file is gone or shorter than its index says.
+            OSError: the file is gone or shorter than its index says, or the index is damaged.
         """
         table, row = self._row(shard, index)
         image, note = table.image[row], (table.text if self.need == "pairs" else table.label)[row]
@@ -60,8 +60,11 @@ class Source:
             os.close(file)
 
     def where(self, shard: int, index: int) -> tuple[str, str]:
-        """(shard path, key), for messages."""
-        table, row = self._row(shard, index)
+        """(shard path, key), for messages; a number stands for the key where the index cannot be read."""
+        try:
+            table, row = self._row(shard, index)
+        except OSError:
+            return self.shards[shard].path, f"number {index}"
         return self.shards[shard].path, table.keys[row]
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ tokens_NL = tokenize(["a photo of a cat"])             # int64 [1, 77]
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import open_clip
@@ -13,9 +14,34 @@ import torch
 
 Tokenize = Callable[[list[str]], torch.Tensor]
 
+_CHARACTERS_PER_TOKEN = 32  # no caption worth the name fills its tokens with longer ones
+_CACHED_WORDS = 1 << 18
+
+
+class _WordCache(dict):
+    """Keeps the first words it meets, common ones among them; open_clip's own grows as long as the run does."""
+
+    def __setitem__(self, word: str, tokens: str) -> None:
+        if len(self) < _CACHED_WORDS:
+            super().__setitem__(word, tokens)
+
 
 def build_tokenizer(model_name: str | None, context_length: int) -> Tokenize:
-    """The tokenizer of an open_clip model, or CLIP's BPE where `model_name` is None. list[str] -> int64 [N, L]."""
+    """The tokenizer of an open_clip model, or CLIP's BPE where `model_name` is None. list[str] -> int64 [N, L].
+
+    One call at a time, since Hugging Face's tokenizers keep their settings in common. Captions are cut far behind what
+    `context_length` tokens hold: BPE takes quadratic time over a word, 5 s over one of 16 KB.
+    """
     if model_name is None:
-        return open_clip.SimpleTokenizer(context_length=context_length)
-    return open_clip.get_tokenizer(model_name, context_length=context_length)
+        tokenizer = open_clip.SimpleTokenizer(context_length=context_length)
+    else:
+        tokenizer = open_clip.get_tokenizer(model_name, context_length=context_length)
+    if isinstance(tokenizer, open_clip.SimpleTokenizer):
+        tokenizer.cache = _WordCache(tokenizer.cache)
+    lock, longest = threading.Lock(), _CHARACTERS_PER_TOKEN * context_length
+
+    def tokenize(captions: list[str]) -> torch.Tensor:
+        with lock:
+            return tokenizer([caption[:longest] for caption in captions])
+
+    return tokenize

@@ -15,6 +15,7 @@ import copy
 import dataclasses
 import difflib
 import math
+import traceback
 from dataclasses import dataclass
 
 import open_clip
@@ -25,6 +26,8 @@ from torch import nn
 
 from clipscale.config import Model, UserError, require
 from clipscale.towers.tower import Tower, normalise_pixels, token_ids
+
+_CLIP_TOKENS = 49_408  # in CLIP's BPE
 
 
 @dataclass
@@ -66,22 +69,21 @@ def build_towers(
         UserError: unknown model name, unknown or impossible fields, a tower with BatchNorm.
     """
     settings = _described(config) if config.vision else _named(config.name)
+    what = "the model of model.vision and model.text" if config.vision else f"model {config.name!r}"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             model = open_clip.CustomTextCLIP(init_logit_scale=math.log(config.logit_scale_init), **settings)
-        except (AssertionError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
-            raise UserError(f"model {config.name!r} cannot be built: {type(error).__name__}: {error}") from error
-    _refuse_batchnorm(model, config.name)
+        except Exception as error:  # open_clip and timm assert, divide, unpack and download
+            raise UserError(f"{what} cannot be built: {_reason(error)}") from error
+    _refuse_batchnorm(model, what)
     model = model.to(device)
     side = settings["vision_cfg"].image_size
     side, other = (side, side) if isinstance(side, int) else side
     require(side == other, f"model.vision.image_size={[side, other]} must be square")
-    mean = getattr(model.visual, "image_mean", None) or OPENAI_DATASET_MEAN
-    std = getattr(model.visual, "image_std", None) or OPENAI_DATASET_STD
     towers = Towers(
         model=model,
-        image=Tower("image", model.visual, normalise_pixels(mean, std), autocast),
+        image=Tower("image", model.visual, normalise_pixels(OPENAI_DATASET_MEAN, OPENAI_DATASET_STD), autocast),
         text=Tower("text", model.text, token_ids, autocast),
         embed_dim=settings["embed_dim"],
         image_size=side,
@@ -89,23 +91,38 @@ def build_towers(
         tokenizer_name=None if config.vision else config.name,
         logit_scale_max=config.logit_scale_max,
     )
-    _check_picture_size(towers, config.name)
+    _try_out(towers, what)
     return towers
 
 
-def _check_picture_size(towers: Towers, name: str) -> None:
-    """Some timm backbones are fixed to a size of their own: one black picture tells."""
-    picture = torch.zeros(1, 3, towers.image_size, towers.image_size, dtype=torch.uint8, device=towers.image.device)
+def _try_out(towers: Towers, what: str) -> None:
+    """One black picture and one blank caption tell whether the fields fit each other, before any data are read."""
+    side, length, device = towers.image_size, towers.context_length, towers.image.device
+    picture = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device)
+    caption = torch.zeros(1, length, dtype=torch.int64, device=device)
     training = towers.model.training
     towers.model.eval()
-    try:
-        with torch.no_grad():
-            towers.image(picture)
-    except (AssertionError, RuntimeError, ValueError) as error:
-        raise UserError(
-            f"model {name!r} does not take pictures of {towers.image_size} x {towers.image_size}: {error}"
-        ) from error
+    for tower, example, kind in (
+        (towers.image, picture, f"pictures of {side} x {side}"),
+        (towers.text, caption, f"captions of {length} tokens"),
+    ):
+        try:
+            with torch.no_grad():
+                shape = tower(example).shape[1:]
+        except Exception as error:  # whatever comes of fields that do not fit
+            raise UserError(f"{what} does not take {kind}: {_reason(error)}") from error
+        require(
+            shape == (towers.embed_dim,),
+            f"{what} makes {list(shape)} numbers of each of its {kind}, not the embed_dim={towers.embed_dim} of both "
+            "towers; mend its pooling and projection",
+        )
     towers.model.train(training)
+
+
+def _reason(error: Exception) -> str:
+    """The error in one line; of an assertion without words, the assertion itself."""
+    words = str(error).splitlines()[:1] or [traceback.extract_tb(error.__traceback__)[-1].line]
+    return f"{type(error).__name__}: {words[0]}"
 
 
 def _named(name: str) -> dict:
@@ -127,10 +144,19 @@ def _named(name: str) -> dict:
 
 
 def _described(config: Model) -> dict:
+    text = _fields(CLIPTextCfg, config.text, "model.text")
+    for key in ("hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"):
+        require(
+            key not in config.text, f"model.text.{key}: a described model's captions go through CLIP's own tokenizer"
+        )
+    require(
+        text.vocab_size >= _CLIP_TOKENS,
+        f"model.text.vocab_size={text.vocab_size} is below the {_CLIP_TOKENS} tokens of CLIP's tokenizer; leave it out",
+    )
     return {
         "embed_dim": config.embed_dim,
         "vision_cfg": _fields(CLIPVisionCfg, config.vision, "model.vision"),
-        "text_cfg": _fields(CLIPTextCfg, config.text, "model.text"),
+        "text_cfg": text,
         "quick_gelu": config.quick_gelu,
     }
 
@@ -145,10 +171,10 @@ def _fields(kind: type, values: dict, prefix: str) -> CLIPVisionCfg | CLIPTextCf
     return kind(**values)
 
 
-def _refuse_batchnorm(model: nn.Module, name: str) -> None:
+def _refuse_batchnorm(model: nn.Module, what: str) -> None:
     for path, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise UserError(
-                f"model {name!r} has BatchNorm ({path}): gradient caching runs every chunk twice, which would "
+                f"{what} has BatchNorm ({path}): gradient caching runs every chunk twice, which would "
                 "change its statistics; choose a tower with LayerNorm (a ViT, a ConvNeXt)"
             )

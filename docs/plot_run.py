@@ -1,0 +1,55 @@
+"""Draw a run's curves from its metrics.jsonl: loss, and zero-shot top-1 where it was measured.
+
+python docs/plot_run.py runs/quickstart docs/quickstart.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+LOSS, SCORE = "#2a50a0", "#c03a2b"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="a run's folder")
+    parser.add_argument("picture", type=Path, help="PNG or SVG to write")
+    parser.add_argument("--title", default=None)
+    arguments = parser.parse_args()
+    rows = [json.loads(line) for line in (arguments.run / "metrics.jsonl").read_text().splitlines()]
+    scored = [row for row in rows if "zeroshot/top1" in row]
+
+    figure, axis = plt.subplots(figsize=(7.2, 3.6), layout="constrained")
+    axis.plot([row["samples"] for row in rows], [row["loss"] for row in rows], color=LOSS, linewidth=1.2)
+    axis.set_xlabel("samples seen")
+    axis.set_ylabel("contrastive loss (nats)", color=LOSS)
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g} k" if value else "0")
+    axis.spines[["top"]].set_visible(False)
+    axis.grid(alpha=0.25)
+    if scored:
+        right = axis.twinx()
+        right.plot(
+            [row["samples"] for row in scored], [row["zeroshot/top1"] for row in scored], "o-", color=SCORE, markersize=4
+        )
+        right.set_ylim(0, 1)
+        right.set_ylabel("zero-shot top-1", color=SCORE)
+        right.spines[["top"]].set_visible(False)
+        last = scored[-1]
+        right.annotate(
+            f"{last['zeroshot/top1']:.3f}", (last["samples"], last["zeroshot/top1"]), (-4, 6), textcoords="offset points",
+            ha="right", color=SCORE,
+        )  # fmt: skip
+    axis.set_title(arguments.title or str(arguments.run), loc="left", fontsize=10)
+    arguments.picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(arguments.picture, dpi=150)
+
+
+if __name__ == "__main__":
+    main()

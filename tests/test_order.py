@@ -1,0 +1,203 @@
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clipscale.config import UserError
+from clipscale.data.order import Mixture, Order, default_streams, rank_positions
+
+# --- Order: what it promises for every configuration -------------------------------------------------------------------
+
+
+@st.composite
+def orders(draw):
+    counts = draw(st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any))
+    samples = sum(counts)
+    return {
+        "counts": counts,
+        "seed": draw(st.integers(0, 2**63)),
+        "streams": draw(st.integers(1, 24)),
+        "block_shards": draw(st.none() | st.integers(1, 5)),
+        "epoch_length": draw(st.none() | st.integers(1, samples)),
+    }
+
+
+def identify(shard: np.ndarray, index: np.ndarray) -> np.ndarray:
+    return shard * 1000 + index
+
+
+@settings(max_examples=300, deadline=None)
+@given(orders())
+def test_each_sample_once_an_epoch(kwargs):
+    order, counts = Order(**kwargs), np.array(kwargs["counts"])
+    length = kwargs["epoch_length"] or sum(counts)
+    epoch, shard, index = order.locate(np.arange(3 * length))
+    assert (epoch == np.repeat(np.arange(3), length)).all()
+    assert (index >= 0).all()
+    assert (index < counts[shard]).all()
+    for e in range(3):
+        seen = identify(shard, index)[epoch == e]
+        assert len(np.unique(seen)) == length == len(seen)
+
+
+@settings(max_examples=150, deadline=None)
+@given(orders(), st.data())
+def test_the_place_of_a_position_depends_on_nothing_else(kwargs, data):
+    """Not on what was asked before, nor on what else is asked, nor on the object."""
+    order = Order(**kwargs)
+    last = 4 * order.epoch_length - 1
+    positions = np.array(data.draw(st.lists(st.integers(0, last), min_size=1, max_size=20)))
+    together = order.locate(positions)
+    for number, position in enumerate(positions):
+        for other in (order, Order(**kwargs)):
+            alone = other.locate(np.array([position]))
+            assert [int(a[0]) for a in alone] == [int(t[number]) for t in together]
+    everything = order.locate(np.arange(last + 1))
+    for part, whole in zip(together, everything, strict=True):
+        np.testing.assert_array_equal(part, whole[positions])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 24), st.integers(0, 10**12))
+def test_ranks_partition_a_batch_for_every_world(times, streams, start):
+    batch = times * streams
+    for world in (w for w in range(1, batch + 1) if batch % w == 0):
+        parts = [rank_positions(start, batch, world=world, rank=rank, streams=streams) for rank in range(world)]
+        assert {len(part) for part in parts} == {batch // world}
+        assert sorted(np.concatenate(parts)) == list(range(start, start + batch))
+
+
+def test_a_rank_keeps_to_few_streams():
+    positions = rank_positions(640, 64, world=4, rank=1, streams=8)
+    assert set(positions % 8) == {2, 3}
+
+
+def test_golden_positions():
+    """A resume by another version must go on with the same samples."""
+    order = Order([3, 0, 5, 1, 4], seed=7, streams=2, block_shards=2)
+    epoch, shard, index = order.locate(np.arange(20))
+    assert epoch.tolist() == [0] * 13 + [1] * 7
+    assert shard.tolist() == []
+    assert index.tolist() == []
+    _, shard, index = Order([40] * 9, seed=123, streams=4).locate(np.array([0, 1, 359, 360, 10**9]))
+    assert [shard.tolist(), index.tolist()] == []
+
+
+def test_epochs_and_seeds_differ():
+    order = Order([50] * 8, seed=1, streams=4)
+    _, shard, index = order.locate(np.arange(4 * 400))
+    runs = [*identify(shard, index).reshape(4, 400)]
+    runs.append(identify(*Order([50] * 8, seed=2, streams=4).locate(np.arange(400))[1:]))
+    for i in range(len(runs)):
+        for j in range(i):
+            assert (runs[i] == runs[j]).sum() < 20  # 1 by chance
+
+
+def test_the_samples_left_out_change_from_epoch_to_epoch():
+    order = Order([25] * 8, seed=1, streams=4, epoch_length=160)
+    _, shard, index = order.locate(np.arange(20 * 160))
+    used = np.bincount(identify(shard, index), minlength=8000).reshape(8, 1000)[:, :25]
+    assert used.min() >= 8  # 16 of 20 epochs in the mean
+    assert used.max() <= 20
+
+
+# --- tar neighbours: near-duplicates lie side by side in a shard; they must not be kept apart, nor together ------------
+
+
+def neighbours_together(order: Order, batch: int, epochs: int) -> float:
+    """How often tar neighbours share a batch, relative to chance."""
+    together = pairs = 0
+    for e in range(epochs):
+        _, shard, index = order.locate(np.arange(e * order.samples, (e + 1) * order.samples))
+        step = np.full((len(order.counts), order.counts.max()), -1)
+        step[shard, index] = np.arange(order.samples) // batch
+        together += (step[:, 1:] == step[:, :-1]).sum()
+        pairs += step[:, 1:].size
+    chance = (batch - 1) / (order.samples - 1)
+    return together / pairs / chance
+
+
+@pytest.mark.parametrize(
+    ("shards", "per_shard", "batch", "epochs"),
+    [(1, 5000, 64, 8), (4, 500, 128, 12), (10, 500, 256, 6), (40, 200, 512, 4), (64, 1000, 4096, 1), (300, 100, 1024, 4)],
+)
+def test_tar_neighbours_share_a_batch_about_as_often_as_chance(shards, per_shard, batch, epochs):
+    streams = default_streams(shards, batch)
+    order = Order([per_shard] * shards, seed=3, streams=streams)
+    assert 0.5 < neighbours_together(order, batch, epochs) < 2
+
+
+def test_streams_as_many_as_the_batch_would_keep_neighbours_apart():
+    order = Order([500] * 10, seed=3, streams=256)
+    assert neighbours_together(order, 256, 6) < 0.1
+
+
+def test_small_blocks_would_keep_neighbours_together():
+    order = Order([200] * 40, seed=3, streams=1, block_shards=1)
+    assert neighbours_together(order, 512, 4) > 10
+
+
+@given(st.integers(1, 10**6), st.integers(1, 2**24))
+def test_default_streams_divide_the_batch_and_leave_blocks_of_four_shards(shards, batch):
+    streams = default_streams(shards, batch)
+    assert batch % streams == 0
+    assert streams == 1 or (shards / streams >= 4 and batch / streams >= 4)
+
+
+# --- at scale ----------------------------------------------------------------------------------------------------------
+
+
+def test_four_hundred_million_samples_are_set_up_and_located_in_a_moment():
+    counts = np.random.default_rng(0).integers(9000, 10_001, 41_455)
+    start = time.process_time()
+    order = Order(counts, seed=0, streams=default_streams(41_455, 1 << 20))
+    positions = rank_positions(100 << 20, 1 << 20, world=64, rank=5, streams=order.streams)
+    epoch, shard, index = order.locate(positions)
+    assert time.process_time() - start < 2  # about 0.05 s on an idle machine
+    assert len(positions) == 16_384
+    assert (epoch == 0).all()
+    assert (index < counts[shard]).all()
+    assert len(np.unique(shard)) < 1500  # a rank's slice keeps to few of the 41,455 shards
+
+
+# --- Mixture -----------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.just(0.0) | st.floats(0.05, 10), min_size=1, max_size=5).filter(any),
+    st.integers(200, 1000),
+    st.integers(0, 2**40),
+)
+def test_mixture_is_exact_in_every_cycle(weights, cycle, seed):
+    mixture = Mixture(weights, seed=seed, cycle=cycle)
+    assert mixture.quota.sum() == cycle
+    assert (abs(mixture.quota - cycle * np.array(weights) / sum(weights)) < 1).all()
+    source, ordinal = mixture.locate(np.arange(3 * cycle))
+    for c in range(3):
+        here = slice(c * cycle, (c + 1) * cycle)
+        assert np.bincount(source[here], minlength=len(weights)).tolist() == mixture.quota.tolist()
+    for i, weight in enumerate(weights):
+        assert (source == i).any() == (weight > 0)
+        assert sorted(ordinal[source == i]) == list(range(3 * mixture.quota[i]))  # every ordinal once, none left out
+    some = np.array([0, cycle - 1, cycle, 2 * cycle + 17])
+    for part, whole in zip(Mixture(weights, seed=seed, cycle=cycle).locate(some), (source, ordinal), strict=True):
+        np.testing.assert_array_equal(part, whole[some])
+
+
+def test_mixture_mixes_within_a_cycle_and_changes_between_cycles():
+    source, _ = Mixture([1, 3], seed=5, cycle=1000).locate(np.arange(2000))
+    assert 15 <= (source[:100] == 0).sum() <= 35
+    assert (source[:1000] != source[1000:]).sum() > 200
+
+
+def test_golden_mixture():
+    source, ordinal = Mixture([2, 1, 1], seed=9, cycle=8).locate(np.arange(16))
+    assert [source.tolist(), ordinal.tolist()] == []
+
+
+def test_a_weight_of_less_than_one_sample_a_cycle_is_refused():
+    with pytest.raises(UserError, match="weight=1e-06 is under one sample in 10,000"):
+        Mixture([1, 1e-6], seed=0)
