@@ -15,8 +15,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,7 @@ from clipscale.config import Config, UserError, config_from_yaml, dump_config
 
 VERSION = 1
 _NAME = re.compile(r"step-(\d{9})")
+_FILES = ("model.pt", "optimizer.pt", "state.json", "config.yaml")  # of a checkpoint, beside its manifest
 
 
 @dataclass
@@ -43,7 +46,9 @@ class Snapshot:
 
 
 def save_checkpoint(run_dir: str, snapshot: Snapshot, keep: int) -> Path:
-    """Write one checkpoint durably, then drop all but the `keep` newest. Main rank only.
+    """Write one checkpoint durably, then drop all but the `keep` newest up to it. Main rank only.
+
+    Those of later steps stay: they are what a resume from an earlier one passed over, and do not count.
 
     Raises:
         UserError: it cannot be written (disk full, no permission); older checkpoints stay.
@@ -60,24 +65,25 @@ def save_checkpoint(run_dir: str, snapshot: Snapshot, keep: int) -> Path:
         _write(aside / "optimizer.pt", lambda file: torch.save(snapshot.optimizer, file))
         _write(aside / "state.json", lambda file: file.write(json.dumps(state, indent=1).encode()))
         _write(aside / "config.yaml", lambda file: file.write(dump_config(snapshot.config).encode()))
-        manifest = {path.name: _facts(path) for path in sorted(aside.iterdir())}
+        manifest = {name: _facts(aside / name) for name in _FILES}
         _write(aside / "manifest.json", lambda file: file.write(json.dumps(manifest, indent=1).encode()))
         _sync_folder(aside)
         if target.exists():  # the same step again, after a resume from an earlier one
             shutil.rmtree(target)
         aside.rename(target)
         _sync_folder(folder)
+        older = [path for step, path in _candidates(folder) if step <= snapshot.step]
+        for old in older[keep:]:
+            shutil.rmtree(old)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         free = shutil.disk_usage(run_dir).free if Path(run_dir).exists() else 0
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(f"checkpoint {target} cannot be written ({free >> 20} MiB free): {error}") from error
-    for _, old in _candidates(folder)[keep:]:
-        shutil.rmtree(old)
     return target
 
 
-def newest_checkpoint(run_dir: str, warn: Callable[[str], None] = lambda _: None) -> Path | None:
-    """The newest checkpoint of a run that verifies; None where the run has none at all.
+def newest_checkpoint(run_dir: str) -> Path | None:
+    """The newest checkpoint of a run that verifies; None where the run has none at all. Tells of those it passes over.
 
     Raises:
         UserError: there are checkpoints and none of them verifies: a run never starts over in silence.
@@ -87,7 +93,7 @@ def newest_checkpoint(run_dir: str, warn: Callable[[str], None] = lambda _: None
         problem = verify(path)
         if not problem:
             for line in damage:
-                warn(f"skipping a damaged checkpoint: {line}")
+                print(f"clipscale: warning: passing over a damaged checkpoint: {line}", file=sys.stderr)
             return path
         damage.append(f"{path}: {problem}")
     if damage:
@@ -118,10 +124,10 @@ def verify(path: Path) -> str:
     """'' if every file has the size and hash that the manifest says, else what is wrong."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        for name, facts in manifest.items():
-            if _facts(path / name) != facts:
+        for name in _FILES:
+            if _facts(path / name) != manifest[name]:
                 return f"{name} is not what was written (size or SHA-256 differs)"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
 
@@ -135,7 +141,7 @@ def load_checkpoint(path: Path) -> Snapshot:
     """A verified checkpoint's content, tensors on the CPU.
 
     Raises:
-        UserError: written by another layout version.
+        UserError: written by another layout version, or tensors that are not plain tensors.
     """
     state = json.loads((path / "state.json").read_text())
     if state.pop("version") != VERSION:
@@ -143,11 +149,18 @@ def load_checkpoint(path: Path) -> Snapshot:
     return Snapshot(
         step=state.pop("step"),
         position=state.pop("position"),
-        model=torch.load(path / "model.pt", map_location="cpu", weights_only=True),
-        optimizer=torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True),
+        model=_load_tensors(path / "model.pt"),
+        optimizer=_load_tensors(path / "optimizer.pt"),
         state=state,
         config=load_config_of(path),
     )
+
+
+def _load_tensors(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        raise UserError(f"{path} holds more than tensors, or is no torch file; use another checkpoint") from error
 
 
 def _candidates(folder: Path) -> list[tuple[int, Path]]:

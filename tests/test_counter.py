@@ -81,6 +81,17 @@ def test_uniform_draws_are_uniform_and_independent():
 
 
 def test_keys_depend_on_every_part_and_on_their_order():
-    keys = [fold(), fold(0), fold(0, 0), fold(1), fold("a"), fold("b"), fold("a", 1), fold(1, "a"), fold(-1), fold(2**63)]
+    keys = [
+        fold(),
+        fold(0),
+        fold(0, 0),
+        fold(1),
+        fold("a"),
+        fold("b"),
+        fold("a", 1),
+        fold(1, "a"),
+        fold(-1),
+        fold(2**63),
+    ]
     assert len(set(keys)) == len(keys)
     assert all(0 <= key < 2**64 for key in keys)
