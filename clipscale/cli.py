@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import textwrap
 
 from clipscale import __version__
 from clipscale.config import SharedError, UserError, dump_config, load_config
@@ -114,8 +115,7 @@ def _zeroshot(arguments: argparse.Namespace) -> int:
 
 
 def _index(arguments: argparse.Namespace) -> int:
-    from clipscale.data.index import refusals
-    from clipscale.data.source import open_source
+    from clipscale.data.source import open_source, refusals
     from clipscale.telemetry import track
 
     source = open_source(
@@ -137,10 +137,11 @@ def _index(arguments: argparse.Namespace) -> int:
 
 def _fail(error: UserError) -> int:
     """One line; an error that every rank raises alike is told once."""
+    line = textwrap.shorten(str(error), 2000, placeholder=" ...")
     if _rank() == 0:
-        print(f"clipscale: error: {error}", file=sys.stderr)
+        print(f"clipscale: error: {line}", file=sys.stderr)
     elif not isinstance(error, SharedError):
-        print(f"clipscale: error on rank {_rank()}: {error}", file=sys.stderr)
+        print(f"clipscale: error on rank {_rank()}: {line}", file=sys.stderr)
     return 2
 
 

@@ -49,12 +49,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Model:
-    """An open_clip model by name, or a model of one's own when `vision` and `text` are given."""
+    """An open_clip model by its name, or one of one's own by `vision` and `text`: either, not both."""
 
-    name: str = "ViT-B-32"
+    name: str | None = None
     embed_dim: int = 512  # D; used only with vision/text below, a named model brings its own
-    vision: dict[str, Any] = field(default_factory=dict)  # fields of open_clip's CLIPVisionCfg
-    text: dict[str, Any] = field(default_factory=dict)  # fields of open_clip's CLIPTextCfg
+    vision: dict[str, Any] | None = None  # fields of open_clip's CLIPVisionCfg
+    text: dict[str, Any] | None = None  # fields of open_clip's CLIPTextCfg
     quick_gelu: bool = False
     logit_scale_init: float = 1 / 0.07
     logit_scale_max: float = 100.0
@@ -63,6 +63,11 @@ class Model:
         require(
             bool(self.vision) == bool(self.text),
             "model.vision and model.text must be given together (or neither, to use the open_clip model model.name)",
+        )
+        require(
+            self.name is None or not self.vision,
+            f"model.name={self.name!r} asks for an open_clip model, but model.vision and model.text describe another; "
+            "set one of them to null (model.vision together with model.text)",
         )
         require(self.embed_dim >= 1, f"model.embed_dim={self.embed_dim} must be at least 1")
         require(

@@ -110,7 +110,7 @@ def start_world(device: str = "auto") -> Iterator[World]:
     if on_gpu:
         require(
             local_rank < gpus,
-            f"local rank {local_rank} has no GPU of its own ({gpus} on {socket.gethostname()}); start {gpus} ranks a node",
+            f"local rank {local_rank} has no GPU of its own on {socket.gethostname()}; start {gpus} ranks a node",
         )
         torch.cuda.set_device(local_rank)
     where = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")

@@ -20,10 +20,9 @@ def build_optimizer(model: nn.Module, config: Optim) -> torch.optim.Optimizer:
     Locked parameters (`requires_grad=False`) are left out.
     """
     matrices, vectors = [], []
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.requires_grad:
-            is_vector = parameter.squeeze().ndim < 2 or name.endswith(".bias") or name == "logit_scale"
-            (vectors if is_vector else matrices).append(parameter)
+            (vectors if parameter.squeeze().ndim < 2 else matrices).append(parameter)
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},

@@ -35,17 +35,13 @@ def main() -> None:
     axis.grid(alpha=0.25)
     if scored:
         right = axis.twinx()
-        right.plot(
-            [row["samples"] for row in scored], [row["zeroshot/top1"] for row in scored], "o-", color=SCORE, markersize=4
-        )
+        top1 = [row["zeroshot/top1"] for row in scored]
+        right.plot([row["samples"] for row in scored], top1, "o-", color=SCORE, markersize=4)
         right.set_ylim(0, 1)
         right.set_ylabel("zero-shot top-1", color=SCORE)
         right.spines[["top"]].set_visible(False)
-        last = scored[-1]
-        right.annotate(
-            f"{last['zeroshot/top1']:.3f}", (last["samples"], last["zeroshot/top1"]), (-4, 6), textcoords="offset points",
-            ha="right", color=SCORE,
-        )  # fmt: skip
+        end = (scored[-1]["samples"], top1[-1])
+        right.annotate(f"{top1[-1]:.3f}", end, (-4, 6), textcoords="offset points", ha="right", color=SCORE)
     axis.set_title(arguments.title or str(arguments.run), loc="left", fontsize=10)
     arguments.picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(arguments.picture, dpi=150)

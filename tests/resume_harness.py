@@ -52,7 +52,10 @@ def train_rank(config_path: Path, rank: int, world: int, port: int, kill_at: int
     seen = open(config_path.with_name(f"seen-{rank}.jsonl"), "a")  # noqa: SIM115
 
     def recorded_step(self, batch):
-        row = {"step": self.steps_done + 1, "slots": [list(pair) for pair in zip(batch.positions.tolist(), batch.keys, strict=True)]}
+        row = {
+            "step": self.steps_done + 1,
+            "slots": [list(pair) for pair in zip(batch.positions.tolist(), batch.keys, strict=True)],
+        }
         seen.write(json.dumps(row) + "\n")
         seen.flush()
         return step(self, batch)

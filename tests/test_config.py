@@ -60,11 +60,11 @@ def test_shipped_configs_are_found():
 def test_keys_that_scripts_outside_rely_on():
     config = load_config([str(ROOT / "configs" / "quickstart.yaml")])
     assert "shapes" in config.data.sources
-    words = ["run.dir=x", "seed=3", "model.name=RN50", "data.sources.shapes.urls=a.tar", "data.sources.shapes.weight=2"]
+    words = ["run.dir=x", "seed=3", "data.sources.shapes.urls=a.tar", "data.sources.shapes.weight=2"]
     words += ["train.global_batch=8", "train.samples=9", "gradcache.image_chunk=1", "gradcache.text_chunk=2"]
     words += ["loss.precision=fp32", "eval.zeroshot.every_steps=4"]
     config = apply_overrides(config, words)
-    assert (config.run.dir, config.seed, config.model.name) == ("x", 3, "RN50")
+    assert (config.run.dir, config.seed) == ("x", 3)
     assert config.data.sources == {"shapes": Source("a.tar", 2.0)}
     assert (config.train.global_batch, config.train.samples, config.loss.precision) == (8, 9, "fp32")
     assert (config.gradcache.image_chunk, config.gradcache.text_chunk) == (1, 2)
@@ -293,3 +293,13 @@ def test_both_towers_are_described_or_neither():
     assert config.model.vision == {"image_size": 16, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
     assert config.model.text == {"width": 32}
     assert load_config([]).model == Model()
+
+
+def test_a_model_is_named_or_described_and_never_both():
+    quickstart = str(ROOT / "configs" / "quickstart.yaml")
+    message = refusal(quickstart, "model.name=ViT-B-3")
+    assert "model.name='ViT-B-3'" in message
+    assert "set one of them to null" in message
+    config = load_config([quickstart, "model.name=ViT-B-32", "model.vision=null", "model.text=null"])
+    assert (config.model.name, config.model.vision, config.model.text) == ("ViT-B-32", None, None)
+    assert config_from_yaml(dump_config(config)) == config

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from shards import picture, write_shard, write_tar
 
@@ -35,7 +35,7 @@ def read_all(path: Path, need: str = "pairs") -> list[tuple[str, bytes, bytes]]:
     return samples
 
 
-# --- webdataset's reader is the oracle ---------------------------------------------------------------------------------
+# --- webdataset's reader is the oracle --------------------------------------------------------------------------------
 
 
 def read_with_webdataset(path: Path) -> list[tuple[str, bytes, bytes]]:
@@ -58,22 +58,16 @@ keys = st.builds(
 suffixes = st.sampled_from(
     ["jpg", "JPG", "jpeg", "png", "webp", "txt", "Txt", "cls", "json", "thumb.jpg", "txt.gz", ""]
 )
+members = st.permutations(["JPG", "txt", "cls"]) | st.lists(suffixes, min_size=1, max_size=4, unique_by=str.lower)
 formats = st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 
 
 @settings(max_examples=200, deadline=None)
-@given(
-    st.lists(st.tuples(keys, st.lists(suffixes, min_size=1, max_size=4, unique_by=str.lower))), formats, st.randoms()
-)
+@given(st.lists(st.tuples(keys, members)), formats, st.randoms())
 def test_the_index_reads_what_webdataset_reads(tmp_path_factory, groups, format, random):
     path = tmp_path_factory.mktemp("fuzz") / "shard.tar"
-    names, previous = [], None
-    for key, members in groups:
-        if key != previous:  # webdataset raises at the second sample of one key
-            names += [f"{key}.{suffix}" if suffix else key for suffix in members]
-        previous = key
     with tarfile.open(path, "w", format=format) as tar:
-        for name in names:
+        for name in [f"{key}.{suffix}" if suffix else key for key, parts in groups for suffix in parts]:
             member = tarfile.TarInfo(name)
             data = random.randbytes(random.choice([0, 1, 511, 512, 513, 1300]))
             if name.lower().endswith("txt"):
@@ -88,7 +82,11 @@ def test_the_index_reads_what_webdataset_reads(tmp_path_factory, groups, format,
                 other.type = random.choice([tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
                 other.linkname = "elsewhere"
                 tar.addfile(other)
-    assert read_all(path) == read_with_webdataset(path)
+    try:
+        expected = read_with_webdataset(path)
+    except ValueError:  # two samples of one key in a row
+        reject()
+    assert read_all(path) == expected
     assert index_shard(str(path)).cut == ""
 
 
@@ -161,7 +159,7 @@ def index_bytes(folder: Path, data: bytes):
 
 
 def test_cut_inside_a_member(tmp_path, whole):
-    end = whole.index(b"caption 2") - 512 - 100
+    end = whole.index(b"002.jpg") + 512 + 100
     shard = index_bytes(tmp_path, whole[:end])
     assert shard.pairs == 2
     assert shard.cut == f"cut short at byte {end}, inside 002.jpg"
@@ -197,24 +195,16 @@ def test_gzip_empty_and_garbage(tmp_path, whole):
     assert "bad tar header at byte 0" in index_bytes(tmp_path, random.Random(0).randbytes(4096)).cut
 
 
-def test_two_archives_in_one_file_and_holes_are_told(tmp_path, whole):
+def test_bytes_behind_the_end_are_told(tmp_path, whole):
+    end = (whole.index(b"caption 3") // 512 + 1) * 512
     shard = index_bytes(tmp_path, whole + whole)
-    assert (shard.pairs, shard.cut.split(" at byte")[0]) == (
-        4,
-        f"{2 * len(whole) - 4096 * 0 - _end(whole)} bytes follow the end-of-archive marker",
-    )
-    hole = bytearray(whole)
+    assert shard.pairs == 4
+    assert shard.cut == f"{2 * len(whole) - end} bytes follow the end-of-archive marker at byte {end}"
     start = whole.index(b"002.jpg")
-    hole[start : start + 512] = bytes(512)
-    shard = index_bytes(tmp_path, bytes(hole))
+    shard = index_bytes(tmp_path, whole[:start] + bytes(512) + whole[start + 512 :])  # a hole
     assert shard.pairs == 2
     assert f"end-of-archive marker at byte {start}" in shard.cut
-    assert "bytes follow" in index_bytes(tmp_path, whole + bytes(2 << 20)).cut  # a download with its space laid out
-
-
-def _end(tar: bytes) -> int:
-    """Where the end marker begins: after the last member's block."""
-    return (tar.index(b"caption 3") // 512 + 1) * 512
+    assert "bytes follow" in index_bytes(tmp_path, whole + bytes(2 << 20)).cut  # a download whose space was laid out
 
 
 def header(name: bytes, size: bytes, kind: bytes) -> bytes:
@@ -243,7 +233,7 @@ def test_hostile_sizes_end_the_listing(size, cause):
 @pytest.mark.parametrize(
     ("records", "cause"),
     [
-        (b"15 size=-00512\n", "a size of -512"),
+        (b"13 size=-512\n", "a size of -512"),
         (b"12 size=abc\n", "bad pax header"),
         (b"0 size=5\n", "a record of 0 bytes"),
         (b"-5 size=5\n", "a record of -5 bytes"),
@@ -306,7 +296,7 @@ def _small() -> bytes:
 
 _SMALL = _small()
 
-# --- selection ---------------------------------------------------------------------------------------------------------
+# --- selection --------------------------------------------------------------------------------------------------------
 
 
 def test_samples_that_cannot_be_used_are_counted_by_cause(tmp_path):
@@ -367,7 +357,7 @@ def test_no_usable_sample_is_one_clear_error(tmp_path, content, found):
     assert "\n" not in str(error.value)
 
 
-# --- sidecars ----------------------------------------------------------------------------------------------------------
+# --- sidecars ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -446,7 +436,7 @@ def test_a_sidecar_whose_table_is_damaged_is_an_os_error(shard_path):
     data[place] ^= 1
     Path(shard.sidecar).write_bytes(data)
     index_module._load_table.cache_clear()
-    with pytest.raises(OSError, match="is damaged .* delete it"):
+    with pytest.raises(OSError, match=r"is damaged .* delete it"):
         shard.table()
 
 

@@ -137,6 +137,7 @@ def test_encoder_parameters_are_all_but_the_logit_scale():
     ("config", "said"),
     [
         (Model(name="ViT-B-3"), r"model\.name='ViT-B-3' is no open_clip model; did you mean ViT-B-32"),
+        (Model(), r"no model: set model\.name to one of open_clip's, or describe"),
         (Model(name="zzz"), r"'zzz' is no open_clip model; see open_clip\.list_models"),
         (Model(name="coca_ViT-B-32"), "coca_ViT-B-32' needs multimodal_cfg"),
         (model({"widht": 3}), r"unknown key model\.vision\.widht; did you mean model\.vision\.width\?"),

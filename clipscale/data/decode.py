@@ -28,7 +28,7 @@ CAUSES = ("cannot be read", "not JPEG, PNG or WebP", "broken picture", "too many
 CROP_TRIES = 10
 DRAWS_PER_SAMPLE = 4 * CROP_TRIES
 
-_PILLOW = {"JPEG": JpegImageFile, "PNG": PngImageFile, "WEBP": WebPImageFile}  # past Image.open's own pixel limit
+_PILLOW = {"JPEG": JpegImageFile, "PNG": PngImageFile, "WEBP": WebPImageFile}  # not Image.open, whose limit warns
 
 Box = tuple[int, int, int, int]  # top, left, height, width
 
@@ -60,6 +60,8 @@ def decode(data: bytes, max_pixels: int) -> np.ndarray:
         return _decode_with_pillow(data, kind, max_pixels)
     except BadSample:
         raise
+    except Image.DecompressionBombError as error:  # Pillow's own limit, which it keeps for WebP
+        raise BadSample("too many pixels", str(error)) from error
     except Exception as error:  # decoders raise ValueError, OSError, SyntaxError, struct.error, ... on hostile bytes
         raise BadSample("broken picture", f"{type(error).__name__}: {error}") from error
 

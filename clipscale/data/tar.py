@@ -70,7 +70,7 @@ def _walk(tar: bytes | mmap.mmap) -> Iterator[Member]:
     while True:
         header = tar[position : position + _BLOCK]
         if len(header) < _BLOCK:
-            raise _Damaged(f"cut short at byte {position}: no end-of-archive marker")
+            raise _Damaged(f"cut short at byte {len(tar)}: no end-of-archive marker")
         if header == bytes(_BLOCK):
             padding = tar[position : position + _MAX_PADDING_BYTES + 1]
             if len(padding) > _MAX_PADDING_BYTES or padding.strip(b"\0"):

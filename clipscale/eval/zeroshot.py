@@ -139,10 +139,12 @@ def _label(note: bytes, classes: int) -> int:
 
 
 def _lines(path: str, setting: str) -> list[str]:
+    """One a line. A line's number is a label, so an empty one between others is refused, not passed over."""
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        lines = Path(path).read_text(encoding="utf-8-sig").rstrip().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{setting}={path!r} cannot be read: {error}") from error
-    lines = [line for line in lines if line]
+    lines = [line.strip() for line in lines]
     require(bool(lines), f"{setting}={path!r} is empty; write one a line")
+    require(all(lines), f"{setting}={path!r}: line {lines.index('') + 1 if '' in lines else 0} is empty; take it out")
     return lines

@@ -125,7 +125,8 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {words[0]}"
 
 
-def _named(name: str) -> dict:
+def _named(name: str | None) -> dict:
+    require(name is not None, "no model: set model.name to one of open_clip's, or describe model.vision and model.text")
     known = open_clip.list_models()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)

@@ -1,0 +1,224 @@
+"""clipscale/checkpoint.py: a checkpoint is whole or not there, and a run never starts over in silence."""
+
+import errno
+import hashlib
+import json
+import os
+import pickle
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_config
+
+from clipscale.checkpoint import (
+    Snapshot,
+    find_checkpoint,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+    verify,
+)
+from clipscale.config import Optim, UserError
+from clipscale.optim import build_optimizer
+from clipscale.towers import build_towers
+
+
+@pytest.fixture
+def save(tmp_path):
+    """save(step) writes a checkpoint of a run in tmp_path; its tensors tell the step."""
+
+    def write(step: int, keep: int = 9) -> Path:
+        snapshot = Snapshot(
+            step=step,
+            position=step * 8,
+            model={"weight": torch.full((3,), float(step))},
+            optimizer={"state": {}, "param_groups": []},
+            state={"skips": {"broken picture": step}},
+            config=tiny_config(tmp_path, "shards/*.tar"),
+        )
+        return save_checkpoint(str(tmp_path), snapshot, keep)
+
+    return write
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_round_trip_is_exact(tmp_path):
+    config = tiny_config(tmp_path, "shards/{0..3}.tar", "optim.lr=0.1")
+    towers = build_towers(config.model, seed=3)
+    optimizer = build_optimizer(towers.model, Optim())
+    images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+    for _ in range(2):
+        towers.image(images)[:, 0].sum().backward()
+        optimizer.step()
+    state = {"skips": {"broken picture": 2}, "order": {"seed": 2**63 - 1, "crop": [0.1, 1 / 3]}, "last_row": {}}
+    model = towers.model.state_dict() | {"half": torch.tensor([1e-7, 3.0], dtype=torch.float16)}
+    snapshot = Snapshot(7, 56, model, optimizer.state_dict(), state, config)
+    path = save_checkpoint(str(tmp_path / "run"), snapshot, keep=2)
+    assert path == tmp_path / "run" / "checkpoints" / "step-000000007"
+    assert newest_checkpoint(str(tmp_path / "run")) == path
+
+    loaded = load_checkpoint(path)
+    assert (loaded.step, loaded.position, loaded.state, loaded.config) == (7, 56, state, config)
+    assert loaded.model.keys() == model.keys()
+    for name, tensor in model.items():
+        assert loaded.model[name].dtype == tensor.dtype
+        assert torch.equal(loaded.model[name], tensor)
+    ours, theirs = optimizer.state_dict(), loaded.optimizer
+    assert theirs["param_groups"] == ours["param_groups"]
+    for key, slots in ours["state"].items():
+        assert slots.keys() == theirs["state"][key].keys()
+        assert all(torch.equal(value, theirs["state"][key][name]) for name, value in slots.items())
+
+
+def test_the_newest_by_number_is_found_and_only_so_many_are_kept(save, tmp_path):
+    for step in (9, 10, 100):
+        save(step, keep=2)
+    assert names(tmp_path) == ["step-000000010", "step-000000100"]
+    found = newest_checkpoint(str(tmp_path))
+    assert load_checkpoint(found).model["weight"][0] == 100
+    assert find_checkpoint(str(tmp_path)) == found
+    older = tmp_path / "checkpoints" / "step-000000010"
+    os.utime(older)  # touched last: the number decides
+    assert newest_checkpoint(str(tmp_path)) == found
+    assert find_checkpoint(str(older)) == older
+
+
+def test_a_run_without_checkpoints_has_none(tmp_path):
+    assert newest_checkpoint(str(tmp_path / "nowhere")) is None
+    (tmp_path / "checkpoints").mkdir()
+    assert newest_checkpoint(str(tmp_path)) is None
+    with pytest.raises(UserError, match="neither a checkpoint nor the folder of a run"):
+        find_checkpoint(str(tmp_path))
+
+
+# --- damage -----------------------------------------------------------------------------------------------------------
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def keep_one_file(path: Path) -> None:
+    path.write_text(json.dumps({"model.pt": json.loads(path.read_text())["model.pt"]}))
+
+
+@pytest.mark.parametrize("file", ["model.pt", "optimizer.pt", "state.json", "config.yaml", "manifest.json"])
+@pytest.mark.parametrize("harm", [flip_a_byte, cut, Path.unlink])
+def test_damage_is_found_and_the_previous_one_is_taken_with_a_warning(save, tmp_path, capsys, file, harm):
+    good, bad = save(1), save(2)
+    harm(bad / file)
+    assert newest_checkpoint(str(tmp_path)) == good
+    warning = capsys.readouterr().err
+    assert warning.startswith("clipscale: warning: passing over a damaged checkpoint:")
+    assert str(bad) in warning
+    assert warning.count("\n") == 1
+    with pytest.raises(UserError):
+        find_checkpoint(str(bad))
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "null", '{"model.pt": 3}'])
+def test_a_manifest_that_does_not_name_every_file_is_damage(save, content):
+    path = save(1)
+    (path / "manifest.json").write_text(content)
+    assert verify(path)
+
+
+def test_if_none_verifies_the_run_does_not_start_over(save, tmp_path):
+    for step in (1, 2):
+        flip_a_byte(save(step) / "model.pt")
+    with pytest.raises(UserError, match=r"no checkpoint of .* verifies .*set another run\.dir") as error:
+        newest_checkpoint(str(tmp_path))
+    for step in (1, 2):
+        assert f"step-{step:09}: model.pt is not what was written" in str(error.value)
+
+
+def test_a_damaged_newer_one_does_not_push_out_what_is_written_after_it(save, tmp_path):
+    save(1)
+    flip_a_byte(save(9) / "model.pt")
+    written = save(2, keep=1)
+    assert newest_checkpoint(str(tmp_path)) == written
+    assert names(tmp_path) == ["step-000000002", "step-000000009"]
+    save(9, keep=1)  # the run comes by that step again
+    assert names(tmp_path) == ["step-000000009"]
+    assert load_checkpoint(newest_checkpoint(str(tmp_path))).step == 9
+
+
+def test_what_an_interrupted_save_left_is_ignored_and_cleared_away(save, tmp_path):
+    good = save(1)
+    shutil.copytree(good, tmp_path / "checkpoints" / "step-000000002.tmp-123")
+    assert newest_checkpoint(str(tmp_path)) == good
+    save(3)
+    assert names(tmp_path) == ["step-000000001", "step-000000003"]
+
+
+def test_another_layout_version_is_named(save):
+    path = save(1)
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps(state | {"version": 99}))
+    with pytest.raises(UserError, match="another layout version; this clipscale reads version 1"):
+        load_checkpoint(path)
+
+
+# --- hostile and full -------------------------------------------------------------------------------------------------
+
+
+class Payload:
+    """What a hostile pickle does when it is loaded."""
+
+    def __reduce__(self):
+        return os.mkdir, ("pwned",)
+
+
+@pytest.mark.parametrize("file", ["model.pt", "optimizer.pt"])
+@pytest.mark.parametrize("dump", [partial(pickle.dump, protocol=2), torch.save], ids=["pickle", "torch"])
+def test_nothing_is_unpickled(save, tmp_path, monkeypatch, file, dump):
+    monkeypatch.chdir(tmp_path)
+    path = save(1)
+    with open(path / file, "wb") as out:
+        dump(Payload(), out)
+    manifest = json.loads((path / "manifest.json").read_text())
+    data = (path / file).read_bytes()
+    manifest[file] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    assert not verify(path)  # whoever can write the payload can write the manifest too
+    with pytest.raises(UserError, match=rf"{file} holds more than tensors"):
+        load_checkpoint(path)
+    assert not Path("pwned").exists()
+
+
+def full(*_) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def torch_full(*_) -> None:
+    raise RuntimeError("[enforce fail at inline_container.cc] . unexpected pos 64 vs 0")
+
+
+@pytest.mark.parametrize(("target", "failure"), [("os.fsync", full), ("torch.save", full), ("torch.save", torch_full)])
+def test_a_full_disk_is_told_in_a_line_and_leaves_the_older_ones(save, tmp_path, monkeypatch, target, failure):
+    good = save(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(target, failure)
+        with pytest.raises(UserError, match=r"step-000000002 cannot be written \(\d+ MiB free\)") as error:
+            save(2, keep=1)
+    assert "\n" not in str(error.value)
+    assert names(tmp_path) == ["step-000000001"]
+    assert newest_checkpoint(str(tmp_path)) == good
+
+
+def test_a_folder_that_cannot_be_made_is_told_in_a_line(save, tmp_path):
+    (tmp_path / "checkpoints").write_text("a file")
+    with pytest.raises(UserError, match="cannot be written"):
+        save(1)

@@ -1,0 +1,399 @@
+import dataclasses
+import json
+import os
+import pickle
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from shards import picture, write_pairs, write_shard
+
+from clipscale.config import Data, Source, UserError
+from clipscale.data import index as index_module
+from clipscale.data import source as source_module
+from clipscale.data.decode import decode
+from clipscale.data.loader import Loader, StepBatch
+from clipscale.data.pipeline import Pipeline, build_pipeline
+
+LENGTH = 24
+
+
+def tokenize(captions: list[str]) -> torch.Tensor:
+    """A one, as start of the text, and the characters of a caption."""
+    rows = [[1, *map(ord, caption), *[0] * LENGTH][:LENGTH] for caption in captions]
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def pipeline(urls: str | dict[str, tuple[str, float]], batch: int, **kwargs) -> Pipeline:
+    sources = {"mine": (urls, 1.0)} if isinstance(urls, str) else urls
+    recorded, side = kwargs.pop("recorded", None), kwargs.pop("image_size", 24)
+    data = Data(sources={name: Source(urls=u, weight=w) for name, (u, w) in sources.items()}, **kwargs)
+    return build_pipeline(
+        data, tokenize, image_size=side, context_length=LENGTH, seed=5, global_batch=batch, recorded=recorded
+    )
+
+
+def copied(batch: StepBatch) -> StepBatch:
+    """Taking the next batch overwrites the tensors of this one."""
+    return dataclasses.replace(batch, images=batch.images.clone(), tokens=batch.tokens.clone())
+
+
+def read(pipe: Pipeline, steps: int, batch: int, start: int = 0, **kwargs) -> list[StepBatch]:
+    loader = Loader(pipe, start=start, global_batch=batch, **kwargs)
+    batches = [copied(next(loader)) for _ in range(steps)]
+    loader.close()
+    return batches
+
+
+def by_position(batches: list[StepBatch]) -> dict[int, tuple]:
+    return {
+        int(position): (b.keys[i], b.images[i].numpy().tobytes(), tuple(b.tokens[i].tolist()), bool(b.valid[i]))
+        for b in batches
+        for i, position in enumerate(b.positions)
+    }
+
+
+def assert_equal(a: list[StepBatch], b: list[StepBatch]) -> None:
+    for one, other in zip(a, b, strict=True):
+        assert one.position == other.position
+        assert one.keys == other.keys
+        np.testing.assert_array_equal(one.positions, other.positions)
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.tokens, other.tokens)
+        assert torch.equal(one.valid, other.valid)
+        assert sorted(one.skips) == sorted(other.skips)
+
+
+@pytest.fixture(scope="module")
+def urls(tmp_path_factory) -> str:
+    """8 shards of 25 pairs, three of them broken."""
+    return write_pairs(tmp_path_factory.mktemp("pairs"), 8, 25, size=28, broken={3, 77, 150})
+
+
+@pytest.fixture(scope="module")
+def expected(urls) -> list[StepBatch]:
+    """One thread, five batches of 96: two and a half epochs."""
+    return read(pipeline(urls, 96), 5, 96, threads=1)
+
+
+# --- what a batch holds -----------------------------------------------------------------------------------------------
+
+
+def test_each_epoch_holds_each_sample_once(expected):
+    keys = [slot[0] for _, slot in sorted(by_position(expected).items())]
+    assert sorted(keys[:200]) == sorted(keys[200:400]) == [f"{i:06d}" for i in range(200)]
+    assert keys[:200] != keys[200:400]
+    assert [batch.position for batch in expected] == [0, 96, 192, 288, 384]
+
+
+def test_picture_and_caption_belong_to_the_key(expected):
+    batch = expected[0]
+    for i in np.flatnonzero(batch.valid.numpy()):
+        number = int(batch.keys[i])
+        assert batch.tokens[i].tolist() == tokenize([f"number {number % 25} of shard {number // 25}"])[0].tolist()
+
+
+def test_a_crop_of_the_whole_is_the_picture_itself(urls):
+    pipe = pipeline(urls, 96, image_size=28, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))
+    batch = read(pipe, 1, 96)[0]
+    for i in np.flatnonzero(batch.valid.numpy()):
+        pixels = decode(picture(int(batch.keys[i]), 28, 28), 10_000)
+        np.testing.assert_array_equal(batch.images[i].permute(1, 2, 0).numpy(), pixels)
+
+
+# --- threads, ranks, restarts and prefetching change nothing ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(("threads", "prefetch"), [(1, 2), (2, 1), (4, 1), (4, 3)])
+def test_threads_and_prefetch_change_nothing(urls, expected, threads, prefetch):
+    assert_equal(read(pipeline(urls, 96), 5, 96, threads=threads, prefetch=prefetch), expected)
+
+
+@pytest.mark.parametrize("world", [2, 4, 3])
+@pytest.mark.parametrize("streams", [None, 8])
+def test_ranks_read_the_batches_of_one(urls, world, streams):
+    pipe = pipeline(urls, 96, streams=streams)
+    alone = by_position(read(pipe, 3, 96))
+    parts = [read(pipe, 3, 96, world=world, rank=rank) for rank in range(world)]
+    together = [by_position(part) for part in parts]
+    assert sum(map(len, together)) == len(alone) == 3 * 96
+    assert {k: v for part in together for k, v in part.items()} == alone
+    assert sorted(s for part in parts for b in part for s in b.skips) == sorted(
+        s for b in read(pipe, 3, 96) for s in b.skips
+    )
+
+
+def test_starting_later_equals_going_there(urls, expected):
+    assert_equal(read(pipeline(urls, 96), 2, 96, start=288), expected[3:])
+
+
+def test_the_crop_follows_the_position(urls):
+    pipe = pipeline(urls, 96, crop_scale=(0.2, 0.6))
+    first, again = by_position(read(pipe, 5, 96)), by_position(read(pipe, 5, 96))
+    assert first == again
+    views: dict[str, set] = {}
+    for key, pixels, _, valid in first.values():
+        if valid:
+            views.setdefault(key, set()).add(pixels)
+    assert sum(len(view) == 1 for view in views.values()) < 5  # another epoch, another crop
+
+
+# --- masked slots -----------------------------------------------------------------------------------------------------
+
+
+def test_a_broken_picture_masks_its_slot_and_no_other(urls, tmp_path):
+    clean_urls = write_pairs(tmp_path, 8, 25, size=28)
+    for broken, clean in zip(read(pipeline(urls, 100), 4, 100), read(pipeline(clean_urls, 100), 4, 100), strict=True):
+        assert broken.keys == clean.keys
+        assert clean.valid.all()
+        assert not clean.skips
+        masked = [i for i, key in enumerate(broken.keys) if int(key) in (3, 77, 150)]
+        assert (~broken.valid).nonzero().ravel().tolist() == masked
+        assert not broken.images[masked].any()
+        assert not broken.tokens[masked].any()
+        assert torch.equal(broken.images[broken.valid], clean.images[broken.valid])
+        assert torch.equal(broken.tokens[broken.valid], clean.tokens[broken.valid])
+        told = {(skip.position, skip.key, skip.shard) for skip in broken.skips}
+        shard = [f"{int(broken.keys[i]) // 25:04d}.tar" for i in masked]
+        assert told == {
+            (int(broken.positions[i]), broken.keys[i], str(Path(urls).with_name(name)))
+            for i, name in zip(masked, shard, strict=True)
+        }
+        assert {(skip.source, skip.cause) for skip in broken.skips} <= {("mine", "broken picture")}
+    assert len([skip for batch in read(pipeline(urls, 100), 4, 100) for skip in batch.skips]) == 6  # 3 in each epoch
+
+
+def test_nothing_remains_of_the_batch_before_in_a_masked_slot(tmp_path):
+    """Buffers are used again."""
+    everything_broken = write_pairs(tmp_path, 1, 8, broken=range(8))
+    for batch in read(pipeline(everything_broken, 8), 4, 8):
+        assert not batch.valid.any()
+        assert not batch.images.any()
+        assert len(batch.skips) == 8
+
+
+@pytest.mark.parametrize("fate", ["deleted", "cut", "a folder"])
+def test_a_shard_that_goes_after_indexing_is_masked(tmp_path, fate):
+    pipe = pipeline(write_pairs(tmp_path, 4, 20), 80)
+    victim = tmp_path / "0002.tar"
+    if fate == "cut":
+        os.truncate(victim, victim.stat().st_size // 2)
+    else:
+        victim.unlink()
+        if fate == "a folder":
+            victim.mkdir()
+    batch = read(pipe, 1, 80)[0]
+    lost = [skip for skip in batch.skips if skip.cause == "cannot be read"]
+    assert len(lost) == len(batch.skips) == (~batch.valid).sum()
+    assert {skip.shard for skip in lost} == {str(victim)}
+    assert 5 < len(lost) < 15 if fate == "cut" else len(lost) == 20
+    assert all(40 <= int(skip.key) < 60 for skip in lost)
+
+
+@pytest.mark.parametrize("fate", ["deleted", "damaged"])
+def test_an_index_that_goes_while_running_is_masked(tmp_path, fate):
+    pipe = pipeline(write_pairs(tmp_path, 2, 10), 20)
+    sidecar = tmp_path / "0001.tar.index.npz"
+    sidecar.unlink() if fate == "deleted" else sidecar.write_bytes(sidecar.read_bytes()[:300])
+    index_module._load_table.cache_clear()
+    batch = read(pipe, 1, 20)[0]
+    assert len(batch.skips) == 10
+    assert {(skip.cause, Path(skip.shard).name) for skip in batch.skips} == {("cannot be read", "0001.tar")}
+    assert batch.valid.sum() == 10
+
+
+def test_a_caption_that_changes_after_indexing_is_masked(tmp_path):
+    pipe = pipeline(write_pairs(tmp_path, 1, 4), 4)
+    shard = tmp_path / "0000.tar"
+    shard.write_bytes(shard.read_bytes().replace(b"number 2 of", b"number \xff of"))
+    batch = read(pipe, 1, 4)[0]
+    assert [(skip.key, skip.cause) for skip in batch.skips] == [("000002", "caption is not UTF-8")]
+
+
+# --- epochs and repeats -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("boundary", ["straddle", "drop"])
+def test_repeats_equal_brute_force(tmp_path, boundary):
+    pipe = pipeline(write_pairs(tmp_path, 5, 9, size=8), 16, epoch_boundary=boundary, streams=4)
+    found = []
+    for start in range(0, 16 * 40, 16):
+        located = np.stack(pipe.locate(np.arange(start, start + 16)))[[0, 2, 3]]
+        expected = 16 - len({tuple(column) for column in located.T})
+        assert pipe.repeats(start, 16) == expected
+        found.append(expected)
+    assert any(found) == (boundary == "straddle")
+
+
+def test_repeats_of_a_mixture_equal_brute_force(tmp_path):
+    sources = {
+        "a": (write_pairs(tmp_path / "a", 2, 9, size=8), 1.0),
+        "b": (write_pairs(tmp_path / "b", 3, 20, size=8), 2.5),
+    }
+    pipe = pipeline(sources, 32, allow_repeats=True)
+    found = []
+    for start in range(0, 32 * 60, 32):
+        source, _, shard, index = pipe.locate(np.arange(start, start + 32))
+        found.append(32 - len(set(zip(source.tolist(), shard.tolist(), index.tolist(), strict=True))))
+        assert pipe.repeats(start, 32) == found[-1]
+    assert any(found)
+
+
+def test_drop_leaves_out_the_remainder(tmp_path):
+    pipe = pipeline(write_pairs(tmp_path, 3, 15, size=8), 20, epoch_boundary="drop")
+    keys = [key for batch in read(pipe, 4, 20) for key in batch.keys]
+    assert len(set(keys[:40])) == len(set(keys[40:])) == 40
+
+
+def test_a_mixture_keeps_its_shares_and_each_source_its_epochs(tmp_path):
+    sources = {
+        "a": (write_pairs(tmp_path / "a", 2, 12, size=8), 1.0),
+        "b": (write_pairs(tmp_path / "b", 3, 20, size=8), 3.0),
+        "off": ("nowhere.tar", 0.0),
+    }
+    pipe = pipeline(sources, 32)
+    assert [source.name for source in pipe.sources] == ["a", "b"]
+    source, epoch, shard, index = pipe.locate(np.arange(10_000))
+    assert np.bincount(source).tolist() == [2500, 7500]
+    for i, samples in enumerate((24, 60)):
+        seen = Counter(zip(epoch[source == i], shard[source == i], index[source == i], strict=True))
+        assert max(seen.values()) == 1
+        assert all(n == samples for e, n in Counter(e for e, _, _ in seen).items() if e < epoch[source == i].max())
+
+
+# --- hostile members --------------------------------------------------------------------------------------------------
+
+
+class Exploding:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+def test_nothing_is_unpickled(tmp_path):
+    marker = tmp_path / "exploded"
+    bomb = pickle.dumps(Exploding(marker))
+    suffixes = ("pkl", "pickle", "pyd", "pth", "seg.pyd", "PKL", "cls")
+    samples = [
+        (f"{i:03d}", {"jpg": picture(i, 16, 16), "txt": b"caption", **dict.fromkeys(suffixes, bomb)}) for i in range(4)
+    ]
+    write_shard(tmp_path / "hostile.tar", samples)
+    write_shard(tmp_path / "worse.tar", [("a", {"jpg": bomb, "txt": b"caption"})])
+    batch = read(pipeline(f"{tmp_path}/*.tar", 5), 1, 5)[0]
+    assert batch.valid.sum() == 4
+    assert [skip.cause for skip in batch.skips] == ["not JPEG, PNG or WebP"]
+    assert not marker.exists()
+    pickle.loads(bomb)  # the control: this is what an unpickled member would have done
+    assert marker.exists()
+
+
+# --- what build_pipeline refuses --------------------------------------------------------------------------------------
+
+
+def test_refusals(urls, tmp_path):
+    with pytest.raises(UserError, match=r"no training data: set data\.sources"):
+        pipeline({}, 8)
+    with pytest.raises(UserError, match="has 200 usable samples an epoch, fewer than its 256"):
+        pipeline(urls, 256)
+    with pytest.raises(UserError, match="drop leaves nothing of source 'mine': 200 samples"):
+        pipeline(urls, 256, epoch_boundary="drop")
+    with pytest.raises(UserError, match="is not a file"):
+        pipeline(f"{tmp_path}/no-such.tar", 8)
+    small = write_pairs(tmp_path, 1, 20)
+    with pytest.raises(UserError, match="source 'b' has 20 usable samples an epoch, fewer than its 75"):
+        pipeline({"a": (urls, 1.0), "b": (small, 1.0)}, 150)
+    with pytest.raises(UserError, match="weight=1e-06"):
+        pipeline({"a": (urls, 1.0), "b": (small, 1e-6)}, 8)
+    assert pipeline(urls, 256, allow_repeats=True).repeats(0, 256) == 56
+
+
+def as_saved(pipe: Pipeline) -> dict:
+    return json.loads(json.dumps(pipe.identity()))
+
+
+def test_a_resume_goes_on_in_the_recorded_order(urls):
+    recorded = as_saved(pipeline(urls, 96, streams=6, block_shards=2))
+    for changed in ({}, {"streams": 4}, {"block_shards": 3}):  # config may have changed: the record counts
+        pipe = pipeline(urls, 96, recorded=recorded, **changed)
+        assert as_saved(pipe) == recorded
+    assert as_saved(pipeline(urls, 48, recorded=recorded)) == recorded
+    with pytest.raises(UserError, match=r"train\.global_batch=64 is not divisible by the 6 streams"):
+        pipeline(urls, 64, recorded=recorded)
+
+
+def test_a_resume_at_another_batch_keeps_the_epoch_and_its_limits(urls):
+    recorded = as_saved(pipeline(urls, 96, epoch_boundary="drop", streams=1))
+    assert recorded["epoch_length"] == {"mine": 192}
+    pipe = pipeline(urls, 80, epoch_boundary="drop", recorded=recorded)
+    assert pipe.orders[0].epoch_length == 192
+    with pytest.raises(UserError, match="has 192 usable samples an epoch, fewer than its 200"):
+        pipeline(urls, 200, epoch_boundary="drop", recorded=recorded)
+
+
+@pytest.mark.parametrize("samples", [15, 25])
+def test_changed_content_is_refused_at_a_resume_unless_accepted(tmp_path, samples):
+    recorded = as_saved(pipeline(write_pairs(tmp_path / "then", 2, 20), 20))
+    now = write_pairs(tmp_path / "now", 2, samples)
+    with pytest.raises(UserError, match=r"data are not those of the checkpoint \(.*content.*set data.accept_changes"):
+        pipeline(now, 20, recorded=recorded)
+    pipe = pipeline(now, 20, recorded=recorded, accept_changes=True)
+    assert pipe.orders[0].epoch_length == 2 * samples  # all of what is there now
+    assert len({key for batch in read(pipe, 5, 20) for key in batch.keys}) == 2 * samples
+
+
+@pytest.mark.parametrize("change", [{"crop_scale": (0.5, 1.0)}, {"image_size": 32}])
+def test_other_pixels_are_refused_at_a_resume(urls, change):
+    recorded = as_saved(pipeline(urls, 96))
+    with pytest.raises(UserError, match="not those of the checkpoint"):
+        pipeline(urls, 96, recorded=recorded, **change)
+
+
+# --- resources --------------------------------------------------------------------------------------------------------
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files by /proc")
+def test_open_files_are_bounded_and_threads_do_not_lose_them(urls, expected, monkeypatch):
+    monkeypatch.setattr(source_module, "_MAX_OPEN_FILES", 2)
+    before = open_files()
+    pipe = pipeline(urls, 96)
+    assert_equal(read(pipe, 5, 96, threads=4), expected)  # descriptors are closed under the threads' hands
+    assert open_files() <= before + 2
+    pipe.sources[0].close()
+    assert open_files() == before
+
+
+def test_buffers_are_used_again(urls):
+    loader = Loader(pipeline(urls, 96), start=0, global_batch=96, prefetch=2)
+    assert len({next(loader).images.data_ptr() for _ in range(9)}) == 3
+    loader.close()
+
+
+def test_a_fault_of_ours_ends_the_run_and_does_not_hang(urls):
+    def fail(_captions):
+        raise RuntimeError("tokenizer")
+
+    loader = Loader(dataclasses.replace(pipeline(urls, 96), tokenize=fail), start=0, global_batch=96)
+    with pytest.raises(RuntimeError, match="tokenizer"):
+        next(loader)
+    loader.close()
+
+
+def test_close_gives_up_what_is_not_decoded(urls):
+    def slow(captions):
+        time.sleep(0.2)
+        return tokenize(captions)
+
+    pipe = dataclasses.replace(pipeline(urls, 192, allow_repeats=True), tokenize=slow)
+    loader = Loader(pipe, start=0, global_batch=192, threads=1, prefetch=20)  # 60 tasks of 0.2 s
+    start = time.monotonic()
+    loader.close()
+    assert time.monotonic() - start < 3

@@ -1,0 +1,261 @@
+"""clipscale/eval/zeroshot.py against open_clip's classifier, CLIP_benchmark's accuracy and a computation of its own."""
+
+import dataclasses
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from shards import picture, write_shard
+from tiny import MODEL
+
+from clipscale.config import UserError, ZeroShot
+from clipscale.data.tokenize import build_tokenizer
+from clipscale.dist import World
+from clipscale.eval.zeroshot import ZeroShotResult, build_classifier, evaluate_zeroshot, load_task
+from clipscale.towers import Towers, build_towers
+
+NAMES = ["red circle", "blue star", "pink heart", "grey {odd} ring", "cross", "green square", "moon"]
+TEMPLATES = ["a photo of the {}.", "{}", "one {} on gravel"]
+LABELS = [i % 6 if i % 4 else 2 for i in range(41)]  # 'moon' has no picture
+ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+TOKENIZE = build_tokenizer(None, 8)
+
+
+@pytest.fixture(scope="module")
+def towers() -> Towers:
+    """Weights with some spread, so that predictions differ between pictures."""
+    towers = build_towers(MODEL, seed=1)
+    with torch.no_grad():
+        for parameter in towers.model.parameters():
+            parameter.mul_(3)
+    return towers
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory) -> Path:
+    """The same 41 pictures as two shards and as an ImageFolder tree, with names and templates."""
+    root = tmp_path_factory.mktemp("zeroshot")
+    samples = [(f"{i:04d}", {"png": picture(i, 16, 16, "PNG"), "cls": b"%d" % label}) for i, label in enumerate(LABELS)]
+    write_shard(root / "0.tar", samples[:20])
+    write_shard(root / "1.tar", samples[20:])
+    for label in range(len(NAMES)):
+        (root / "tree" / f"class-{label}").mkdir(parents=True)
+    for (key, sample), label in zip(samples, LABELS, strict=True):
+        (root / "tree" / f"class-{label}" / f"{key}.png").write_bytes(sample["png"])
+    (root / "names.txt").write_text("\n".join(NAMES) + "\n\n")
+    (root / "templates.txt").write_text("\n".join(TEMPLATES) + "\n")
+    return root
+
+
+def settings(places: Path, **changes) -> ZeroShot:
+    base = {"urls": f"{places}/{{0,1}}.tar", "classnames": str(places / "names.txt")}
+    return ZeroShot(**base | {"templates": str(places / "templates.txt")} | changes)
+
+
+def classify(towers: Towers, config: ZeroShot, world: World = ALONE, **changes) -> ZeroShotResult:
+    reading = {"batch": 8, "text_chunk": 5, "threads": 2, "max_pixels": 10_000} | changes
+    return evaluate_zeroshot(towers, load_task(config), TOKENIZE, world, **reading)
+
+
+def similarity(towers: Towers, names: Sequence[str] = NAMES) -> torch.Tensor:
+    """[41, C] by open_clip's preprocessing, encoders and classifier."""
+    theirs = open_clip.CustomTextCLIP(
+        embed_dim=16, vision_cfg=open_clip.CLIPVisionCfg(**MODEL.vision), text_cfg=open_clip.CLIPTextCfg(**MODEL.text)
+    ).eval()
+    theirs.load_state_dict(towers.model.state_dict())
+    images = torch.stack([image for image, _ in Pictures()])
+    classifier = open_clip.build_zero_shot_classifier(theirs, TOKENIZE, names, lambdas())
+    with torch.no_grad():
+        return theirs.encode_image(images, normalize=True) @ classifier
+
+
+def lambdas() -> list:
+    """The templates as functions: str.format would trip over braces in a class name."""
+    return [lambda name, template=template: template.replace("{}", name) for template in TEMPLATES]
+
+
+class Pictures(torch.utils.data.Dataset):
+    """(picture as open_clip prepares it, label)."""
+
+    classes = NAMES
+
+    def __len__(self) -> int:
+        return len(LABELS)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        if i >= len(self):
+            raise IndexError
+        return open_clip.image_transform(16, is_train=False)(Image.open(io.BytesIO(picture(i, 16, 16, "PNG")))), LABELS[
+            i
+        ]
+
+
+def test_the_classifier_is_open_clips(towers, places):
+    towers.model.eval()
+    ours = build_classifier(towers, load_task(settings(places)), TOKENIZE, chunk=4)
+    theirs = open_clip.build_zero_shot_classifier(Encoder(towers), TOKENIZE, NAMES, lambdas()).T
+    assert ours.shape == (7, 16)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(ours, build_classifier(towers, load_task(settings(places)), TOKENIZE, chunk=100))
+
+
+class Encoder:
+    """Our towers where open_clip expects a model."""
+
+    def __init__(self, towers: Towers) -> None:
+        self.towers = towers
+
+    def encode_text(self, tokens: torch.Tensor, normalize: bool) -> torch.Tensor:
+        assert normalize
+        with torch.no_grad():
+            return self.towers.text(tokens)
+
+
+def test_accuracies_equal_an_independent_computation(towers, places):
+    result = classify(towers, settings(places))
+    order = similarity(towers).numpy().argsort(axis=1)[:, ::-1]
+    first = np.array([row[0] == label for row, label in zip(order, LABELS, strict=True)])
+    fifth = np.array([label in row[:5] for row, label in zip(order, LABELS, strict=True)])
+    assert 0 < first.mean() < fifth.mean() < 1  # else the comparison says little
+    assert result.top1 == pytest.approx(first.mean())
+    assert result.top5 == pytest.approx(fifth.mean())
+    assert (result.pictures, result.bad) == (41, 0)
+    for label, accuracy in enumerate(result.per_class_top1[:6]):
+        assert accuracy == pytest.approx(first[np.array(LABELS) == label].mean())
+    assert math.isnan(result.per_class_top1[6])
+
+
+def test_accuracies_equal_clip_benchmarks(towers, places):
+    """pip install clip-benchmark 'numpy<2.4'; https://github.com/LAION-AI/CLIP_benchmark"""
+    benchmark = pytest.importorskip("clip_benchmark.metrics.zeroshot_classification", exc_type=ImportError)
+    if np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+        pytest.skip("clip-benchmark 1.6.2 takes float() of an array, which NumPy 2.4 refuses")
+    names = [name.replace("{odd}", "odd") for name in NAMES]  # its templates go through str.format
+    (places / "plain.txt").write_text("\n".join(names))
+    result = classify(towers, settings(places, classnames=str(places / "plain.txt")))
+    scores = similarity(towers, names)
+    top1, top5 = benchmark.accuracy(scores, torch.tensor(LABELS), topk=(1, 5))
+    assert (result.top1, result.top5) == (pytest.approx(top1), pytest.approx(top5))
+
+    towers.model.eval()
+    loader = torch.utils.data.DataLoader(Pictures(), batch_size=10)
+    templates = [template.replace("{}", "{c}") for template in TEMPLATES]
+    theirs = benchmark.evaluate(towers.model, loader, TOKENIZE, names, templates, "cpu", amp=False)
+    assert result.top1 == pytest.approx(theirs["acc1"])
+    assert result.top5 == pytest.approx(theirs["acc5"])
+    recalls = [accuracy for accuracy in result.per_class_top1 if not math.isnan(accuracy)]
+    assert np.mean(recalls) == pytest.approx(theirs["mean_per_class_recall"])
+
+
+def test_shards_and_a_folder_give_the_same_numbers(towers, places):
+    shards = classify(towers, settings(places))
+    tree = classify(towers, settings(places, urls=None, folder=str(places / "tree")))
+    assert dataclasses.replace(tree, per_class_top1=[]) == dataclasses.replace(shards, per_class_top1=[])
+    np.testing.assert_array_equal(tree.per_class_top1, shards.per_class_top1)
+    other = classify(towers, settings(places), batch=41, text_chunk=1, threads=1)
+    assert (other.top1, other.top5) == (shards.top1, shards.top5)
+
+
+def test_fewer_than_five_classes(towers, places, tmp_path):
+    (tmp_path / "names.txt").write_text("a\nb\nc")
+    write_shard(tmp_path / "0.tar", [(f"{i}", {"png": picture(i, 16, 16, "PNG"), "cls": b"2\n"}) for i in range(4)])
+    config = settings(places, urls=str(tmp_path / "0.tar"), classnames=str(tmp_path / "names.txt"))
+    assert classify(towers, config).top5 == 1.0
+
+
+def test_the_ranks_shares_add_up(towers, places):
+    class Recorder(World):
+        """One rank of three, whose sum is only noted down."""
+
+        def sum(self, values: Sequence[float]) -> list[float]:
+            parts.append(list(values))
+            return list(values)
+
+    parts: list[list[float]] = []
+    world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+    for rank in range(3):
+        classify(towers, settings(places), Recorder(rank, 3, 0, world.device))
+    together = np.sum(parts, axis=0)
+    parts.clear()
+    classify(towers, settings(places), Recorder(0, 1, 0, world.device))
+    np.testing.assert_array_equal(together, parts[0])
+
+
+def test_training_mode_comes_back(towers, places):
+    for mode in (True, False):
+        towers.model.train(mode)
+        classify(towers, settings(places))
+        assert towers.model.training is mode
+
+
+def test_broken_pictures_are_counted_and_left_out(towers, places, tmp_path):
+    good = [(f"{i:04d}", {"png": picture(i, 16, 16, "PNG"), "cls": b"%d" % LABELS[i]}) for i in range(41)]
+    bad = [(f"bad{i}", {"png": data, "cls": b"1"}) for i, data in enumerate((b"", b"GIF89a", good[0][1]["png"][:60]))]
+    write_shard(tmp_path / "0.tar", good[:3] + bad + good[3:])
+    result = classify(towers, settings(places, urls=str(tmp_path / "0.tar")))
+    whole = classify(towers, settings(places))
+    assert (result.pictures, result.bad) == (41, 3)
+    assert (result.top1, result.top5) == (whole.top1, whole.top5)
+    write_shard(tmp_path / "1.tar", bad)
+    with pytest.raises(UserError, match="none of the 3 pictures can be decoded"):
+        classify(towers, settings(places, urls=str(tmp_path / "1.tar")))
+
+
+# --- names, templates, labels -----------------------------------------------------------------------------------------
+
+
+def test_imagenet_is_open_clips(places):
+    task = load_task(settings(places, classnames="imagenet", templates="imagenet"))
+    assert task.classnames == list(open_clip.IMAGENET_CLASSNAMES)
+    assert (len(task.classnames), len(task.templates)) == (1000, 80)
+    filled = [template.replace("{}", "tench") for template in task.templates]
+    assert filled == [template("tench") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
+
+
+def test_names_and_templates_from_files(places):
+    task = load_task(settings(places))
+    assert (task.classnames, task.templates) == (NAMES, TEMPLATES)
+
+
+@pytest.mark.parametrize("label", [b"cat", b"", b"7", b"-1", b"1.5"])
+def test_labels_without_a_class_name(towers, places, tmp_path, label):
+    write_shard(tmp_path / "0.tar", [("a", {"png": picture(0, 16, 16, "PNG"), "cls": label})])
+    with pytest.raises(UserError, match=r"label .*(class name)"):
+        classify(towers, settings(places, urls=str(tmp_path / "0.tar")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"classnames": "nowhere.txt"}, r"eval\.zeroshot\.classnames='nowhere\.txt' cannot be read"),
+        ({"templates": "nowhere.txt"}, r"eval\.zeroshot\.templates='nowhere\.txt' cannot be read"),
+        ({"urls": "nowhere.tar"}, r"'nowhere\.tar'"),
+        ({"urls": None, "folder": "nowhere"}, r"eval\.zeroshot\.folder 'nowhere' is not a folder"),
+        ({"urls": None}, r"set eval\.zeroshot\.urls or eval\.zeroshot\.folder"),
+        ({"classnames": "empty.txt"}, "is empty; write one a line"),
+        ({"classnames": "gap.txt"}, "line 2 is empty; take it out"),
+        ({"classnames": "bytes.txt"}, "cannot be read.*utf-8"),
+        ({"templates": "empty.txt"}, "is empty; write one a line"),
+        ({"templates": "bare.txt"}, r"\['a photo'\] must hold '\{\}' once"),
+        ({"urls": None, "folder": "tree", "classnames": "two.txt"}, r"has 7 class folders, .*two\.txt' names 2"),
+        ({"urls": "unlabelled.tar"}, r"a picture and a label \(\.cls\)"),
+    ],
+)
+def test_what_cannot_be_used_is_told_in_a_line(places, tmp_path, monkeypatch, changes, said):
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").write_text("\n\n")
+    Path("gap.txt").write_text("a\n\nb\n")
+    Path("bytes.txt").write_bytes(b"caf\xe9")
+    Path("bare.txt").write_text("a photo")
+    Path("two.txt").write_text("a\nb")
+    Path("tree").symlink_to(places / "tree")
+    write_shard(Path("unlabelled.tar"), [("a", {"png": picture(0, 16, 16, "PNG"), "txt": b"a"})])
+    with pytest.raises(UserError, match=said) as error:
+        load_task(settings(places, **changes))
+    assert "\n" not in str(error.value)
