@@ -2,13 +2,8 @@
 
 from pathlib import Path
 
-from clipscale.config import Config, Model, load_config
+from clipscale.config import Config, config_from_yaml, load_config
 
-MODEL = Model(
-    embed_dim=16,
-    vision={"image_size": 16, "patch_size": 8, "width": 32, "layers": 1, "head_width": 16},
-    text={"context_length": 8, "width": 32, "heads": 2, "layers": 1},
-)
 YAML = """
 run: {{dir: {run}, log_every_steps: 1}}
 model:
@@ -19,6 +14,7 @@ data: {{sources: {{mine: {{urls: "{urls}"}}}}, threads: 1}}
 train: {{global_batch: 8, samples: 32}}
 gradcache: {{image_chunk: 3, text_chunk: 5}}
 """
+MODEL = config_from_yaml(YAML.format(run="run", urls="x.tar")).model
 
 
 def write_config(folder: Path, urls: str) -> str:
