@@ -272,7 +272,7 @@ class Eval:
 class Config:
     run: Run = field(default_factory=Run)
     seed: int = 0
-    resume: str = "auto"  # auto: the newest checkpoint that verifies; fresh: refuse to find one; or a checkpoint's path
+    resume: str = "auto"  # auto: from run.dir's newest good checkpoint; fresh: refuse one; a path: start from there
     device: Literal["auto", "cpu", "cuda"] = "auto"
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)

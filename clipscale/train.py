@@ -272,16 +272,21 @@ class Trainer:
     # --- building -----------------------------------------------------------------------------------------------------
 
     def _find_checkpoint(self) -> Path | None:
-        """What to resume from, by `resume`; None for a run without any checkpoint."""
+        """What to resume from, by `resume`; None for a run without any checkpoint. Makes the run's folder."""
         resume, run_dir = self.config.resume, self.config.run.dir
-        if resume not in ("auto", "fresh"):
-            return find_checkpoint(resume)
+        try:
+            Path(run_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"run.dir={run_dir!r} cannot be made: {error}; choose a folder that can be written"
+            ) from error
         found = newest_checkpoint(run_dir)
         require(
-            resume == "auto" or found is None,
+            resume != "fresh" or found is None,
             f"resume=fresh, but {found} exists; set another run.dir to start anew, or resume=auto to go on",
         )
-        return found
+        # A run started from elsewhere goes on from its own checkpoints once it has any: a requeued job loses nothing.
+        return found if found is not None or resume in ("auto", "fresh") else find_checkpoint(resume)
 
     def _build_towers(self, snapshot: Snapshot | None, scaler_state: dict[str, Any]) -> None:
         config, device = self.config, self.world.device

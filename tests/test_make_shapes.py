@@ -303,7 +303,7 @@ def test_captions_name_colour_and_shape_in_varied_wording():
         assert (f"an {colour}" in text) <= (colour == "orange"), text
         assert f"a {colour}" not in text or colour != "orange", text
         forms.add(text.replace(colour, "C").replace(shape, "S").replace("an C", "a C"))
-    assert len(shape_pictures.CAPTIONS) >= 12
+    assert len(shape_pictures.PLAIN_CAPTIONS + shape_pictures.DETAILED_CAPTIONS) >= 12
     assert len(forms) > 300
     assert len(set(own)) > 1500
     assert 0.2 < np.mean([text.endswith(("paper", "ground", "gray", "dark", "sand")) for text in own]) < 0.5

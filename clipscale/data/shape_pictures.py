@@ -34,10 +34,9 @@ CLASS_NAMES = tuple(f"{colour} {shape}" for colour, shape in CLASSES)
 
 
 def _is_held_out(label: int) -> bool:
-    """Twelve pairs on two diagonals of the colour x shape table: each colour and each shape loses one or two."""
+    """The eight pairs on a diagonal of the colour x shape table: each colour and each shape loses one."""
     colour, shape = divmod(label, len(SHAPES))
-    diagonal = (shape - colour) % len(SHAPES)
-    return diagonal == 3 or (diagonal == 6 and colour % 2 == 0)
+    return (shape - colour) % len(SHAPES) == 3
 
 
 HELD_OUT = tuple(label for label in range(len(CLASSES)) if _is_held_out(label))
@@ -45,9 +44,9 @@ SEEN = tuple(label for label in range(len(CLASSES)) if not _is_held_out(label))
 
 # Half extent of the shape as a fraction of the side: (least, most), and the words for it.
 SIZES = (
-    ((0.165, 0.185), ("small", "little", "tiny")),
-    ((0.225, 0.245), ("medium", "medium-sized", "mid-sized")),
-    ((0.290, 0.320), ("large", "big", "huge")),
+    ((0.200, 0.220), ("small", "little", "tiny")),
+    ((0.260, 0.280), ("medium", "medium-sized", "mid-sized")),
+    ((0.320, 0.345), ("large", "big", "huge")),
 )
 # (column, row) from -1 to 1, and the words.
 POSITIONS = (
@@ -73,13 +72,16 @@ BACKGROUNDS = (
     ((176, 170, 164), "speckles", 36, ("on a speckled background", "on gravel")),
 )
 
-CAPTIONS = (
+# Half of the captions tell colour and shape only, the others a detail or more besides.
+PLAIN_CAPTIONS = (
     "{an} {colour} {shape}",
     "a picture of {an} {colour} {shape}",
     "one {colour} {shape}",
     "a {shape} that is {colour}",
     "the {shape} is {colour}",
     "a {shape} colored {colour}",
+)
+DETAILED_CAPTIONS = (
     "a {size} {colour} {shape}",
     "a {size} {shape} in {colour}",
     "the {colour} {shape} is {size}",
@@ -339,8 +341,9 @@ def captions(attributes: Attributes) -> list[str]:
         sizes = SIZES[attributes.size[row]][1]
         places = POSITIONS[attributes.position[row]][1]
         grounds = BACKGROUNDS[attributes.background[row]][3]
+        wordings = PLAIN_CAPTIONS if caption < 0.5 else DETAILED_CAPTIONS
         texts.append(
-            CAPTIONS[int(caption * len(CAPTIONS))].format(
+            wordings[int(caption % 0.5 * 2 * len(wordings))].format(
                 an=f"{'an' if colour[0] in 'aeiou' else 'a'}",
                 colour=colour,
                 shape=shape,

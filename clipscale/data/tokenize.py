@@ -12,6 +12,8 @@ from collections.abc import Callable
 import open_clip
 import torch
 
+from clipscale.config import UserError
+
 Tokenize = Callable[[list[str]], torch.Tensor]
 
 _CHARACTERS_PER_TOKEN = 32  # no caption worth the name fills its tokens with longer ones
@@ -31,11 +33,17 @@ def build_tokenizer(model_name: str | None, context_length: int) -> Tokenize:
 
     One call at a time, since Hugging Face's tokenizers keep their settings in common. Captions are cut far behind what
     `context_length` tokens hold: BPE takes quadratic time over a word, 5 s over one of 16 KB.
+
+    Raises:
+        UserError: a Hugging Face tokenizer whose package or vocabulary is not there.
     """
     if model_name is None:
         tokenizer = open_clip.SimpleTokenizer(context_length=context_length)
     else:
-        tokenizer = open_clip.get_tokenizer(model_name, context_length=context_length)
+        try:
+            tokenizer = open_clip.get_tokenizer(model_name, context_length=context_length)
+        except (ImportError, OSError) as error:  # Hugging Face's: the package, or the vocabulary's download
+            raise UserError(f"the tokenizer of model.name={model_name!r} cannot be loaded: {error}") from error
     if isinstance(tokenizer, open_clip.SimpleTokenizer):
         tokenizer.cache = _WordCache(tokenizer.cache)
     lock, longest = threading.Lock(), _CHARACTERS_PER_TOKEN * context_length
