@@ -31,7 +31,7 @@ unseen.txt (the classes that never occur in training), templates.txt and shapes.
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="make_shapes.py",
-        description="Draw the shapes set: 64 (colour, shape) classes, 12 of which only the zero-shot test shows.\n"
+        description="Draw the shapes set: 64 (colour, shape) classes, 8 of which only the zero-shot test shows.\n"
         "Equal arguments give equal bytes; a folder that already holds the set is left as it is.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

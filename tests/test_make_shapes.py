@@ -90,7 +90,7 @@ def test_class_files(small):
     assert len(set(names)) == 64
     unseen = (small / "unseen.txt").read_text().splitlines()
     assert unseen == [names[label] for label in HELD_OUT]
-    assert len(unseen) == 12
+    assert len(unseen) == 8
     seen = [name.split() for name in names if name not in unseen]
     assert {colour for colour, _ in seen} == set(COLOURS)
     assert {shape for _, shape in seen} == set(SHAPES)
@@ -141,7 +141,7 @@ def test_pixels_and_captions_are_those_of_version_1():
         attributes = draw_attributes(11, split, 0, 2000)
         digest.update(shape_pictures.render(attributes, 32).tobytes())
         digest.update("\n".join(shape_pictures.captions(attributes)).encode())
-    assert digest.hexdigest().startswith("377ad8316ec2fea7")
+    assert digest.hexdigest().startswith("fab91eb6103f12be")
 
 
 def test_png(tmp_path):
@@ -306,7 +306,9 @@ def test_captions_name_colour_and_shape_in_varied_wording():
     assert len(shape_pictures.PLAIN_CAPTIONS + shape_pictures.DETAILED_CAPTIONS) >= 12
     assert len(forms) > 300
     assert len(set(own)) > 1500
-    assert 0.2 < np.mean([text.endswith(("paper", "ground", "gray", "dark", "sand")) for text in own]) < 0.5
+    assert (
+        0.1 < np.mean([text.endswith(("paper", "ground", "gray", "dark", "sand")) for text in own]) < 0.3
+    )  # half tell no detail
 
 
 # --- the writer -------------------------------------------------------------------------------------------------------
@@ -364,7 +366,7 @@ def test_command(tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.count("\n") == 1
     assert "136 pictures" in out
-    assert "64 classes, 12 of them never in training; 4 shards" in out
+    assert "64 classes, 8 of them never in training; 4 shards" in out
     assert tool.main(arguments) == 0
     assert "already complete" in capsys.readouterr().out
     assert tool.main([*arguments, "--seed", "1"]) == 2

@@ -44,9 +44,9 @@ SEEN = tuple(label for label in range(len(CLASSES)) if not _is_held_out(label))
 
 # Half extent of the shape as a fraction of the side: (least, most), and the words for it.
 SIZES = (
-    ((0.200, 0.220), ("small", "little", "tiny")),
-    ((0.260, 0.280), ("medium", "medium-sized", "mid-sized")),
-    ((0.320, 0.345), ("large", "big", "huge")),
+    ((0.195, 0.215), ("small", "little", "tiny")),
+    ((0.245, 0.265), ("medium", "medium-sized", "mid-sized")),
+    ((0.285, 0.310), ("large", "big", "huge")),
 )
 # (column, row) from -1 to 1, and the words.
 POSITIONS = (
