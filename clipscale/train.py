@@ -324,9 +324,7 @@ class Trainer:
         if self.world.is_main:
             keep_rows(self._skip_file, lambda row: row["position"] < self.position)
         self.log.line(
-            "data: "
-            + ", ".join(f"{source.name} {source.samples:,} pairs" for source in self.pipeline.sources)
-            + f" in {self.pipeline.streams} streams"
+            "data: " + ", ".join(f"{source.name} {source.samples:,} pairs" for source in self.pipeline.sources)
         )
         self.loader = Loader(
             self.pipeline,

@@ -36,7 +36,8 @@ class Pipeline:
 
     @property
     def streams(self) -> int:
-        return self.orders[0].streams
+        """Streams of a batch's positions. A mixture deals its positions out over its sources: those lie in none."""
+        return self.orders[0].streams if len(self.orders) == 1 else 1
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Positions [P] -> source, epoch of that source, shard, index; each int64 [P]."""
@@ -64,7 +65,7 @@ class Pipeline:
         """Everything that decides which pixels and tokens a position stands for."""
         return {
             "seed": self.seed,
-            "streams": self.streams,
+            "streams": {s.name: o.streams for s, o in zip(self.sources, self.orders, strict=True)},
             "block_shards": self.orders[0].block_shards,
             "epoch_length": {s.name: o.epoch_length for s, o in zip(self.sources, self.orders, strict=True)},
             "content": {source.name: source.fingerprint() for source in self.sources},
@@ -109,39 +110,39 @@ def build_pipeline(
         for name, source in active.items()
     ]
     mixture = Mixture([source.weight for source in active.values()], seed=seed)
-    if recorded is not None:
-        streams, block_shards = recorded["streams"], recorded["block_shards"]
-        require(
-            global_batch % streams == 0,
-            f"train.global_batch={global_batch} is not divisible by the {streams} streams of this run's sample order; "
-            f"choose a multiple of {streams}",
-        )
-    else:
-        shards = max(len(source.shards) for source in sources)
-        streams = data.streams or default_streams(shards, global_batch)
-        block_shards = data.block_shards
-    orders = [
-        Order(
+    orders = []
+    for source, quota in zip(sources, mixture.quota, strict=True):
+        per_batch = -(-int(quota) * global_batch // mixture.cycle)
+        order = Order(
             source.counts,
             seed=fold(seed, source.name),
-            streams=streams,
-            block_shards=block_shards,
+            streams=_streams(source, data, per_batch, recorded),
+            block_shards=data.block_shards if recorded is None else recorded["block_shards"],
             epoch_length=_epoch_length(source, data, global_batch, recorded),
         )
-        for source in sources
-    ]
-    for source, order, quota in zip(sources, orders, mixture.quota, strict=True):
-        per_batch = -(-int(quota) * global_batch // mixture.cycle)
         require(
             order.epoch_length >= per_batch or data.allow_repeats,
             f"source {source.name!r} has {order.epoch_length} usable samples an epoch, fewer than its {per_batch} of a "
             "batch: pairs would repeat within a batch and be each other's negatives; lower train.global_batch, or set "
             "data.allow_repeats=true",
         )
+        orders.append(order)
     pipeline = Pipeline(sources, orders, mixture, tokenize, image_size, context_length, seed, data)
+    require(
+        global_batch % pipeline.streams == 0,
+        f"train.global_batch={global_batch} is not divisible by the {pipeline.streams} streams of this run's order; "
+        f"choose a multiple of {pipeline.streams}",
+    )
     if recorded is not None and not data.accept_changes:
         _refuse_changes(recorded, pipeline.identity())
     return pipeline
+
+
+def _streams(source: Source, data: Data, per_batch: int, recorded: dict[str, Any] | None) -> int:
+    """V of one source, from its own shards and its own share of a batch, unless recorded or set."""
+    if recorded is not None and source.name in recorded["streams"]:
+        return recorded["streams"][source.name]
+    return data.streams or default_streams(len(source.shards), per_batch)
 
 
 def _epoch_length(source: Source, data: Data, global_batch: int, recorded: dict[str, Any] | None) -> int:
