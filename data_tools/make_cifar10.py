@@ -1,10 +1,10 @@
 """Build captioned WebDataset shards from the public CIFAR-10 data set.
 
-    tar xzf cifar-10-binary.tar.gz                     # the "binary version" of www.cs.toronto.edu/~kriz/cifar.html
+    tar xzf cifar-10-binary.tar.gz            # the "binary version", from www.cs.toronto.edu/~kriz/cifar.html
     python data_tools/make_cifar10.py cifar-10-batches-bin --output runs/cifar10-shards
 
 Training pictures get the caption "a photo of a <class>."; test pictures get that and their label (.cls). Pictures are
-    tar xzf cifar-10-binary.tar.gz            # the "binary version", from www.cs.toronto.edu/~kriz/cifar.html
+stored as PNG, without loss, in the order of the batch files; classnames.txt holds one name a line (number = label).
 """
 
 import argparse
