@@ -71,6 +71,38 @@ class RunLog:
             self._board.close()
 
 
+class Pace:
+    """How fast a run goes: for one step, over an interval between two log lines, and in all."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._samples, self._waited, self._seconds = 0, 0.0, 0.0
+
+    def add(self, samples: int, waited: float, seconds: float) -> dict[str, float]:
+        """Count one step of `seconds`, of which `waited` went into waiting for data; returns its own rates."""
+        self._samples += samples
+        self._waited += waited
+        self._seconds += seconds
+        return {"samples_per_second": samples / seconds, "data_wait_share": waited / seconds}
+
+    def interval(self) -> dict[str, float]:
+        """The rates over all steps since the last call."""
+        rates = {
+            "samples_per_second": self._samples / self._seconds,
+            "data_wait_share": self._waited / self._seconds,
+        }
+        self._samples, self._waited, self._seconds = 0, 0.0, 0.0
+        return rates
+
+    def elapsed(self) -> float:
+        """Seconds since the beginning, evaluation and checkpoints included."""
+        return time.perf_counter() - self._started
+
+    def eta_seconds(self, done: int, total: int) -> float:
+        """Seconds to go at the pace so far, after `done` of `total` steps."""
+        return self.elapsed() / done * (total - done)
+
+
 def track(items: Iterable[str], label: str) -> Iterable[str]:
     """The same items, with a progress bar where a person watches."""
     items = list(items)

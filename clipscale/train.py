@@ -32,7 +32,7 @@ from clipscale.gradcache import Chunks, StepResult, gradcache_step
 from clipscale.loss import contrastive_grads
 from clipscale.optim import build_optimizer, learning_rate, set_lr, total_steps
 from clipscale.parallel import broadcast_parameters, sum_gradients
-from clipscale.telemetry import RunLog, append_rows, duration, keep_rows, memory_bytes, progress_bar, track
+from clipscale.telemetry import Pace, RunLog, append_rows, duration, keep_rows, memory_bytes, progress_bar, track
 from clipscale.towers import build_towers
 
 _NAMED_SKIPS = 20  # masked samples with a log line of their own; skipped.jsonl has every one
@@ -90,26 +90,24 @@ class Trainer:
         if self.steps_done == self.last_step:
             return self._summary("already complete: nothing to do")
         self.towers.model.train()
-        started, waited = time.perf_counter(), 0.0
-        first = self.steps_done
+        first, pace = self.steps_done, Pace()
         while self.steps_done < self.last_step:
             begin = time.perf_counter()
             batch = next(self.loader)
-            wait = time.perf_counter() - begin
+            waited = time.perf_counter() - begin
             row = self.step(batch)
-            seconds = time.perf_counter() - begin
-            waited += wait
-            row |= {"samples_per_second": config.train.global_batch / seconds, "data_wait_share": wait / seconds}
+            row |= pace.add(config.train.global_batch, waited, time.perf_counter() - begin)
             row |= self._evaluate_if_due()
             self.log.metrics(row)
             self.last_row = row
             self.log.advance(self.steps_done)
             if self._due(config.run.log_every_steps):
-                pace = (time.perf_counter() - started) / (self.steps_done - first)
-                self._tell_step(row, eta_seconds=pace * (self.last_step - self.steps_done))
+                self._tell_step(
+                    row | pace.interval(), pace.eta_seconds(self.steps_done - first, self.last_step - first)
+                )
             if self._due(config.checkpoint.every_steps):
                 self._save()
-        return self._summary(f"trained {self.last_step - first} steps in {duration(time.perf_counter() - started)}")
+        return self._summary(f"trained {self.last_step - first} steps in {duration(pace.elapsed())}")
 
     def step(self, batch: StepBatch) -> dict[str, Any]:
         """One optimizer step on one global batch; returns its row of metrics."""
@@ -156,7 +154,7 @@ class Trainer:
                 chunk=Chunks(config.gradcache.image_chunk, config.gradcache.text_chunk),
                 loss_and_grads=partial(contrastive_grads, precision=config.loss.precision, tile=config.loss.tile),
                 key=fold(config.seed, "towers", self.steps_done, self.world.rank),
-                grad_scale=self.scaler.get_scale(),
+                grad_scale=self.scaler.scale(torch.ones((), device=self.world.device)).item(),
             )
         except ValueError as error:  # embeddings that are not finite: the loss names side and row
             raise UserError(f"step {self.steps_done + 1}: {error}") from error

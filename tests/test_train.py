@@ -1,0 +1,183 @@
+"""clipscale/train.py: what a run does when all is well, and when it is not."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from shards import write_pairs
+from tiny import tiny_config
+
+from clipscale.config import UserError
+from clipscale.dist import World
+from clipscale.train import Trainer, train
+
+
+@pytest.fixture(scope="module")
+def urls(tmp_path_factory) -> str:
+    return write_pairs(tmp_path_factory.mktemp("data"), 4, 8, size=16)
+
+
+def rows(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (folder / "run" / name).read_text().splitlines()]
+
+
+def newest_weights(folder: Path) -> dict[str, torch.Tensor]:
+    path = max((folder / "run" / "checkpoints").iterdir()) / "model.pt"
+    return torch.load(path, weights_only=True)
+
+
+def test_a_run_tells_what_was_learned_in_three_lines(tmp_path, urls):
+    summary = train(tiny_config(tmp_path, urls))
+    assert len(summary) == 3
+    assert summary[0].startswith("trained 4 steps in 0:0")
+    assert f"loss {rows(tmp_path)[-1]['loss']:.4f}" in summary[1]
+    assert str(tmp_path / "run" / "checkpoints") in summary[2]
+
+
+def test_steps_are_the_ceiling_of_samples_over_batch(tmp_path, urls):
+    train(tiny_config(tmp_path, urls, "train.samples=33"))
+    assert [row["samples"] for row in rows(tmp_path)] == [8, 16, 24, 32, 40]
+
+
+def test_two_runs_are_bitwise_equal_and_another_seed_is_not(tmp_path, urls):
+    weights = {}
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        (tmp_path / name).mkdir()
+        train(tiny_config(tmp_path / name, urls, f"seed={seed}"))
+        weights[name] = newest_weights(tmp_path / name)
+    assert all(torch.equal(weights["a"][key], weights["b"][key]) for key in weights["a"])
+    assert not all(torch.equal(weights["a"][key], weights["c"][key]) for key in weights["a"])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_autocast_follows_fp32(tmp_path, urls, precision):
+    losses = {}
+    for name in ("fp32", precision):
+        (tmp_path / name).mkdir()
+        train(tiny_config(tmp_path / name, urls, f"train.precision={name}"))
+        losses[name] = [row["loss"] for row in rows(tmp_path / name)]
+        assert all(row["grad_norm"] > 0 for row in rows(tmp_path / name))
+    assert losses[precision] != losses["fp32"]
+    assert losses[precision] == pytest.approx(losses["fp32"], rel=2e-2)
+
+
+def test_the_fp16_loss_scale_leaves_no_trace_in_the_gradient(tmp_path, urls):
+    for name in ("fp32", "fp16"):
+        (tmp_path / name).mkdir()
+        train(tiny_config(tmp_path / name, urls, f"train.precision={name}", "train.samples=8"))
+    found, wanted = (rows(tmp_path / name)[0]["grad_norm"] for name in ("fp16", "fp32"))
+    assert found == pytest.approx(wanted, rel=2e-2)
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_then_ends_the_run(tmp_path, urls, monkeypatch):
+    real = torch.nn.utils.clip_grad_norm_
+    norms = iter([None, math.nan, None, math.inf, math.inf])
+
+    def clip(parameters, limit):
+        norm = next(norms)
+        return real(parameters, limit) if norm is None else torch.tensor(norm)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    config = tiny_config(tmp_path, urls, "train.samples=80", "train.max_nonfinite_steps=2", "checkpoint.every_steps=1")
+    with pytest.raises(UserError, match=r"step 5: 2 steps in a row without a finite gradient .*max_nonfinite_steps"):
+        train(config)
+    assert [math.isfinite(row["grad_norm"]) for row in rows(tmp_path)] == [True, False, True, False]
+    log = (tmp_path / "run" / "run.log").read_text()
+    assert "step 2: gradient norm is nan, step skipped" in log
+
+
+def test_embeddings_that_are_not_finite_name_side_and_row(tmp_path, urls):
+    trainer = Trainer(tiny_config(tmp_path, urls), World(0, 1, 0, torch.device("cpu")))
+    with torch.no_grad():
+        trainer.towers.model.text.ln_final.weight.fill_(math.nan)
+    with pytest.raises(UserError, match=r"step 1: text embedding 0 of rank 0 holds nan"):
+        trainer.run()
+    trainer.close()
+
+
+def test_a_step_without_a_valid_pair_changes_nothing(tmp_path):
+    broken = set(range(8, 40))
+    urls = write_pairs(tmp_path / "data", 5, 8, size=16, broken=broken)
+    words = ("data.max_bad_fraction=1", "train.samples=40", "data.streams=1", "optim.weight_decay=0")
+    trainer = Trainer(tiny_config(tmp_path, urls, *words), World(0, 1, 0, torch.device("cpu")))
+    trainer.towers.model.train()
+    empty = 0
+    for batch in (next(trainer.loader) for _ in range(5)):
+        before = {key: value.clone() for key, value in trainer.towers.model.state_dict().items()}
+        nothing_seen_yet = trainer.skips.total() == trainer.position
+        if nothing_seen_yet and not batch.valid.any():
+            with pytest.raises(UserError, match="samples could not be used"):
+                trainer.step(batch)
+            continue
+        row = trainer.step(batch)
+        same = all(torch.equal(before[key], value) for key, value in trainer.towers.model.state_dict().items())
+        assert same == (not batch.valid.any())
+        empty += int(same and row["loss"] == 0)
+    trainer.close()
+    assert trainer.skips["broken picture"] == 32
+    skipped = rows(tmp_path, "skipped.jsonl")
+    assert len(skipped) == 32
+    assert {row["cause"] for row in skipped} == {"broken picture"}
+    assert {int(row["key"]) for row in skipped} == broken
+
+
+def test_too_many_masked_samples_end_the_run_with_the_counts(tmp_path):
+    urls = write_pairs(tmp_path / "data", 4, 8, size=16, broken={3, 9, 21})
+    with pytest.raises(
+        UserError, match=r"3 of 32 samples could not be used \(broken picture: 3\).*max_bad_fraction=0.05"
+    ):
+        train(tiny_config(tmp_path, urls))
+    train(tiny_config(tmp_path, urls, f"run.dir={tmp_path}/other", "data.max_bad_fraction=0.1"))
+
+
+def test_sources_are_mixed_by_weight(tmp_path, urls):
+    more = write_pairs(tmp_path / "more", 4, 8, size=16, seed=100)
+    words = (
+        f"data.sources.more.urls={more}",
+        "data.sources.more.weight=3",
+        "train.samples=64",
+        "data.allow_repeats=true",
+    )
+    trainer = Trainer(tiny_config(tmp_path, urls, *words), World(0, 1, 0, torch.device("cpu")))
+    summary = trainer.run()
+    trainer.close()
+    assert "64 samples seen" in summary[0]
+    assert trainer.pipeline.mixture.quota.tolist() == [2500, 7500]
+
+
+def test_starting_from_a_path_then_from_ones_own(tmp_path, urls):
+    (tmp_path / "first").mkdir()
+    (tmp_path / "second").mkdir()
+    train(tiny_config(tmp_path / "first", urls, "checkpoint.every_steps=2"))
+    elsewhere = f"resume={tmp_path}/first/run/checkpoints/step-000000002"
+    shutil.copytree(tmp_path / "first", tmp_path / "kept")
+    train(tiny_config(tmp_path / "second", urls, elsewhere))
+    assert [row["step"] for row in rows(tmp_path / "second")] == [3, 4]
+    found, wanted = newest_weights(tmp_path / "second"), newest_weights(tmp_path / "kept")
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    summary = train(tiny_config(tmp_path / "second", urls, elsewhere))
+    assert summary[0].startswith("already complete")
+
+
+def test_more_samples_go_on_from_the_end(tmp_path, urls):
+    train(tiny_config(tmp_path, urls))
+    train(tiny_config(tmp_path, urls, "train.samples=48"))
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert "changed since the checkpoint: train.samples: 32 -> 48" in (tmp_path / "run" / "run.log").read_text()
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, urls):
+    train(tiny_config(tmp_path, urls))
+    with pytest.raises(UserError, match="does not fit the model of this config"):
+        train(tiny_config(tmp_path, urls, "model.vision.width=48", "train.samples=48"))
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, urls):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"run\.dir='.*file/run' cannot be made"):
+        train(tiny_config(tmp_path, urls, f"run.dir={tmp_path}/file/run"))
