@@ -12,6 +12,7 @@ Tensors are loaded with `weights_only=True`: nothing is unpickled.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -22,7 +23,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -43,6 +44,23 @@ class Snapshot:
     optimizer: dict[str, Any]
     state: dict[str, Any]  # JSON: what the trainer keeps besides (order, counters, loss scaler)
     config: Config
+
+
+def lock_run(run_dir: str) -> TextIO:
+    """Hold the run's folder for this process until the file is closed (or the process ends, however).
+
+    Raises:
+        UserError: another process holds it.
+    """
+    file = open(Path(run_dir, ".lock"), "w")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise UserError(f"run.dir={run_dir!r} is in use by another process; end it, or set another run.dir") from error
+    except OSError:  # a file system without locks
+        pass
+    return file
 
 
 def save_checkpoint(run_dir: str, snapshot: Snapshot, keep: int) -> Path:
@@ -72,6 +90,7 @@ def save_checkpoint(run_dir: str, snapshot: Snapshot, keep: int) -> Path:
             shutil.rmtree(target)
         aside.rename(target)
         _sync_folder(folder)
+        _sync_folder(folder.parent)
         older = [path for step, path in _candidates(folder) if step <= snapshot.step]
         for old in older[keep:]:
             shutil.rmtree(old)

@@ -74,6 +74,7 @@ def _command(commands: argparse._SubParsersAction, name: str, what: str, example
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
     arguments = build_parser().parse_args(argv)
     # Decode threads share the cores with OpenMP's workers, which must not spin for long while they wait: on busy cores
     # the default costs a factor of 10. Read when torch is first imported.

@@ -29,6 +29,7 @@ class World:
     size: int
     local_rank: int  # among the ranks of this node
     device: torch.device
+    control: dist.ProcessGroup | None = None  # for objects, over gloo and patient; None: the default group
 
     @property
     def is_main(self) -> bool:
@@ -47,7 +48,7 @@ class World:
         if self.size == 1:
             return [item]
         items = [None] * self.size
-        dist.all_gather_object(items, item)
+        dist.all_gather_object(items, item, group=self.control)
         return items
 
     def broadcast(self, item: Any) -> Any:
@@ -55,7 +56,7 @@ class World:
         if self.size == 1:
             return item
         box = [item]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
     def lead(self, work: Callable[[], Any], *, on_each_node: bool = False) -> Any:
@@ -65,17 +66,17 @@ class World:
             on_each_node: the first rank of every node does it (local files); the result is still rank 0's.
 
         Raises:
-            SharedError: on every rank, with the text of the first `UserError` that the work raised.
+            SharedError: on every rank, with the text of the first error that the work raised.
         """
-        result, problem = None, ""
+        result, problem, cause = None, "", None
         if self.is_main or (on_each_node and self.local_rank == 0):
             try:
                 result = work()
-            except UserError as error:
-                problem = str(error)
+            except Exception as error:  # the others are waiting: whatever it is, they must hear of it
+                problem, cause = str(error) if isinstance(error, UserError) else repr(error), error
         problems = [line for line in self.gather(problem) if line]
         if problems:
-            raise SharedError(problems[0])
+            raise SharedError(problems[0]) from cause
         return self.broadcast(result)
 
 
@@ -107,13 +108,14 @@ def start_world(device: str = "auto") -> Iterator[World]:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     require(device != "cuda" or gpus > 0, "device=cuda, but torch finds no GPU here; use device=auto or cpu")
     on_gpu = gpus > 0 and device != "cpu"
+    gpu = 0 if gpus == 1 and "RANK" not in os.environ else local_rank  # srun may show each task its own GPU only
     if on_gpu:
         require(
-            local_rank < gpus,
+            gpu < gpus,
             f"local rank {local_rank} has no GPU of its own on {socket.gethostname()}; start {gpus} ranks a node",
         )
-        torch.cuda.set_device(local_rank)
-    where = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+        torch.cuda.set_device(gpu)
+    where = torch.device("cuda", gpu) if on_gpu else torch.device("cpu")
     if size == 1:
         yield World(rank, size, local_rank, where)
         return
@@ -124,8 +126,13 @@ def start_world(device: str = "auto") -> Iterator[World]:
         timeout=timedelta(seconds=_TIMEOUT_SECONDS),
         device_id=where if on_gpu else None,
     )
+    control = dist.new_group(backend="gloo", timeout=timedelta(days=7))  # indexing on rank 0 may take hours
     try:
-        yield World(rank, size, local_rank, where)
+        yield World(rank, size, local_rank, where, control)
         dist.barrier()  # leaving while another rank still talks to this one aborts that rank
-    finally:
+    except SharedError:
         dist.destroy_process_group()
+        raise
+    # Any other error is this rank's alone: destroying nccl's group would wait for ranks that wait for this one, so the
+    # end of the process tells them.
+    dist.destroy_process_group()

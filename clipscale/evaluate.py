@@ -7,7 +7,7 @@ from clipscale.config import Config, apply_overrides, require
 from clipscale.data.tokenize import build_tokenizer
 from clipscale.dist import start_world
 from clipscale.eval.suite import EvalSuite
-from clipscale.towers import build_towers
+from clipscale.towers import autocast_dtype, build_towers
 
 
 def evaluate_checkpoint(path: str, words: list[str]) -> dict[str, float]:
@@ -29,7 +29,8 @@ def evaluate_checkpoint(path: str, words: list[str]) -> dict[str, float]:
     )
     with start_world(config.device) as world:
         snapshot = load_checkpoint(found)
-        towers = build_towers(config.model, device=world.device)
+        autocast = autocast_dtype(config.train.precision, world.device)  # as in training, so that the numbers agree
+        towers = build_towers(config.model, device=world.device, autocast=autocast)
         towers.model.load_state_dict(snapshot.model)
         tokenize = build_tokenizer(towers.tokenizer_name, towers.context_length)
         return {"step": snapshot.step, **EvalSuite(config, towers, tokenize, world).zeroshot()}

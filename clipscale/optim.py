@@ -7,6 +7,7 @@ set_lr(optimizer, learning_rate(config, samples_seen))
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,6 +43,14 @@ def learning_rate(config: Config, samples_seen: int) -> float:
         return optim.lr * min(1.0, (samples_seen + config.train.global_batch) / warmup)
     progress = min(1.0, (samples_seen - warmup) / max(1, total - warmup))
     return optim.final_lr + (optim.lr - optim.final_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load the moments and step counts of a checkpoint; the settings (decay, betas, eps) stay those of the config."""
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -1,6 +1,7 @@
 """What a run tells: log lines and a progress bar for people, metrics.jsonl and TensorBoard for tools.
 
-    log = RunLog("runs/a", is_main=True, start_step=0, total_steps=400)
+    log = RunLog("runs/a", is_main=True)
+    log.begin(start_step=0, total_steps=400)
     log.metrics({"step": 1, "loss": 5.5, ...})          # one row of metrics.jsonl, the same in TensorBoard
     log.line("step 1/400 ...")                           # above the progress bar, and in run.log
 
@@ -10,14 +11,15 @@ Only the main rank writes. Rows of steps that a resumed run does again are dropp
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from rich.console import Console
@@ -26,28 +28,41 @@ from torch.utils.tensorboard import SummaryWriter
 
 
 class RunLog:
-    """The one place a run writes to, on the main rank; on other ranks every method does nothing."""
+    """The one place a run writes to, on the main rank; on other ranks every method does nothing.
 
-    def __init__(self, folder: str, *, is_main: bool, start_step: int = 0, total_steps: int = 0) -> None:
+    `line` works at once; `begin` comes before the first row, when nothing can refuse the run any more.
+    """
+
+    def __init__(self, folder: str, *, is_main: bool) -> None:
         self.is_main = is_main
         self.console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
-        if not is_main:
+        self._open = ExitStack()
+        if is_main:
+            self._folder = Path(folder)
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._text = self._append("run.log")
+
+    def begin(self, start_step: int, total_steps: int) -> None:
+        """Drop the rows of the steps that will be done again, and start the progress bar."""
+        if not self.is_main:
             return
-        self._folder = Path(folder)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        keep_rows(self._folder / "metrics.jsonl", lambda row: row["step"] <= start_step)
-        self._metrics = open(self._folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
-        self._text = open(self._folder / "run.log", "a", encoding="utf-8")  # noqa: SIM115
+        path = self._folder / "metrics.jsonl"
+        keep_rows(path, lambda row: row["step"] <= start_step)
+        self._metrics = self._append(path.name)
         self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=start_step + 1)
-        self._progress = _bar(self.console)
+        self._open.callback(self._board.close)
+        self._progress = self._open.enter_context(_bar(self.console))
         self._task = self._progress.add_task("step", total=total_steps, completed=start_step)
-        self._progress.start()
+
+    def _append(self, name: str) -> TextIO:
+        return self._open.enter_context((self._folder / name).open("a", encoding="utf-8"))
 
     def metrics(self, row: dict[str, Any]) -> None:
         """One row of metrics.jsonl; its numbers go to TensorBoard under the same names."""
         if not self.is_main:
             return
-        self._metrics.write(json.dumps(row) + "\n")
+        finite = {name: value if math.isfinite(value) else None for name, value in row.items()}  # JSON has no NaN
+        self._metrics.write(json.dumps(finite) + "\n")
         self._metrics.flush()
         for name, value in row.items():
             if name != "step":
@@ -64,11 +79,7 @@ class RunLog:
             self._text.flush()
 
     def close(self) -> None:
-        if self.is_main:
-            self._progress.stop()
-            self._metrics.close()
-            self._text.close()
-            self._board.close()
+        self._open.close()
 
 
 class Pace:
@@ -151,10 +162,11 @@ def keep_rows(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     partial.replace(path)
 
 
-def memory_bytes() -> int:
-    """Peak resident memory of this process, and of its GPU where one is used (the larger)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return max(peak, torch.cuda.max_memory_allocated()) if torch.cuda.is_initialized() else peak
+def memory() -> dict[str, int]:
+    """Peak resident memory of this process, and the peak of its GPU where one is used."""
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    gpu = {"gpu_memory_bytes": torch.cuda.max_memory_allocated()} if torch.cuda.is_initialized() else {}
+    return {"memory_bytes": host} | gpu
 
 
 def duration(seconds: float) -> str:

@@ -12,13 +12,22 @@ import dataclasses
 import math
 import time
 from collections import Counter
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from clipscale.checkpoint import Snapshot, find_checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
+from clipscale.checkpoint import (
+    Snapshot,
+    find_checkpoint,
+    load_checkpoint,
+    lock_run,
+    newest_checkpoint,
+    save_checkpoint,
+)
 from clipscale.config import Config, SharedError, UserError, changed_keys, dump_config, require
 from clipscale.counter import fold
 from clipscale.data.loader import Loader, StepBatch
@@ -29,15 +38,14 @@ from clipscale.data.tokenize import build_tokenizer
 from clipscale.dist import World, start_world
 from clipscale.eval.suite import EvalSuite
 from clipscale.gradcache import Chunks, StepResult, gradcache_step
-from clipscale.loss import contrastive_grads
-from clipscale.optim import build_optimizer, learning_rate, set_lr, total_steps
+from clipscale.loss import ContrastiveGrads, contrastive_grads
+from clipscale.optim import build_optimizer, learning_rate, restore_optimizer, set_lr, total_steps
 from clipscale.parallel import broadcast_parameters, sum_gradients
-from clipscale.telemetry import Pace, RunLog, append_rows, duration, keep_rows, memory_bytes, progress_bar, track
-from clipscale.towers import build_towers
+from clipscale.telemetry import Pace, RunLog, append_rows, duration, keep_rows, memory, progress_bar, track
+from clipscale.towers import autocast_dtype, build_towers
 
 _NAMED_SKIPS = 20  # masked samples with a log line of their own; skipped.jsonl has every one
 _BAD_FRACTION_AFTER = 1000  # samples seen before data.max_bad_fraction is applied
-_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def train(config: Config) -> list[str]:
@@ -64,6 +72,16 @@ class Trainer:
             f"train.global_batch={batch} is not divisible by the {world.size} ranks; choose a multiple of {world.size}",
         )
         self.config, self.world = config, world
+        self._resources = ExitStack()
+        try:
+            self._resume()
+        except BaseException:
+            self.close()
+            raise
+
+    def _resume(self) -> None:
+        """Find where the run stands, and build everything that its next step needs."""
+        config, world = self.config, self.world
         found = world.lead(self._find_checkpoint)
         snapshot = load_checkpoint(found) if found else None
         self.steps_done = snapshot.step if snapshot else 0
@@ -73,16 +91,13 @@ class Trainer:
         self.last_row: dict[str, Any] = state["last_row"]
         self.nonfinite_in_a_row = 0
         self.last_step = self.steps_done + total_steps(config, self.position)
-        self.log = RunLog(config.run.dir, is_main=world.is_main, start_step=self.steps_done, total_steps=self.last_step)
-        self.loader: Loader | None = None
-        try:
-            self._tell_start(found, snapshot)
-            self._build_towers(snapshot, state["scaler"])
-            if self.steps_done < self.last_step:
-                self._build_data(state["order"])
-        except BaseException:
-            self.close()
-            raise
+        self.log = RunLog(config.run.dir, is_main=world.is_main)
+        self._resources.callback(self.log.close)
+        self._tell_start(found, snapshot)
+        self._build_towers(snapshot, state["scaler"])
+        if self.steps_done < self.last_step:
+            self._build_data(state["order"])
+            self._begin()
 
     def run(self) -> list[str]:
         """The loop: take a batch, step, evaluate, tell, save."""
@@ -131,36 +146,44 @@ class Trainer:
             "image_accuracy": result.image_accuracy,
             "text_accuracy": result.text_accuracy,
             "masked_samples": self.skips.total(),
-            "repeated_pairs": self.pipeline.repeats(batch.position, config.train.global_batch),
-            "memory_bytes": memory_bytes(),
+            "repeated_pairs": self._repeats(batch.position),
+            **memory(),
         }
 
     def close(self) -> None:
-        if self.loader is not None:
-            self.loader.close()
-        self.log.close()
+        """Let go of threads, files and the run's folder."""
+        self._resources.close()
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
     def _gradients(self, batch: StepBatch) -> StepResult:
         """Gradients of the mean over the whole step's valid pairs, summed over the ranks."""
-        config = self.config
-        try:
-            result = gradcache_step(
-                self.towers,
-                batch.images,
-                batch.tokens,
-                batch.valid,
-                chunk=Chunks(config.gradcache.image_chunk, config.gradcache.text_chunk),
-                loss_and_grads=partial(contrastive_grads, precision=config.loss.precision, tile=config.loss.tile),
-                key=fold(config.seed, "towers", self.steps_done, self.world.rank),
-                grad_scale=self.scaler.scale(torch.ones((), device=self.world.device)).item(),
-            )
-        except ValueError as error:  # embeddings that are not finite: the loss names side and row
-            raise UserError(f"step {self.steps_done + 1}: {error}") from error
+        chunk = Chunks(self.config.gradcache.image_chunk, self.config.gradcache.text_chunk)
+        result = gradcache_step(
+            self.towers,
+            batch.images,
+            batch.tokens,
+            batch.valid,
+            chunk=chunk,
+            loss_and_grads=self._loss,
+            key=fold(self.config.seed, "towers", self.steps_done, self.world.rank),
+            grad_scale=self.scaler.scale(torch.ones((), device=self.world.device)).item(),
+        )
         if result.pairs:
             sum_gradients(self.towers.encoder_parameters(), self.world)
         return result
+
+    def _repeats(self, position: int) -> int:
+        """Pairs that the batch holds twice; only the main rank's row is written, so only it counts."""
+        return self.pipeline.repeats(position, self.config.train.global_batch) if self.world.is_main else 0
+
+    def _loss(self, image_VD: Tensor, text_VD: Tensor, logit_scale: float) -> ContrastiveGrads:
+        """The tiled loss of the whole step; embeddings that are not finite end the run, naming side and row."""
+        loss = self.config.loss
+        try:
+            return contrastive_grads(image_VD, text_VD, logit_scale, precision=loss.precision, tile=loss.tile)
+        except ValueError as error:
+            raise UserError(f"step {self.steps_done + 1}: {error}") from error
 
     def _update(self) -> float:
         """Clip and step; a gradient that is not finite is skipped and counted. Returns its norm before clipping."""
@@ -183,22 +206,23 @@ class Trainer:
 
     def _account_for_skips(self, batch: StepBatch, result: StepResult) -> None:
         """Count, log and bound the masked samples of all ranks."""
-        if result.pairs == self.config.train.global_batch:
-            return
-        skips = sorted(skip for part in self.world.gather(batch.skips) for skip in part)
-        for number, skip in enumerate(skips, self.skips.total()):
-            if number < _NAMED_SKIPS:
-                self.log.line(f"masked sample {skip.key} of {skip.shard} at position {skip.position}: {skip.detail}")
-        if self.world.is_main:
-            append_rows(self._skip_file, (skip._asdict() for skip in skips))
-        self.skips.update(skip.cause for skip in skips)
-        bad, seen = self.skips.total(), self.position
+        if result.pairs < self.config.train.global_batch:
+            skips = sorted(skip for part in self.world.gather(batch.skips) for skip in part)
+            for number, skip in enumerate(skips, self.skips.total()):
+                if number < _NAMED_SKIPS:
+                    self.log.line(
+                        f"masked sample {skip.key} of {skip.shard} at position {skip.position}: {skip.detail}"
+                    )
+            if self.world.is_main:
+                append_rows(self._skip_file, (skip._asdict() for skip in skips))
+            self.skips.update(skip.cause for skip in skips)
+        bad, seen, bound = self.skips.total(), self.position, self.config.data.max_bad_fraction
         enough_seen = seen >= min(_BAD_FRACTION_AFTER, self.config.train.samples)
-        if bad == seen or (enough_seen and bad > self.config.data.max_bad_fraction * seen):
+        if bad == seen or (enough_seen and bad > bound * seen):
             causes = ", ".join(f"{cause}: {count}" for cause, count in self.skips.most_common())
             raise SharedError(
-                f"{bad} of {seen} samples could not be used ({causes}), more than data.max_bad_fraction="
-                f"{self.config.data.max_bad_fraction}; see {self._skip_file}, mend the shards or raise the bound"
+                f"{bad} of {seen} samples could not be used ({causes}), more than data.max_bad_fraction={bound}; "
+                f"see {self._skip_file}, mend the shards or raise the bound"
             )
 
     # --- evaluation, telling, saving ----------------------------------------------------------------------------------
@@ -216,8 +240,6 @@ class Trainer:
 
     def _tell_start(self, found: Path | None, snapshot: Snapshot | None) -> None:
         config = self.config
-        if self.world.is_main:
-            Path(config.run.dir, "config.yaml").write_text(dump_config(config))
         self.log.line(
             f"{config.run.dir}: {self.last_step} steps of {config.train.global_batch} pairs on {self.world.size} "
             f"{self.world.device.type} rank{'s' * (self.world.size > 1)}, "
@@ -227,11 +249,12 @@ class Trainer:
             self.log.line(f"changed since the checkpoint: {change}")
 
     def _tell_step(self, row: dict[str, Any], eta_seconds: float) -> None:
+        memory_gib = row.get("gpu_memory_bytes", row["memory_bytes"]) / 2**30
         self.log.line(
             f"step {row['step']}/{self.last_step}  samples {row['samples']:,}  loss {row['loss']:.4f}  "
             f"scale {row['logit_scale']:.2f}  grad {row['grad_norm']:.3f}  lr {row['lr']:.2e}  "
             f"{row['samples_per_second']:,.0f} samples/s  data wait {row['data_wait_share']:.0%}  "
-            f"memory {row['memory_bytes'] / 2**30:.2f} GiB  masked {row['masked_samples']}  eta {duration(eta_seconds)}"
+            f"memory {memory_gib:.2f} GiB  masked {row['masked_samples']}  eta {duration(eta_seconds)}"
             + "".join(f"  {name} {value:.4f}" for name, value in row.items() if "/" in name)
         )
 
@@ -278,6 +301,7 @@ class Trainer:
             raise UserError(
                 f"run.dir={run_dir!r} cannot be made: {error}; choose a folder that can be written"
             ) from error
+        self._resources.enter_context(lock_run(run_dir))
         found = newest_checkpoint(run_dir)
         require(
             resume != "fresh" or found is None,
@@ -288,19 +312,24 @@ class Trainer:
 
     def _build_towers(self, snapshot: Snapshot | None, scaler_state: dict[str, Any]) -> None:
         config, device = self.config, self.world.device
-        precision = config.train.precision
-        if precision == "auto":
-            precision = "bf16" if device.type == "cuda" else "fp32"
-        self.towers = build_towers(config.model, device=device, autocast=_AUTOCAST[precision], seed=config.seed)
+        autocast = autocast_dtype(config.train.precision, device)
+        self.towers = build_towers(config.model, device=device, autocast=autocast, seed=config.seed)
         self.optimizer = build_optimizer(self.towers.model, config.optim)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=autocast == torch.float16)
         if snapshot is not None:
+            before = snapshot.config.optim.kind
+            require(
+                before == config.optim.kind,
+                f"optim.kind={config.optim.kind}, but the checkpoint was written under {before}; put it back, or start "
+                "a run of its own (run.dir)",
+            )
             try:
                 self.towers.model.load_state_dict(snapshot.model)
-                self.optimizer.load_state_dict(snapshot.optimizer)
+                restore_optimizer(self.optimizer, snapshot.optimizer)
             except (RuntimeError, ValueError) as error:
                 raise UserError(f"the checkpoint does not fit the model of this config: {error}") from error
-            self.scaler.load_state_dict(scaler_state)
+            if scaler_state:  # empty unless that part of the run was in fp16 too
+                self.scaler.load_state_dict(scaler_state)
         broadcast_parameters(self.towers.model, self.world)
 
     def _build_data(self, recorded: dict[str, Any] | None) -> None:
@@ -318,9 +347,6 @@ class Trainer:
             warn=self.log.line,
         )
         self.evaluations = EvalSuite(config, self.towers, self.pipeline.tokenize, self.world)
-        self._skip_file = Path(config.run.dir, "skipped.jsonl")
-        if self.world.is_main:
-            keep_rows(self._skip_file, lambda row: row["position"] < self.position)
         self.log.line(
             "data: " + ", ".join(f"{source.name} {source.samples:,} pairs" for source in self.pipeline.sources)
         )
@@ -334,6 +360,15 @@ class Trainer:
             prefetch=data.prefetch_steps,
             device=self.world.device,
         )
+        self._resources.callback(self.loader.close)
+
+    def _begin(self) -> None:
+        """Only now does the run's folder change: a run that is refused leaves it as it was."""
+        self.log.begin(self.steps_done, self.last_step)
+        self._skip_file = Path(self.config.run.dir, "skipped.jsonl")
+        if self.world.is_main:
+            Path(self.config.run.dir, "config.yaml").write_text(dump_config(self.config))
+            keep_rows(self._skip_file, lambda row: row["position"] < self.position)
 
     def _prepare_files(self) -> None:
         """Draw the shapes set if the config asks for it, and index every shard that has no index."""

@@ -11,7 +11,8 @@ from clipscale.telemetry import Pace, RunLog, append_rows, duration, keep_rows
 
 
 def write_steps(folder, start: int, stop: int, value: float) -> None:
-    log = RunLog(str(folder), is_main=True, start_step=start, total_steps=9)
+    log = RunLog(str(folder), is_main=True)
+    log.begin(start, total_steps=9)
     for step in range(start + 1, stop + 1):
         log.metrics({"step": step, "loss": value, "zeroshot/top1": value / 10})
         log.advance(step)
@@ -36,7 +37,8 @@ def test_a_resumed_run_writes_every_step_once(tmp_path):
 
 
 def test_other_ranks_write_nothing(tmp_path):
-    log = RunLog(str(tmp_path / "run"), is_main=False, start_step=0, total_steps=3)
+    log = RunLog(str(tmp_path / "run"), is_main=False)
+    log.begin(0, 3)
     log.metrics({"step": 1})
     log.line("x")
     log.advance(1)

@@ -86,7 +86,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_then_ends_the_run(tmp_path, ur
     config = tiny_config(tmp_path, urls, "train.samples=80", "train.max_nonfinite_steps=2", "checkpoint.every_steps=1")
     with pytest.raises(UserError, match=r"step 5: 2 steps in a row without a finite gradient .*max_nonfinite_steps"):
         train(config)
-    assert [math.isfinite(row["grad_norm"]) for row in rows(tmp_path)] == [True, False, True, False]
+    assert [row["grad_norm"] is None for row in rows(tmp_path)] == [False, True, False, True]
     log = (tmp_path / "run" / "run.log").read_text()
     assert "step 2: gradient norm is nan, step skipped" in log
 
@@ -181,3 +181,52 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, urls):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"run\.dir='.*file/run' cannot be made"):
         train(tiny_config(tmp_path, urls, f"run.dir={tmp_path}/file/run"))
+
+
+def test_changed_optimizer_settings_hold_after_a_resume(tmp_path, urls):
+    train(tiny_config(tmp_path, urls))
+    changes = ("optim.weight_decay=0.05", "optim.betas=[0.5,0.6]", "optim.eps=1e-4", "train.samples=48")
+    trainer = Trainer(tiny_config(tmp_path, urls, *changes), World(0, 1, 0, torch.device("cpu")))
+    decayed, plain = trainer.optimizer.param_groups
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
+    assert all((group["betas"], group["eps"]) == ((0.5, 0.6), 1e-4) for group in (decayed, plain))
+    assert all(state["step"] == 4 for state in trainer.optimizer.state.values())  # the moments are the checkpoint's
+    trainer.run()
+    trainer.close()
+    with pytest.raises(UserError, match=r"optim\.kind=sgd, but the checkpoint was written under adamw"):
+        train(tiny_config(tmp_path, urls, "optim.kind=sgd", "train.samples=64"))
+
+
+def test_fp16_may_begin_at_a_resume(tmp_path, urls):
+    train(tiny_config(tmp_path, urls))
+    train(tiny_config(tmp_path, urls, "train.precision=fp16", "train.samples=48"))
+    assert rows(tmp_path)[-1]["step"] == 6
+
+
+def test_a_refused_resume_leaves_the_folder_as_it_was(tmp_path, urls):
+    train(tiny_config(tmp_path, urls, "checkpoint.every_steps=3", "train.samples=40"))
+    shutil.rmtree(max((tmp_path / "run" / "checkpoints").iterdir()))  # as if killed after step 5, saved at 3
+    kept = ("metrics.jsonl", "config.yaml")
+    before = {name: (tmp_path / "run" / name).read_bytes() for name in kept}
+    other = write_pairs(tmp_path / "other", 4, 8, size=16, seed=9)
+    with pytest.raises(UserError, match="the data are not those of the checkpoint"):
+        train(tiny_config(tmp_path, other, "train.samples=40"))
+    assert {name: (tmp_path / "run" / name).read_bytes() for name in kept} == before
+
+
+def test_a_folder_in_use_is_refused(tmp_path, urls):
+    config = tiny_config(tmp_path, urls)
+    trainer = Trainer(config, World(0, 1, 0, torch.device("cpu")))
+    with pytest.raises(UserError, match="is in use by another process"):
+        train(config)
+    trainer.close()
+    train(config)
+
+
+def test_metrics_are_json_even_where_a_number_is_not_finite(tmp_path, urls, monkeypatch):
+    norms = iter([math.nan, 1.0, 1.0, 1.0])
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, limit: torch.tensor(next(norms)))
+    train(tiny_config(tmp_path, urls))
+    text = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "NaN" not in text
+    assert [row["grad_norm"] for row in rows(tmp_path)] == [None, 1.0, 1.0, 1.0]

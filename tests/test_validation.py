@@ -14,7 +14,7 @@ from shards import write_pairs
 from spawn import run_ranks
 from tiny import MODEL
 
-from clipscale.config import Loss, Validation
+from clipscale.config import Loss, UserError, Validation
 from clipscale.data.source import open_source
 from clipscale.data.tokenize import build_tokenizer
 from clipscale.dist import World
@@ -74,6 +74,16 @@ def test_it_is_open_clips_loss_over_whole_batches(urls):
 def test_at_most_so_many_samples(urls):
     assert evaluate(0, 1, urls, samples=13).pairs == 12
     assert evaluate(0, 1, urls, samples=4).pairs == 4  # the only batch may be smaller
+
+
+def test_pictures_that_cannot_be_decoded_are_left_out_and_counted(tmp_path, urls):
+    urls = write_pairs(tmp_path, 2, 10, size=16, broken={*range(6), 13})
+    found = evaluate(0, 1, urls, samples=20)  # nothing of the first batch is left, five pairs of the third
+    assert (found.pairs, found.bad) == (11, 7)
+    whole = evaluate(0, 1, write_pairs(tmp_path / "whole", 2, 10, size=16), samples=20)
+    assert found.loss == pytest.approx(whole.loss, rel=0.2)  # no batch without a pair drags the mean to zero
+    with pytest.raises(UserError, match="none of the 18 pictures of 'validation' can be decoded"):
+        evaluate(0, 1, write_pairs(tmp_path / "none", 2, 10, size=16, broken=set(range(20))), samples=20)
 
 
 def test_ranks_share_the_work_and_agree(urls):

@@ -46,7 +46,7 @@ class Skip(NamedTuple):
 
 @dataclass
 class StepBatch:
-    """This rank's slots of one step. `images` and `tokens` of a masked slot are zeros."""
+    """This rank's slots of one step. A masked slot holds a black picture and no words."""
 
     position: int  # of the global batch's first slot
     positions: np.ndarray  # int64 [N]
@@ -139,7 +139,6 @@ def _fill(pipe: Pipeline, batch: StepBatch, located: tuple[np.ndarray, ...], par
             batch.images[slot] = 0
             captions.append("")
     batch.tokens[part] = pipe.tokenize(captions)
-    batch.tokens[part][~batch.valid[part]] = 0
     return skips
 
 

@@ -22,11 +22,26 @@ def pin(tensor: torch.Tensor, device: torch.device | None) -> torch.Tensor:
 def chunks(inputs: torch.Tensor, size: int, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
     """(start, inputs[start : start + size] on `device`), in order; the last chunk may be shorter.
 
+    When the iteration has ended, nothing reads `inputs` any more: it may be filled anew.
+
     Args:
         inputs: [N, ...] in host memory (or on the device already).
     """
-    following = inputs[:size].to(device, non_blocking=True)
+    if device.type != "cuda" or inputs.device.type == "cuda":
+        for start in range(0, len(inputs), size):
+            yield start, inputs[start : start + size].to(device)
+        return
+    copying, computing = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+
+    def fetch(start: int) -> torch.Tensor:
+        with torch.cuda.stream(copying):
+            return inputs[start : start + size].to(device, non_blocking=True)
+
+    following = fetch(0)
     for start in range(0, len(inputs), size):
         current = following
-        following = inputs[start + size : start + 2 * size].to(device, non_blocking=True)
+        computing.wait_stream(copying)  # for this chunk's copy, before the next one is asked for
+        current.record_stream(computing)
+        following = fetch(start + size)
         yield start, current
+    copying.synchronize()

@@ -44,6 +44,7 @@ class EvalSuite:
             "validation/loss": result.loss,
             "validation/image_accuracy": result.image_accuracy,
             "validation/text_accuracy": result.text_accuracy,
+            "validation/bad_pictures": result.bad,
         }
 
     def zeroshot(self) -> dict[str, float]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from clipscale.config import Loss, Validation
+from clipscale.config import Loss, Validation, require
 from clipscale.data.evalset import ShardPictures, batches
 from clipscale.data.source import Source
 from clipscale.data.tokenize import Tokenize
@@ -23,6 +23,7 @@ class ValidationResult:
     image_accuracy: float  # share of pictures whose own caption is the nearest of the batch
     text_accuracy: float
     pairs: int
+    bad: int  # pairs left out: pictures that could not be decoded
 
 
 @torch.no_grad()
@@ -48,7 +49,7 @@ def evaluate_validation(
     total = min(config.samples, source.samples)
     size = min(config.batch, total)
     pictures = ShardPictures(source)
-    results = []
+    results, slots = [], 0
     for start in range(0, total - size + 1, size):
         mine = range(start + world.rank, start + size, world.size)
         images, texts = [_nothing(towers)], [_nothing(towers)]
@@ -60,15 +61,19 @@ def evaluate_validation(
                 images.append(towers.image(pixels[valid].to(towers.image.device)))
                 texts.append(towers.text(tokens.to(towers.text.device)))
         image_ND, text_ND = torch.cat(images), torch.cat(texts)
-        results.append(
-            contrastive_grads(image_ND, text_ND, towers.logit_scale(), precision=loss.precision, tile=loss.tile)
-        )
+        result = contrastive_grads(image_ND, text_ND, towers.logit_scale(), precision=loss.precision, tile=loss.tile)
+        slots += size
+        if result.pairs > 0:
+            results.append(result)
     towers.model.train(training)
+    require(bool(results), f"validation: none of the {slots} pictures of {source.name!r} can be decoded")
+    pairs = sum(result.pairs for result in results)
     return ValidationResult(
         loss=_mean(results, lambda result: result.loss.item()),
         image_accuracy=_mean(results, lambda result: result.image_accuracy),
         text_accuracy=_mean(results, lambda result: result.text_accuracy),
-        pairs=sum(result.pairs for result in results),
+        pairs=pairs,
+        bad=slots - pairs,
     )
 
 

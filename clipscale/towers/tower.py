@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -44,13 +45,24 @@ class Tower:
         return next(self.encoder.parameters()).device
 
 
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """`train.precision` -> the dtype of autocast, or None for none; auto: bf16 on CUDA, else none."""
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
 def normalise_pixels(mean: tuple[float, ...], std: tuple[float, ...]) -> Callable:
     """uint8 [M, 3, S, S] -> (x / 255 - mean) / std in the given dtype, on the pixels' own device."""
 
+    @cache  # made once: a tensor made from Python numbers on a GPU waits for all its work
+    def constants(device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        mean_C11, std_C11 = (torch.tensor(x, dtype=dtype, device=device)[:, None, None] for x in (mean, std))
+        return 255 * std_C11, mean_C11 / std_C11
+
     def prepare(images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        scale = 255 * torch.tensor(std, dtype=dtype, device=images.device)[:, None, None]
-        shift = torch.tensor(mean, dtype=dtype, device=images.device)[:, None, None]
-        return images.to(dtype) / scale - 255 * shift / scale
+        scale, shift = constants(images.device, dtype)
+        return images.to(dtype) / scale - shift
 
     return prepare
 
