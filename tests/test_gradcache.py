@@ -154,28 +154,22 @@ def low_loss_gradients(towers: Towers, step, image: int, text: int) -> tuple[flo
 
 
 @pytest.mark.parametrize("dtype", BARS, ids=["fp32", "fp64"])
-@pytest.mark.parametrize("scale", [14.0, 30.0])
+@pytest.mark.parametrize("scale", [14.0, 30.0, 60.0])
 def test_low_loss(dtype, scale):
+    """Held against dense autograd in float64 with the same weights: in float32 that loss is itself off by 1e-5 (s = 14)
+    to 6e-5 (s = 60), because the rounding of its logits is common to a row and cancels in exact arithmetic only. Where
+    even its own error is above the bar, that error is the bar."""
     towers = pulled_together(dtype, scale)
-    wanted_loss, wanted = low_loss_gradients(towers, dense_step, 9, 9)
+    exact = make_towers(torch.float64, dropout=False)
+    exact.model.load_state_dict(towers.model.state_dict())
+    wanted_loss, wanted = low_loss_gradients(exact, dense_step, 9, 9)
+    dense_error = worst_error(low_loss_gradients(towers, dense_step, 9, 9)[1], wanted)
+    bar = max(BARS[dtype], dense_error if scale == 60 else 0)
     assert wanted_loss < 0.01
     for image, text in ((1, 3), (7, 9), (4, 2)):
         loss, found = low_loss_gradients(towers, run_step, image, text)
         assert loss == pytest.approx(wanted_loss, rel=10 * BARS[dtype])
-        assert worst_error(found, wanted) <= BARS[dtype]
-
-
-def test_low_loss_at_a_large_scale_is_nearer_to_the_truth_than_dense_autograd():
-    """At s = 60 float32's dense loss is itself off by several 1e-5 (its logits' rounding is common to a row, and
-    cancels only in exact arithmetic), so both are held against float64 with the same weights."""
-    towers = pulled_together(torch.float32, 60.0)
-    exact = make_towers(torch.float64, dropout=False)
-    exact.model.load_state_dict(towers.model.state_dict())
-    _, truth = low_loss_gradients(exact, dense_step, 9, 9)
-    dense_error = worst_error(low_loss_gradients(towers, dense_step, 9, 9)[1], truth)
-    for image, text in ((1, 3), (7, 9), (4, 2)):
-        error = worst_error(low_loss_gradients(towers, run_step, image, text)[1], truth)
-        assert error <= max(dense_error, BARS[torch.float32])
+        assert worst_error(found, wanted) <= bar
 
 
 def test_no_valid_pair_gives_no_gradient():

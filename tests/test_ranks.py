@@ -24,15 +24,19 @@ MASKS = {
 }
 
 
-def five_steps(rank: int, size: int, masked: tuple[int, ...]) -> dict:
+BARS = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+
+def five_steps(rank: int, size: int, masked: tuple[int, ...], dtype: torch.dtype) -> dict:
     """SGD on the same five global batches; every step's loss and gradients, and the last parameters."""
     world = World(rank, size, rank, torch.device("cpu"))
-    towers = make_towers(torch.float32, dropout=False)
+    towers = make_towers(dtype, dropout=False)
     with torch.no_grad():  # only rank 0 starts from the right weights
         for parameter in towers.model.parameters():
             parameter.add_(rank)
     broadcast_parameters(towers.model, world)
-    optimizer = torch.optim.SGD(towers.model.parameters(), lr=0.02)
+    # A small step: the gradient of towers this young turns a last bit of a weight into a hundred times as much.
+    optimizer = torch.optim.SGD(towers.model.parameters(), lr=0.002)
     valid = torch.ones(SLOTS, dtype=torch.bool)
     valid[list(masked)] = False
     share = slice(rank * SLOTS // size, (rank + 1) * SLOTS // size)
@@ -56,29 +60,31 @@ def five_steps(rank: int, size: int, masked: tuple[int, ...]) -> dict:
     return {"losses": losses, "grads": grads, "parameters": towers.model.state_dict()}
 
 
-def both_masks(rank: int, size: int) -> list[dict]:
-    return [five_steps(rank, size, masked) for masked in MASKS.values()]
+def every_case(rank: int, size: int) -> dict:
+    return {(dtype, name): five_steps(rank, size, masked, dtype) for dtype in BARS for name, masked in MASKS.items()}
 
 
 @pytest.fixture(scope="module")
-def one_rank() -> list[dict]:
-    return both_masks(0, 1)
+def one_rank() -> dict:
+    return every_case(0, 1)
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_ranks_agree_with_one_process(size, one_rank):
-    for found_by_mask in run_ranks(both_masks, size):
-        for found, wanted in zip(found_by_mask, one_rank, strict=True):
-            assert found["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
+    for found_by_case in run_ranks(every_case, size):
+        for case, wanted in one_rank.items():
+            found, bar = found_by_case[case], BARS[case[0]]
+            assert found["losses"] == pytest.approx(wanted["losses"], rel=bar)
             for step in range(STEPS):
-                assert worst_error(found["grads"][step], wanted["grads"][step]) <= 1e-5
+                assert worst_error(found["grads"][step], wanted["grads"][step]) <= bar
             for name, parameter in wanted["parameters"].items():
-                torch.testing.assert_close(found["parameters"][name], parameter, rtol=1e-5, atol=1e-6)
+                torch.testing.assert_close(found["parameters"][name], parameter, rtol=bar, atol=bar / 10)
 
 
 def test_masks_matter(one_rank):
     """A control: the two masks are different problems, so agreement on both says something."""
-    assert worst_error(one_rank[0]["grads"][0], one_rank[1]["grads"][0]) > 1e-2
+    equal, unequal = (one_rank[torch.float64, name]["grads"][0] for name in MASKS)
+    assert worst_error(equal, unequal) > 1e-2
 
 
 def missing_reduction(rank: int, size: int) -> float:
