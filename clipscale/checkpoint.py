@@ -94,9 +94,11 @@ def save_checkpoint(run_dir: str, snapshot: Snapshot, keep: int) -> Path:
         older = [path for step, path in _candidates(folder) if step <= snapshot.step]
         for old in older[keep:]:
             shutil.rmtree(old)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError, and Ctrl-C too
         free = shutil.disk_usage(run_dir).free if Path(run_dir).exists() else 0
         shutil.rmtree(aside, ignore_errors=True)
+        if (interrupt := _interrupt_behind(error)) is not None:
+            raise interrupt from None
         raise UserError(f"checkpoint {target} cannot be written ({free >> 20} MiB free): {error}") from error
     return target
 
@@ -180,6 +182,13 @@ def _load_tensors(path: Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError) as error:
         raise UserError(f"{path} holds more than tensors, or is no torch file; use another checkpoint") from error
+
+
+def _interrupt_behind(error: BaseException | None) -> BaseException | None:
+    """The KeyboardInterrupt during whose handling `error` arose, if any."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error
 
 
 def _candidates(folder: Path) -> list[tuple[int, Path]]:

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -222,3 +223,25 @@ def test_a_folder_that_cannot_be_made_is_told_in_a_line(save, tmp_path):
     (tmp_path / "checkpoints").write_text("a file")
     with pytest.raises(UserError, match="cannot be written"):
         save(1)
+
+
+class Interrupted(io.RawIOBase):
+    """A file in whose second write the person presses Ctrl-C; torch's writer then fails over the missing bytes."""
+
+    writes = 0
+
+    def write(self, data) -> int:
+        self.writes += 1
+        if self.writes == 2:
+            raise KeyboardInterrupt
+        return len(data)
+
+
+def test_ctrl_c_in_the_middle_of_a_save_is_no_failure_of_the_disk(save, tmp_path, monkeypatch):
+    save(1)
+    real = torch.save
+    monkeypatch.setattr(torch, "save", lambda content, file: real(content, Interrupted()))
+    with pytest.raises(KeyboardInterrupt):
+        save(2)
+    assert verify(newest_checkpoint(str(tmp_path))) == ""
+    assert "step-000000002" not in names(tmp_path)
