@@ -67,10 +67,10 @@ class Trainer:
 
     def __init__(self, config: Config, world: World) -> None:
         batch = config.train.global_batch
-        require(
-            batch % world.size == 0,
-            f"train.global_batch={batch} is not divisible by the {world.size} ranks; choose a multiple of {world.size}",
-        )
+        if batch % world.size:
+            raise SharedError(
+                f"train.global_batch={batch} is not divisible by the {world.size} ranks; choose a multiple of {world.size}"
+            )
         self.config, self.world = config, world
         self._resources = ExitStack()
         try:
