@@ -69,7 +69,8 @@ class Trainer:
         batch = config.train.global_batch
         if batch % world.size:
             raise SharedError(
-                f"train.global_batch={batch} is not divisible by the {world.size} ranks; choose a multiple of {world.size}"
+                f"train.global_batch={batch} is not divisible by the {world.size} ranks; "
+                f"choose a multiple of {world.size}"
             )
         self.config, self.world = config, world
         self._resources = ExitStack()
