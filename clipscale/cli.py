@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     arguments = build_parser().parse_args(argv)
     # Decode threads share the cores with OpenMP's workers, which must not spin for long while they wait: on busy cores
-    # the default costs a factor of 10. Read when torch is first imported.
+    # the default makes steps several times slower. Read when torch is first imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     try:
         if arguments.command == "train":

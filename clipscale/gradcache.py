@@ -42,7 +42,7 @@ class Chunks:
 class StepResult(NamedTuple):
     """The same on every rank."""
 
-    loss: float
+    loss: float  # mean over the valid pairs, in nats
     pairs: int  # valid pairs of all ranks; 0: nothing was learned, and no gradient was set
     image_accuracy: float
     text_accuracy: float
@@ -71,6 +71,9 @@ def gradcache_step(
         loss_and_grads: (image [V, D], text [V, D], s) -> ContrastiveGrads over all ranks, for the global mean.
         key: of this step and rank, for the towers' randomness.
         grad_scale: factor on every gradient (loss scaling for fp16).
+
+    Raises:
+        Whatever `loss_and_grads` raises, on embeddings that are not finite for one.
     """
     inputs = ((towers.image, images, chunk.image), (towers.text, tokens, chunk.text))
     slots = valid.nonzero().squeeze(1).to(towers.image.device)

@@ -347,6 +347,8 @@ class Trainer:
             recorded=recorded,
             warn=self.log.line,
         )
+        for source in self.pipeline.sources:
+            self._resources.callback(source.close)
         self.evaluations = EvalSuite(config, self.towers, self.pipeline.tokenize, self.world)
         self.log.line(
             "data: " + ", ".join(f"{source.name} {source.samples:,} pairs" for source in self.pipeline.sources)

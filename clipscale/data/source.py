@@ -68,6 +68,7 @@ class Source:
         return self.shards[shard].path, table.keys[row]
 
     def close(self) -> None:
+        """Let go of the open files; a later read opens them again."""
         with self._lock:
             while self._files:
                 os.close(self._files.popitem()[1])
