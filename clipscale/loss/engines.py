@@ -1,0 +1,53 @@
+"""Which code computes a block: Triton kernels on a GPU, plain torch elsewhere. Both have the same two functions."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from clipscale.loss import tiles
+from clipscale.loss.statistics import Partial
+
+ENGINES = ("auto", "triton", "torch")
+
+
+class Engine(NamedTuple):
+    name: str
+    logsumexp_block: Callable[..., tuple[Partial, Partial]]
+    """Pass 1 over one block: see `tiles.logsumexp_block`."""
+    gradient_block: Callable[..., None]
+    """Pass 2 over one block: see `tiles.gradient_block`."""
+
+
+def resolve_engine(engine: str, device: torch.device, precision: str) -> Engine:
+    """The code for `engine` (auto: triton where it can be used) at a resolved precision.
+
+    ValueError for an unknown name, and for triton where it cannot run: float64, a CPU, a GPU before sm_80.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"loss engine {engine!r} is unknown: choose one of {', '.join(ENGINES)}")
+    obstacle = _obstacle(device, precision)
+    if engine == "torch" or (engine == "auto" and obstacle):
+        return Engine("torch", tiles.logsumexp_block, tiles.gradient_block)
+    if obstacle:
+        raise ValueError(f"loss engine 'triton' {obstacle}: choose 'auto' or 'torch'")
+    from clipscale.loss import kernels  # here, so that the package needs torch only
+
+    return Engine("triton", kernels.logsumexp_block, kernels.gradient_block)
+
+
+def _obstacle(device: torch.device, precision: str) -> str | None:
+    """Why the kernels cannot run, or None."""
+    if precision == "fp64":
+        return "has no precision fp64"
+    try:
+        import triton
+    except ImportError:
+        return "needs the package triton, which is not installed"
+    if device.type == "cpu" and triton.knobs.runtime.interpret:
+        return None
+    if device.type != "cuda":
+        return f"needs a GPU, and the embeddings are on {device}"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"needs compute capability 8.0 or newer, and {torch.cuda.get_device_name(device)} has less"
+    return None

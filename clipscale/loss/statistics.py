@@ -1,0 +1,81 @@
+"""What pass 1 learns of each row (or each column) of the logits, and what pass 2 needs of it. Both engines speak this.
+
+X = image text^T are the similarities and S = s X the logits. Everything is kept in X, the scale s apart: S would round
+a logit of 100 by 4e-6, and differences of similarities are nearly free of rounding. The diagonal X_ii, a pair's own
+similarity, is kept apart from the X_ij of the wrong pairs throughout: near a loss of zero, log(sum_j exp S_ij) - S_ii
+and p_ii - 1 would cancel to nothing.
+
+Shapes: every tensor has one value per row of its block, in the accumulator's type.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Softmax(NamedTuple):
+    """What pass 2 needs to know of each row: p_ij = exp(s (X_ij - peak_i)) inverse_i."""
+
+    peak: Tensor
+    """Largest similarity, the right pair's included."""
+    inverse: Tensor
+    """1 / sum_j exp(s (X_ij - peak_i)), over all pairs: between 1/B and 1."""
+    missing: Tensor
+    """1 - p_ii."""
+
+
+class Partial(NamedTuple):
+    """What is known of each row after some of its entries. w_ij = exp(s (X_ij - max_i)) weighs a wrong pair."""
+
+    max: Tensor
+    """Largest X_ij of the wrong pairs seen; -inf before the first."""
+    sum: Tensor
+    """sum of w_ij over the wrong pairs seen."""
+    moment: Tensor
+    """sum of w_ij (X_ij - max_i) over the wrong pairs seen."""
+    diag: Tensor
+    """X_ii, once the right pair has been seen; 0 before."""
+
+    @classmethod
+    def empty(cls, rows: int, like: Tensor) -> "Partial":
+        return cls(like.new_full((rows,), -torch.inf), *like.new_zeros(3, rows))
+
+    def merge(self, other: "Partial", scale: float) -> "Partial":
+        """Both together, where no entry was seen by both."""
+        peak = torch.maximum(self.max, other.max)
+        total, moment = 0.0, 0.0
+        for part in (self, other):
+            step = (part.max - peak).masked_fill(part.max == -torch.inf, 0.0)
+            weight = (scale * step).exp()
+            total = total + weight * part.sum
+            moment = moment + weight * (part.moment + step * part.sum)
+        return Partial(peak, total, moment, self.diag + other.diag)
+
+    def margin(self, scale: float) -> Tensor:
+        """log of the odds against the right pair, log(sum_{j!=i} exp S_ij) - S_ii; -inf where there is no wrong pair.
+
+        loss_i = log(1 + exp(margin_i)), and 1 - p_ii = sigmoid(margin_i): neither cancels, however small.
+        """
+        return scale * (self.max - self.diag) + self.sum.log()
+
+    def loss(self, scale: float) -> Tensor:
+        return -F.logsigmoid(-self.margin(scale))
+
+    def correct(self) -> Tensor:
+        """Whether the right pair beats every wrong one (a tie is a miss)."""
+        return self.diag > self.max
+
+    def d_scale(self, scale: float) -> Tensor:
+        """dloss_i/ds = sum_j p_ij X_ij - X_ii = (1 - p_ii) (mean of X_ij over the wrong pairs - X_ii).
+
+        The mean is weighted by w_ij. An offset common to the row cancels before anything is multiplied.
+        """
+        distance = self.moment / self.sum + (self.max - self.diag)
+        return self.margin(scale).sigmoid() * distance.masked_fill(self.max == -torch.inf, 0.0)
+
+    def softmax(self, scale: float) -> Softmax:
+        peak = torch.maximum(self.max, self.diag)
+        total = self.sum * (scale * (self.max - peak)).exp() + (scale * (self.diag - peak)).exp()
+        return Softmax(peak, total.reciprocal(), self.margin(scale).sigmoid())
