@@ -11,12 +11,12 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from clipscale.loss.precision import OPERAND_DTYPE, accumulator_dtype, resolve_precision
-from clipscale.loss.ring import Ring, Statistics, ring_gradients, ring_statistics, world_size
-from clipscale.loss.tiles import DEFAULT_TILE
+from clipscale.loss.engines import resolve_engine
+from clipscale.loss.link import Group, open_link
+from clipscale.loss.precision import OPERAND_DTYPE, accumulator_dtype, resolve_precision, to_operand
+from clipscale.loss.ring import Ring, Work, ring_gradients, ring_statistics
 
 
 class ContrastiveGrads(NamedTuple):
@@ -24,9 +24,9 @@ class ContrastiveGrads(NamedTuple):
 
     loss: Tensor
     """Mean over the B pairs of all ranks, in nats; 0 without a pair. [], the same on every rank."""
-    d_image_ND: Tensor
-    """Derivative of that mean in this rank's image embeddings."""
-    d_text_ND: Tensor
+    d_image_ND: Tensor | None
+    """Derivative of that mean in this rank's image embeddings; None where it was not wanted."""
+    d_text_ND: Tensor | None
     d_logit_scale: Tensor
     """Its derivative in the factor `logit_scale`. [], the same on every rank."""
     pairs: int
@@ -36,26 +36,18 @@ class ContrastiveGrads(NamedTuple):
     text_accuracy: float
 
 
-class _Forward(NamedTuple):
-    """What pass 1 tells of the whole batch."""
-
-    ring: Ring
-    precision: str
-    statistics: Statistics
-    loss: Tensor
-    image_accuracy: float
-    text_accuracy: float
-
-
 @torch.no_grad()
 def contrastive_grads(
     image_ND: Tensor,
     text_ND: Tensor,
     logit_scale: Tensor | float,
     *,
-    group: dist.ProcessGroup | None = None,
+    group: Group = None,
     precision: str = "auto",
-    tile: int = DEFAULT_TILE,
+    engine: str = "auto",
+    tile: int | None = None,
+    image_grad: bool = True,
+    text_grad: bool = True,
 ) -> ContrastiveGrads:
     """Loss, its true derivatives and the in-batch accuracies, over the pairs of all ranks of `group`. Collective.
 
@@ -63,24 +55,51 @@ def contrastive_grads(
     trainer that *sums* parameter gradients over the ranks gets the gradient of the mean over all pairs. `logit_scale`
     is the factor itself (CLIP's `logit_scale.exp()`), the same on every rank.
 
-    `group` None is the default process group, or this process alone. `precision`: auto, fp16, bf16, tf32, fp32 or
-    fp64 (see `precision.py`). `tile`: rows and columns of the logits that exist at a time.
+    Args:
+        group: None is the default process group, or this process alone where there is none; "self" is this process's
+            pairs only; or a process group, or a `link.Link`.
+        precision: auto, fp16, bf16, tf32, fp32 or fp64 (see `precision.py`).
+        engine: auto, triton or torch (see `engines.py`).
+        tile: rows and columns of the logits that exist at a time; None is the engine's own choice.
+        image_grad, text_grad: False for a side whose tower is locked: its gradient costs nothing then. The same on
+            every rank.
 
-    ValueError for arguments that do not fit, and on every rank if any rank's embeddings are not finite.
+    Raises:
+        ValueError: for arguments that do not fit, and on every rank if any rank's embeddings are not finite.
     """
     scale = _checked_scale(image_ND, text_ND, logit_scale, tile)
-    forward = _evaluate(image_ND, text_ND, scale, group, precision, tile)
-    d_image_ND, d_text_ND, d_scale = ring_gradients(
-        forward.ring, image_ND, text_ND, scale, forward.statistics, precision=forward.precision, tile=tile
+    precision = resolve_precision(precision, image_ND.device, torch.promote_types(image_ND.dtype, text_ND.dtype))
+    code = resolve_engine(engine, image_ND.device, precision)
+    wanted = image_grad, text_grad
+    ring = Ring.join(open_link(group), image_ND, precision, wanted)
+    work = Work(
+        ring,
+        image_ND=to_operand(image_ND, precision, contiguous=False),
+        scale=scale,
+        engine=code,
+        precision=precision,
+        tile=tile,
+        owner=ring.position,
+        text_MD=to_operand(text_ND, precision, contiguous=ring.size > 1),
     )
+    statistics = ring_statistics(work)
+    sums = ring.link.sum(statistics.sums)
+    *finite, images_right, texts_right = sums.tolist()
+    # X_ii is finite only where both embeddings of the pair are, so the sum of the diagonal speaks for all of them.
+    if not math.isfinite(sum(finite)):
+        raise ValueError(_not_finite(image_ND, text_ND, ring.link.rank, precision))
+    d_image_ND, d_text_ND = None, None
+    if any(wanted):
+        d_image_ND, d_text_ND = ring_gradients(work, statistics, image_ND, text_ND, wanted)
+    pairs, dtype = max(ring.total_pairs, 1), accumulator_dtype(precision)
     return ContrastiveGrads(
-        loss=forward.loss,
+        loss=(sums[0] / (2 * pairs)).to(dtype),
         d_image_ND=d_image_ND,
         d_text_ND=d_text_ND,
-        d_logit_scale=d_scale,
-        pairs=forward.ring.total_pairs,
-        image_accuracy=forward.image_accuracy,
-        text_accuracy=forward.text_accuracy,
+        d_logit_scale=(sums[1] / (2 * pairs)).to(dtype),
+        pairs=ring.total_pairs,
+        image_accuracy=images_right / pairs,
+        text_accuracy=texts_right / pairs,
     )
 
 
@@ -88,10 +107,11 @@ def contrastive_loss(
     image_ND: Tensor,
     text_ND: Tensor,
     logit_scale: Tensor | float,
-    group: dist.ProcessGroup | None = None,
+    group: Group = None,
     *,
     precision: str = "auto",
-    tile: int = DEFAULT_TILE,
+    engine: str = "auto",
+    tile: int | None = None,
 ) -> Tensor:
     """The symmetric contrastive loss over the pairs of all ranks of `group`, [] and differentiable once. Collective.
 
@@ -100,27 +120,27 @@ def contrastive_loss(
     that mean's times the number of ranks, and `logit_scale`'s is complete on every rank. They come in the inputs'
     types; those of half-precision embeddings should be scaled (GradScaler) at batches in the millions.
 
-    Both passes run in the forward, so the backward does not communicate. Where no gradient is wanted (`torch.no_grad`,
-    or no input requires one: on all ranks alike) only pass 1 runs.
+    Both passes run in the forward, so the backward does not communicate. An input that requires no gradient (on all
+    ranks alike) costs none: with one locked tower pass 2 is two thirds, without any gradient only pass 1 runs.
 
     Arguments and errors are those of `contrastive_grads`; and RuntimeError for a backward pass under create_graph=True.
     """
     factor = logit_scale if isinstance(logit_scale, Tensor) else torch.tensor(logit_scale, dtype=torch.float64)
+    options = {"group": open_link(group), "precision": precision, "engine": engine, "tile": tile}
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (image_ND, text_ND, factor)):
-        return _ContrastiveLoss.apply(image_ND, text_ND, factor, group, precision, tile)
-    with torch.no_grad():
-        scale = _checked_scale(image_ND, text_ND, factor, tile)
-        return _evaluate(image_ND, text_ND, scale, group, precision, tile).loss
+        return _ContrastiveLoss.apply(image_ND, text_ND, factor, options)
+    return contrastive_grads(image_ND, text_ND, factor, **options, image_grad=False, text_grad=False).loss
 
 
 class _ContrastiveLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, image_ND, text_ND, logit_scale, group, precision, tile):
-        grads = contrastive_grads(image_ND, text_ND, logit_scale, group=group, precision=precision, tile=tile)
+    def forward(ctx, image_ND, text_ND, logit_scale, options):
+        image_grad, text_grad, *_ = ctx.needs_input_grad
+        grads = contrastive_grads(image_ND, text_ND, logit_scale, **options, image_grad=image_grad, text_grad=text_grad)
         d_scale = grads.d_logit_scale.to(logit_scale).expand_as(logit_scale)
         ctx.save_for_backward(grads.d_image_ND, grads.d_text_ND, d_scale)
         ctx.dtypes = image_ND.dtype, text_ND.dtype
-        ctx.world = world_size(group)
+        ctx.size = options["group"].size
         return grads.loss
 
     @staticmethod
@@ -131,36 +151,16 @@ class _ContrastiveLoss(torch.autograd.Function):
                 "create_graph=True asks contrastive_loss for a second derivative, and it has a first one only: "
                 "use dense_contrastive_loss where you need more"
             )
-        d_image_ND, d_text_ND, d_scale = ctx.saved_tensors
-        image_dtype, text_dtype = ctx.dtypes
-        return (
-            (d_loss * ctx.world * d_image_ND).to(image_dtype),
-            (d_loss * ctx.world * d_text_ND).to(text_dtype),
-            (d_loss * d_scale).to(d_scale),
-            *(None,) * 3,
+        *embeddings_grads, d_scale = ctx.saved_tensors
+        factor = d_loss * ctx.size
+        d_image_ND, d_text_ND = (
+            None if d_ND is None else torch.mul(d_ND, factor, out=torch.empty_like(d_ND, dtype=dtype))
+            for d_ND, dtype in zip(embeddings_grads, ctx.dtypes, strict=True)
         )
+        return d_image_ND, d_text_ND, (d_loss * d_scale).to(d_scale), None
 
 
-def _evaluate(
-    image_ND: Tensor, text_ND: Tensor, scale: float, group: dist.ProcessGroup | None, precision: str, tile: int
-) -> _Forward:
-    """Pass 1, and one reduction over the ranks."""
-    precision = resolve_precision(precision, image_ND.device, torch.promote_types(image_ND.dtype, text_ND.dtype))
-    ring = Ring.join(group, image_ND, precision)
-    statistics = ring_statistics(ring, image_ND, text_ND, scale, precision=precision, tile=tile)
-    rows, columns = statistics.rows, statistics.columns
-    addends = (torch.cat([rows.loss(), columns.loss()]), rows.diag, rows.correct(), columns.correct())
-    sums = ring.sum(torch.stack([addend.sum(dtype=torch.float64) for addend in addends]))
-    loss, diag, images_right, texts_right = sums.tolist()
-    # S_ii is finite only where both embeddings of the pair are, so the sum of the diagonal speaks for all of them.
-    if not math.isfinite(loss + diag):
-        raise ValueError(_not_finite(image_ND, text_ND, ring.rank, precision))
-    pairs = max(ring.total_pairs, 1)
-    mean = (sums[0] / (2 * pairs)).to(accumulator_dtype(precision))
-    return _Forward(ring, precision, statistics, mean, images_right / pairs, texts_right / pairs)
-
-
-def _checked_scale(image_ND: Tensor, text_ND: Tensor, logit_scale: Tensor | float, tile: int) -> float:
+def _checked_scale(image_ND: Tensor, text_ND: Tensor, logit_scale: Tensor | float, tile: int | None) -> float:
     """The scale as a number, once every argument is known to fit."""
     if image_ND.dim() != 2 or image_ND.shape != text_ND.shape:
         raise ValueError(
@@ -184,8 +184,8 @@ def _checked_scale(image_ND: Tensor, text_ND: Tensor, logit_scale: Tensor | floa
         raise ValueError(
             f"logit_scale is {scale}: it must be finite and above 0; pass the factor itself, logit_scale.exp() in CLIP"
         )
-    if tile < 1:
-        raise ValueError(f"tile is {tile}: it must be at least 1; leave it out for {DEFAULT_TILE}")
+    if tile is not None and tile < 1:
+        raise ValueError(f"tile is {tile}: it must be at least 1; leave it out for the engine's own")
     return scale
 
 

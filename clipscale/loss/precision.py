@@ -24,6 +24,12 @@ HALF_GRADIENT_SCALE = 2.0**14
 # torch 2.9 gave each backend its own switch; before that there was one for all.
 _SWITCH_PER_BACKEND = hasattr(torch.backends.cuda.matmul, "fp32_precision")
 
+_HALF_SUMS = (
+    "allow_fp16_reduced_precision_reduction",
+    "allow_bf16_reduced_precision_reduction",
+    "allow_fp16_accumulation",
+)
+
 
 def resolve_precision(precision: str, device: torch.device, dtype: torch.dtype) -> str:
     """The precision that `auto` stands for; any other name is checked and returned.
@@ -52,6 +58,27 @@ def round_operand(values: Tensor, precision: str) -> Tensor:
     return values.to(OPERAND_DTYPE[precision]).to(accumulator_dtype(precision))
 
 
+def to_operand(values_ND: Tensor, precision: str, *, contiguous: bool) -> Tensor:
+    """`values_ND` in the operand type, for every product of a call: `values_ND` itself where it is one already.
+
+    Its last stride is 1; all of it is dense if `contiguous`.
+    """
+    if precision == "tf32":
+        values_ND = round_to_tf32(values_ND.float())
+    operand_ND = values_ND.to(OPERAND_DTYPE[precision])
+    return operand_ND.contiguous() if contiguous or operand_ND.stride(1) != 1 else operand_ND
+
+
+def round_to_tf32(values: Tensor) -> Tensor:
+    """Float32 `values` rounded to the nearest TF32, which keeps 10 bits of the mantissa; ties away from zero.
+
+    The tensor cores cut the other bits off, which is a bias as well as twice the error.
+    """
+    rounded = values.nan_to_num(torch.nan, torch.inf, -torch.inf)  # a copy in which every NaN has the same bits
+    rounded.view(torch.int32).add_(0x1000).bitwise_and_(-0x2000)  # 0x1000 is half of the last bit that stays
+    return rounded
+
+
 def gradient_scale(precision: str) -> float:
     """The power of two that dL/dS is multiplied by before it is rounded to the operand type."""
     return HALF_GRADIENT_SCALE if precision in ("fp16", "bf16") else 1.0
@@ -61,11 +88,26 @@ def gradient_scale(precision: str) -> float:
 def exact_products(precision: str, device: torch.device) -> Iterator[None]:
     """Within: matrix products of float32 tensors are as exact as `precision` asks, whatever the process has set.
 
-    A value rounded to fp16 or bf16 is exact in TF32, so the tensor cores may be used for these. Autocast is off.
+    A value rounded to fp16 or bf16 is exact in TF32, so the tensor cores may be used for these. Half-precision products
+    are summed in float32 throughout. Autocast is off.
     """
     tensor_cores = device.type == "cuda" and precision in ("fp16", "bf16", "tf32")
-    with torch.autocast(device.type, enabled=False), _tf32(allowed=tensor_cores):
+    with torch.autocast(device.type, enabled=False), _tf32(allowed=tensor_cores), _no_half_sums():
         yield
+
+
+@contextmanager
+def _no_half_sums() -> Iterator[None]:
+    """cuBLAS sums half-precision products in float32. What a newer torch lets it split is left as it is."""
+    matmul = torch.backends.cuda.matmul
+    settings = {name: (getattr(matmul, name), getattr(matmul, f"{name}_split_k", None)) for name in _HALF_SUMS}
+    for name, (_, split_k) in settings.items():
+        setattr(matmul, name, False if split_k is None else (False, split_k))
+    try:
+        yield
+    finally:
+        for name, (allowed, split_k) in settings.items():
+            setattr(matmul, name, allowed if split_k is None else (allowed, split_k))
 
 
 @contextmanager

@@ -1,220 +1,263 @@
-"""The two passes of the loss round the ranks of a process group: image rows stay, text blocks travel.
+"""The two passes of the loss round the ranks of a group: image rows stay, text blocks travel.
 
 Three ranks, by the owner of the block that stands at each, hop by hop:
 
-    pass 1, blocks move to rank + 1         pass 2, the ring turns round: blocks move to rank - 1
-    rank     0  1  2                        rank     0  1  2
+    pass 1, blocks move to the next         pass 2, the ring turns round: blocks move to the one before
+    position 0  1  2                        position 0  1  2
     hop 0    0  1  2   every block at home  hop 0    1  2  0   where pass 1 left them
     hop 1    2  0  1                        hop 1    2  0  1
     hop 2    1  2  0   each has met all     hop 2    0  1  2   every block at home, with its gradient
 
-In pass 1 a block carries the statistics of its columns, which are final where it stands at the end; in pass 2 it
+In pass 1 a block gathers the statistics of its columns, which are final where it stands at the end; in pass 2 it
 carries them along, and gathers its gradient. The blocks of the next hop travel while this hop's tiles are computed;
 what a block gathers lags behind it and is added to after the tiles, so that its transfer overlaps them too. Memory per
 rank is a fixed number of [N, D] blocks, whatever the number of ranks. Source: Inf-CL, arXiv 2410.17243; there the
 gradient's ring does not start where the first one ends.
+
+A rank's place in the ring is its position: the ring goes node by node, so that a hop crosses the network once for each.
 
 Shapes: N pairs on this rank, M pairs of the block that stands here, D width, B pairs of all ranks.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from clipscale.loss.engines import Engine
+from clipscale.loss.link import Link, node_identity, ring_order
 from clipscale.loss.precision import OPERAND_DTYPE, accumulator_dtype
-from clipscale.loss.tiles import Partial, gradient_block, logsumexp_block
+from clipscale.loss.statistics import Partial, Softmax
 
+# What is done row by row outside the tiles is done for so many elements at a time, so that no temporary grows with N.
+CHUNK_ELEMENTS = 1 << 22
 
-def world_size(group: dist.ProcessGroup | None) -> int:
-    """Ranks of `group`; None is the default group, or this process alone where there is none."""
-    return dist.get_world_size(group) if group or dist.is_initialized() else 1
+Tensors = tuple[Tensor, ...]
+"""What travels together: tensors of M rows each."""
 
 
 @dataclass(frozen=True)
 class Ring:
-    """The ranks of a group (None: this process alone) and how many pairs each holds."""
+    """The ranks of a link, and how many pairs each holds."""
 
-    group: dist.ProcessGroup | None
-    rank: int
+    link: Link
+    order: tuple[int, ...]
+    """The rank at each position."""
     pairs: tuple[int, ...]
+    """By position."""
 
     @classmethod
-    def join(cls, group: dist.ProcessGroup | None, image_ND: Tensor, precision: str) -> "Ring":
-        """Collective. `group` None is the default group, or this process alone where there is none.
+    def join(cls, link: Link, image_ND: Tensor, precision: str, wanted: tuple[bool, bool]) -> "Ring":
+        """Collective. `wanted`: whether the images' gradient, and the texts', are.
 
-        ValueError, on every rank, when the ranks differ in width or precision; and on a process outside the group.
+        ValueError, on every rank, when the ranks differ in width, precision or the gradients they want.
         """
-        if group is None and not dist.is_initialized():
-            return cls(None, 0, (len(image_ND),))
-        group = group or dist.group.WORLD
-        rank = dist.get_rank(group)
-        if rank < 0:
-            raise ValueError("this process is not in the group it was given: call the loss on the group's ranks only")
         names = list(OPERAND_DTYPE)
-        mine = torch.tensor([*image_ND.shape, names.index(precision)], device=image_ND.device)
-        everyone = mine.new_empty(dist.get_world_size(group) * len(mine))
-        dist.all_gather_into_tensor(everyone, mine, group=group)
-        pairs, widths, precisions = everyone.view(-1, len(mine)).T.tolist()
+        mine = [*image_ND.shape, names.index(precision), *wanted, node_identity()]
+        everyone = [mine]
+        if link.size > 1:
+            everyone = link.gather(torch.tensor(mine, device=image_ND.device)).tolist()
+        pairs, widths, precisions, image_grads, text_grads, nodes = zip(*everyone, strict=True)
         if len({*widths}) > 1 or len({*precisions}) > 1:
             raise ValueError(
-                f"the ranks differ in width {widths} or precision {[names[index] for index in precisions]}: "
+                f"the ranks differ in width {list(widths)} or precision {[names[index] for index in precisions]}: "
                 "pass embeddings of one width and type on every rank, also where there are no pairs"
             )
-        return cls(group, rank, tuple(pairs))
+        if len({*zip(image_grads, text_grads, strict=True)}) > 1:
+            raise ValueError(
+                f"the ranks differ in whose gradients they want, images {[*map(bool, image_grads)]} and texts "
+                f"{[*map(bool, text_grads)]}: lock the same towers on every rank, also where there are no pairs"
+            )
+        order = ring_order(list(nodes))
+        return cls(link, tuple(order), tuple(pairs[rank] for rank in order))
 
     @property
-    def world(self) -> int:
-        return len(self.pairs)
+    def size(self) -> int:
+        return len(self.order)
+
+    @cached_property
+    def position(self) -> int:
+        return self.order.index(self.link.rank)
 
     @property
     def total_pairs(self) -> int:
         return sum(self.pairs)
 
-    def sum(self, values: Tensor) -> Tensor:
-        """`values` summed over the ranks, in place."""
-        if self.world > 1:
-            dist.all_reduce(values, group=self.group)
-        return values
+    def pass_on(self, blocks: Tensors, owner_after: int, direction: int) -> Callable[[], Tensors]:
+        """Start to send `blocks` to the next position and to receive those of `owner_after` from the one before.
 
-    def pass_on(self, blocks: tuple[Tensor, ...], owner_after: int, direction: int) -> "Transfer":
-        """Start sending `blocks` to the next rank and receiving those of rank `owner_after` from the one before.
-
-        Nothing is sent for a block without pairs: both sides know the sizes.
+        The function that is returned waits for both and gives what came. Nothing is sent for a block without pairs:
+        both sides know the sizes.
         """
         incoming = tuple(block.new_empty(self.pairs[owner_after], *block.shape[1:]) for block in blocks)
-        ops = [self._op(dist.isend, block, direction) for block in blocks if block.numel()]
-        ops += [self._op(dist.irecv, block, -direction) for block in incoming if block.numel()]
-        return Transfer(blocks, incoming, dist.batch_isend_irecv(ops) if ops else [])
+        to, source = (self.order[(self.position + step) % self.size] for step in (direction, -direction))
+        outgoing, expected = ([block for block in tensors if block.numel()] for tensors in (blocks, incoming))
+        wait = self.link.exchange(outgoing, to, expected, source)
 
-    def _op(self, kind: Callable, block: Tensor, offset: int) -> dist.P2POp:
-        peer = dist.get_global_rank(self.group, (self.rank + offset) % self.world)
-        return dist.P2POp(kind, block, peer, self.group)
+        def arrive() -> Tensors:
+            wait()
+            return incoming
 
-
-class Transfer(NamedTuple):
-    outgoing: tuple[Tensor, ...]
-    """Held so that the memory outlives the send."""
-    incoming: tuple[Tensor, ...]
-    works: list[dist.Work]
-
-    def wait(self) -> tuple[Tensor, ...]:
-        for work in self.works:
-            work.wait()
-        return self.incoming
-
-
-@dataclass
-class Hop:
-    """One stop of a block. The visitor reads `cargo` and sets `gathered` to this rank's contribution."""
-
-    owner: int
-    """Whose block it is."""
-    cargo: tuple[Tensor, ...]
-    """What travels ahead, unchanged: tensors of M rows."""
-    gathered: Tensor | None = None
-    """What lags behind, M rows too: after the last hop, the contributions of all ranks together."""
+        return arrive
 
 
 def travel(
-    ring: Ring, cargo: tuple[Tensor, ...], *, owner: int, direction: int, merge: Callable[[Tensor, Tensor], Tensor]
-) -> Iterator[Hop]:
-    """Every block of the ring in turn, from the one of `owner` that stands here; blocks move by `direction` (+-1)."""
+    ring: Ring,
+    cargo: Tensors,
+    *,
+    owner: int,
+    direction: int,
+    visit: Callable[[int, Tensors], Tensors],
+    merge: Callable[[Tensors, Tensors], Tensors],
+) -> tuple[int, Tensors, Tensors]:
+    """Bring every block of the ring here in turn, from the one of `owner` that stands here, by `direction` (+-1).
+
+    `visit(owner, cargo)` gives what this rank adds to a block, or () where nothing lags behind; `merge(carried, own)`
+    adds it. Gives the last block: its owner, its cargo, and what all ranks together have added to it.
+    """
     behind = None
-    for hops_left in reversed(range(ring.world)):
-        owner_after = (owner - direction) % ring.world
+    for hops_left in reversed(range(ring.size)):
+        owner_after = (owner - direction) % ring.size
         if hops_left:
             ahead = ring.pass_on(cargo, owner_after, direction)
-        hop = Hop(owner, cargo)
-        yield hop
+        gathered = visit(owner, cargo)
         if behind is not None:
-            (carried,) = behind.wait()
-            hop.gathered = merge(carried, hop.gathered)
+            gathered = merge(behind(), gathered)
         if hops_left:
-            behind = ring.pass_on((hop.gathered,), owner_after, direction)
-            cargo, owner = ahead.wait(), owner_after
+            behind = ring.pass_on(gathered, owner_after, direction) if gathered else None
+            cargo, owner = ahead(), owner_after
+    return owner, cargo, gathered
 
 
-@dataclass(frozen=True)
-class Statistics:
-    """Where pass 1 leaves this rank: its own rows, and the block it ends at, whose columns are final."""
+@dataclass
+class Work:
+    """One evaluation of the loss as this rank sees it. Images and texts are operands (`precision.to_operand`)."""
 
-    rows: Partial
-    """Of this rank's N images against all texts."""
+    ring: Ring
+    image_ND: Tensor
+    scale: float
+    engine: Engine
+    precision: str
+    tile: int | None
     owner: int
-    text_MD: Tensor
-    columns: Partial
-    """Of that block's M texts against all images."""
+    """Whose text block stands here."""
+    text_MD: Tensor | None
+    """That block; None while the ring turns."""
+
+    def take_text(self) -> Tensor:
+        """The block, to be sent away: nothing here keeps it alive."""
+        text_MD, self.text_MD = self.text_MD, None
+        return text_MD
 
 
-def ring_statistics(
-    ring: Ring, image_ND: Tensor, text_ND: Tensor, logit_scale: float, *, precision: str, tile: int
-) -> Statistics:
+class Statistics(NamedTuple):
+    """What pass 1 tells of this rank's rows, and of the block that it leaves here, whose columns are final."""
+
+    sums: Tensor
+    """Over both: loss, dloss/ds; over the rows: X_ii, right ones; over the columns: right ones. [5], float64."""
+    rows: Softmax
+    """Of this rank's N images over all texts."""
+    columns: Softmax
+    """Of that block's M texts over all images."""
+
+
+def ring_statistics(work: Work) -> Statistics:
     """Pass 1. Collective."""
-    operand = OPERAND_DTYPE[precision]
-    image_ND, text_ND = image_ND.to(operand).contiguous(), text_ND.to(operand).contiguous()
-    rows = Partial.empty(len(image_ND), image_ND.to(accumulator_dtype(precision)))
-    for hop in travel(ring, (text_ND,), owner=ring.rank, direction=1, merge=_merge_partials):
-        (text_MD,) = hop.cargo
-        home = hop.owner == ring.rank
-        block_rows, block_columns = logsumexp_block(
-            image_ND, text_MD, logit_scale, diagonal=home, precision=precision, tile=tile
+    ring, rows = work.ring, None
+
+    def visit(owner: int, cargo: Tensors) -> Tensors:
+        nonlocal rows
+        block_rows, block_columns = work.engine.logsumexp_block(
+            work.image_ND,
+            *cargo,
+            work.scale,
+            diagonal=owner == ring.position,
+            precision=work.precision,
+            tile=work.tile,
         )
-        rows = rows.merge(block_rows)
-        hop.gathered = torch.stack(block_columns, dim=1)
-    return Statistics(rows, hop.owner, text_MD, Partial(*hop.gathered.unbind(dim=1)))
+        rows = block_rows if rows is None else rows.merge(block_rows, work.scale)
+        return block_columns
+
+    def merge(carried: Tensors, own: Tensors) -> Tensors:
+        return Partial(*carried).merge(Partial(*own), work.scale)
+
+    work.owner, (work.text_MD,), columns = travel(
+        ring, (work.take_text(),), owner=work.owner, direction=1, visit=visit, merge=merge
+    )
+    row_sums, row_softmax = _settle(rows, work.scale)
+    column_sums, column_softmax = _settle(Partial(*columns), work.scale)
+    sums = torch.cat([(row_sums + column_sums)[:2], row_sums[2:], column_sums[3:]])
+    return Statistics(sums, row_softmax, column_softmax)
 
 
-def _merge_partials(carried_M3: Tensor, own_M3: Tensor) -> Tensor:
-    return torch.stack(Partial(*carried_M3.unbind(dim=1)).merge(Partial(*own_M3.unbind(dim=1))), dim=1)
+def _settle(partial: Partial, scale: float) -> tuple[Tensor, Softmax]:
+    """Sums over final statistics (loss, dloss/ds, X_ii, right ones: [4], float64), and their softmax in their place."""
+    sums = partial.max.new_zeros(4, dtype=torch.float64)
+    for rows in _chunks(len(partial.max), 16):
+        part = Partial(*(values[rows] for values in partial))
+        addends = part.loss(scale), part.d_scale(scale), part.diag, part.correct()
+        sums += torch.stack([addend.sum(dtype=torch.float64) for addend in addends])
+        for values, softmax in zip(part[:3], part.softmax(scale), strict=True):
+            values.copy_(softmax)
+    return sums, Softmax(*partial[:3])
 
 
 def ring_gradients(
-    ring: Ring,
-    image_ND: Tensor,
-    text_ND: Tensor,
-    logit_scale: float,
-    statistics: Statistics,
-    *,
-    precision: str,
-    tile: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Pass 2. Collective. True derivatives of the mean over all B pairs.
+    work: Work, statistics: Statistics, image_ND: Tensor, text_ND: Tensor, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Pass 2. Collective. True derivatives of the mean over all B pairs, in the accumulator's type.
 
-    Returns d_image and d_text [N, D] of this rank's pairs and d_scale [], the same on every rank, all in the
-    accumulator's type.
+    `image_ND` and `text_ND` are this rank's embeddings as they were given. The gradients of its images and of its texts
+    are None where they are not wanted.
     """
-    dtype = accumulator_dtype(precision)
-    operand_ND = image_ND.to(OPERAND_DTYPE[precision])
-    d_image_ND = torch.zeros_like(operand_ND, dtype=dtype)
-    d_scale = d_image_ND.new_zeros((), dtype=torch.float64)
-    cargo = (statistics.text_MD, torch.stack(statistics.columns, dim=1))
-    row_softmax = statistics.rows.softmax()
-    for hop in travel(ring, cargo, owner=statistics.owner, direction=-1, merge=Tensor.add_):
-        text_MD, columns_M3 = hop.cargo
-        columns = Partial(*columns_M3.unbind(dim=1))
-        hop.gathered, block_d_scale = gradient_block(
-            operand_ND,
-            text_MD,
-            logit_scale,
-            row_softmax,
-            columns.softmax(),
-            d_image_ND,
-            diagonal=hop.owner == ring.rank,
-            precision=precision,
-            tile=tile,
-        )
-        d_scale += block_d_scale
-    d_text_ND = hop.gathered
+    ring, scale = work.ring, work.scale
+    dtype = accumulator_dtype(work.precision)
+    image_wanted, text_wanted = wanted
+    d_image_ND = image_ND.new_zeros(image_ND.shape, dtype=dtype) if image_wanted else None
 
-    # The diagonal's term, 2B dL/dS_ii = -((1 - p_ii) + (1 - q_ii)). The last block, hence `columns`, is this rank's.
-    missing_N1 = (statistics.rows.margin().sigmoid() + columns.margin().sigmoid())[:, None]
-    d_image_ND -= missing_N1 * text_ND.to(dtype)
-    d_text_ND -= missing_N1 * image_ND.to(dtype)
-    pairs_twice = 2 * max(ring.total_pairs, 1)
-    d_image_ND *= logit_scale / pairs_twice
-    d_text_ND *= logit_scale / pairs_twice
-    return d_image_ND, d_text_ND, (ring.sum(d_scale) / (pairs_twice * logit_scale)).to(dtype)
+    def visit(owner: int, cargo: Tensors) -> Tensors:
+        text_MD, *columns = cargo
+        d_text_MD = text_MD.new_zeros(text_MD.shape, dtype=dtype) if text_wanted else None
+        work.engine.gradient_block(
+            work.image_ND,
+            text_MD,
+            scale,
+            statistics.rows,
+            Softmax(*columns),
+            d_image_ND,
+            d_text_MD,
+            diagonal=owner == ring.position,
+            precision=work.precision,
+            tile=work.tile,
+        )
+        return (d_text_MD,) if text_wanted else ()
+
+    def merge(carried: Tensors, own: Tensors) -> Tensors:
+        return (carried[0].add_(own[0]),)
+
+    work.owner, (work.text_MD, *columns), gathered = travel(
+        ring, (work.take_text(), *statistics.columns), owner=work.owner, direction=-1, visit=visit, merge=merge
+    )
+    d_text_ND = gathered[0] if text_wanted else None
+
+    # The last block, hence `columns`, is this rank's own.
+    missing_N1 = (statistics.rows.missing + Softmax(*columns).missing)[:, None]
+    factor = scale / (2 * max(ring.total_pairs, 1))
+    for d_ND, partner_ND in ((d_image_ND, text_ND), (d_text_ND, image_ND)):
+        if d_ND is not None:
+            _finish(d_ND, missing_N1, partner_ND, factor)
+    return d_image_ND, d_text_ND
+
+
+def _finish(d_ND: Tensor, missing_N1: Tensor, partner_ND: Tensor, factor: float) -> None:
+    """Add the diagonal's term, 2B dL/dS_ii = -((1 - p_ii) + (1 - q_ii)), and turn 2B/s dL/dX into dL/dX, in place."""
+    for rows in _chunks(*d_ND.shape):
+        d_ND[rows].addcmul_(missing_N1[rows], partner_ND[rows].to(d_ND.dtype), value=-1.0).mul_(factor)
+
+
+def _chunks(rows: int, width: int) -> Iterator[slice]:
+    step = max(1, CHUNK_ELEMENTS // max(1, width))
+    return (slice(start, start + step) for start in range(0, rows, step))
