@@ -16,7 +16,7 @@ from torch import Tensor
 from clipscale.loss.engines import resolve_engine
 from clipscale.loss.link import Group, open_link
 from clipscale.loss.precision import OPERAND_DTYPE, accumulator_dtype, resolve_precision, to_operand
-from clipscale.loss.ring import Ring, Work, ring_gradients, ring_statistics
+from clipscale.loss.ring import Ring, Wanted, Work, ring_gradients, ring_statistics
 
 
 class ContrastiveGrads(NamedTuple):
@@ -27,7 +27,7 @@ class ContrastiveGrads(NamedTuple):
     d_image_ND: Tensor | None
     """Derivative of that mean in this rank's image embeddings; None where it was not wanted."""
     d_text_ND: Tensor | None
-    d_logit_scale: Tensor
+    d_logit_scale: Tensor | None
     """Its derivative in the factor `logit_scale`. [], the same on every rank."""
     pairs: int
     """B."""
@@ -48,6 +48,7 @@ def contrastive_grads(
     tile: int | None = None,
     image_grad: bool = True,
     text_grad: bool = True,
+    scale_grad: bool = True,
 ) -> ContrastiveGrads:
     """Loss, its true derivatives and the in-batch accuracies, over the pairs of all ranks of `group`. Collective.
 
@@ -63,6 +64,7 @@ def contrastive_grads(
         tile: rows and columns of the logits that exist at a time; None is the engine's own choice.
         image_grad, text_grad: False for a side whose tower is locked: its gradient costs nothing then. The same on
             every rank.
+        scale_grad: False where the scale is not learned; with no gradient wanted at all, pass 2 does not run.
 
     Raises:
         ValueError: for arguments that do not fit, and on every rank if any rank's embeddings are not finite.
@@ -70,7 +72,7 @@ def contrastive_grads(
     scale = _checked_scale(image_ND, text_ND, logit_scale, tile)
     precision = resolve_precision(precision, image_ND.device, torch.promote_types(image_ND.dtype, text_ND.dtype))
     code = resolve_engine(engine, image_ND.device, precision)
-    wanted = image_grad, text_grad
+    wanted = Wanted(image_grad, text_grad, scale_grad)
     ring = Ring.join(open_link(group), image_ND, precision, wanted)
     work = Work(
         ring,
@@ -84,19 +86,22 @@ def contrastive_grads(
     )
     statistics = ring_statistics(work)
     sums = ring.link.sum(statistics.sums)
-    *finite, images_right, texts_right = sums.tolist()
+    total, missing, missing_diag, diag, images_right, texts_right = sums.tolist()
     # X_ii is finite only where both embeddings of the pair are, so the sum of the diagonal speaks for all of them.
-    if not math.isfinite(sum(finite)):
+    if not math.isfinite(total + diag):
         raise ValueError(_not_finite(image_ND, text_ND, ring.link.rank, precision))
-    d_image_ND, d_text_ND = None, None
-    if any(wanted):
-        d_image_ND, d_text_ND = ring_gradients(work, statistics, image_ND, text_ND, wanted)
     pairs, dtype = max(ring.total_pairs, 1), accumulator_dtype(precision)
+    d_image_ND = d_text_ND = d_scale = None
+    if any(wanted):
+        origin = diag / pairs
+        d_image_ND, d_text_ND, d_scale = ring_gradients(work, statistics, image_ND, text_ND, wanted, origin)
+        # The right pairs' part, -((1 - p_ii) + (1 - q_ii)) (X_ii - origin), is known from pass 1.
+        d_scale = ((ring.link.sum(d_scale) - (missing_diag - origin * missing)) / (2 * pairs)).to(dtype)
     return ContrastiveGrads(
         loss=(sums[0] / (2 * pairs)).to(dtype),
         d_image_ND=d_image_ND,
         d_text_ND=d_text_ND,
-        d_logit_scale=(sums[1] / (2 * pairs)).to(dtype),
+        d_logit_scale=d_scale if scale_grad else None,
         pairs=ring.total_pairs,
         image_accuracy=images_right / pairs,
         text_accuracy=texts_right / pairs,
@@ -129,15 +134,18 @@ def contrastive_loss(
     options = {"group": open_link(group), "precision": precision, "engine": engine, "tile": tile}
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (image_ND, text_ND, factor)):
         return _ContrastiveLoss.apply(image_ND, text_ND, factor, options)
-    return contrastive_grads(image_ND, text_ND, factor, **options, image_grad=False, text_grad=False).loss
+    return contrastive_grads(
+        image_ND, text_ND, factor, **options, image_grad=False, text_grad=False, scale_grad=False
+    ).loss
 
 
 class _ContrastiveLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, image_ND, text_ND, logit_scale, options):
-        image_grad, text_grad, *_ = ctx.needs_input_grad
-        grads = contrastive_grads(image_ND, text_ND, logit_scale, **options, image_grad=image_grad, text_grad=text_grad)
-        d_scale = grads.d_logit_scale.to(logit_scale).expand_as(logit_scale)
+        image_grad, text_grad, scale_grad, _ = ctx.needs_input_grad
+        wanted = {"image_grad": image_grad, "text_grad": text_grad, "scale_grad": scale_grad}
+        grads = contrastive_grads(image_ND, text_ND, logit_scale, **options, **wanted)
+        d_scale = grads.d_logit_scale.to(logit_scale).expand_as(logit_scale) if scale_grad else None
         ctx.save_for_backward(grads.d_image_ND, grads.d_text_ND, d_scale)
         ctx.dtypes = image_ND.dtype, text_ND.dtype
         ctx.size = options["group"].size
@@ -157,7 +165,7 @@ class _ContrastiveLoss(torch.autograd.Function):
             None if d_ND is None else torch.mul(d_ND, factor, out=torch.empty_like(d_ND, dtype=dtype))
             for d_ND, dtype in zip(embeddings_grads, ctx.dtypes, strict=True)
         )
-        return d_image_ND, d_text_ND, (d_loss * d_scale).to(d_scale), None
+        return d_image_ND, d_text_ND, None if d_scale is None else (d_loss * d_scale).to(d_scale), None
 
 
 def _checked_scale(image_ND: Tensor, text_ND: Tensor, logit_scale: Tensor | float, tile: int | None) -> float:

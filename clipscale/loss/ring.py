@@ -39,6 +39,14 @@ Tensors = tuple[Tensor, ...]
 """What travels together: tensors of M rows each."""
 
 
+class Wanted(NamedTuple):
+    """Whose gradients are computed, the same on every rank."""
+
+    image: bool
+    text: bool
+    logit_scale: bool
+
+
 @dataclass(frozen=True)
 class Ring:
     """The ranks of a link, and how many pairs each holds."""
@@ -50,8 +58,8 @@ class Ring:
     """By position."""
 
     @classmethod
-    def join(cls, link: Link, image_ND: Tensor, precision: str, wanted: tuple[bool, bool]) -> "Ring":
-        """Collective. `wanted`: whether the images' gradient, and the texts', are.
+    def join(cls, link: Link, image_ND: Tensor, precision: str, wanted: Wanted) -> "Ring":
+        """Collective.
 
         ValueError, on every rank, when the ranks differ in width, precision or the gradients they want.
         """
@@ -60,17 +68,18 @@ class Ring:
         everyone = [mine]
         if link.size > 1:
             everyone = link.gather(torch.tensor(mine, device=image_ND.device)).tolist()
-        pairs, widths, precisions, image_grads, text_grads, nodes = zip(*everyone, strict=True)
+        pairs, widths, precisions, *wishes, nodes = zip(*everyone, strict=True)
         if len({*widths}) > 1 or len({*precisions}) > 1:
             raise ValueError(
                 f"the ranks differ in width {list(widths)} or precision {[names[index] for index in precisions]}: "
                 "pass embeddings of one width and type on every rank, also where there are no pairs"
             )
-        if len({*zip(image_grads, text_grads, strict=True)}) > 1:
-            raise ValueError(
-                f"the ranks differ in whose gradients they want, images {[*map(bool, image_grads)]} and texts "
-                f"{[*map(bool, text_grads)]}: lock the same towers on every rank, also where there are no pairs"
-            )
+        for name, wishes_by_rank in zip(Wanted._fields, wishes, strict=True):
+            if len({*wishes_by_rank}) > 1:
+                raise ValueError(
+                    f"the ranks differ in whether they want the gradient of {name}: {[*map(bool, wishes_by_rank)]}; "
+                    "lock the same towers on every rank, also where there are no pairs"
+                )
         order = ring_order(list(nodes))
         return cls(link, tuple(order), tuple(pairs[rank] for rank in order))
 
@@ -157,7 +166,7 @@ class Statistics(NamedTuple):
     """What pass 1 tells of this rank's rows, and of the block that it leaves here, whose columns are final."""
 
     sums: Tensor
-    """Over both: loss, dloss/ds; over the rows: X_ii, right ones; over the columns: right ones. [5], float64."""
+    """[6], float64. Over rows and columns: loss, 1 - p_ii, (1 - p_ii) X_ii; then X_ii, rows and columns that are right."""
     rows: Softmax
     """Of this rank's N images over all texts."""
     columns: Softmax
@@ -189,51 +198,57 @@ def ring_statistics(work: Work) -> Statistics:
     )
     row_sums, row_softmax = _settle(rows, work.scale)
     column_sums, column_softmax = _settle(Partial(*columns), work.scale)
-    sums = torch.cat([(row_sums + column_sums)[:2], row_sums[2:], column_sums[3:]])
+    sums = torch.cat([(row_sums + column_sums)[:3], row_sums[3:], column_sums[4:]])
     return Statistics(sums, row_softmax, column_softmax)
 
 
 def _settle(partial: Partial, scale: float) -> tuple[Tensor, Softmax]:
-    """Sums over final statistics (loss, dloss/ds, X_ii, right ones: [4], float64), and their softmax in their place."""
-    sums = partial.max.new_zeros(4, dtype=torch.float64)
+    """Sums over final statistics (loss, 1 - p_ii, (1 - p_ii) X_ii, X_ii, right ones); their softmax in their place."""
+    sums = partial.max.new_zeros(5, dtype=torch.float64)
     for rows in _chunks(len(partial.max), 16):
         part = Partial(*(values[rows] for values in partial))
-        addends = part.loss(scale), part.d_scale(scale), part.diag, part.correct()
+        softmax = part.softmax(scale)
+        missing = softmax.missing.double()
+        addends = part.loss(scale), missing, missing * part.diag, part.diag, part.correct()
         sums += torch.stack([addend.sum(dtype=torch.float64) for addend in addends])
-        for values, softmax in zip(part[:3], part.softmax(scale), strict=True):
-            values.copy_(softmax)
-    return sums, Softmax(*partial[:3])
+        for values, settled in zip(part, softmax, strict=True):
+            values.copy_(settled)
+    return sums, Softmax(*partial)
 
 
 def ring_gradients(
-    work: Work, statistics: Statistics, image_ND: Tensor, text_ND: Tensor, wanted: tuple[bool, bool]
-) -> tuple[Tensor | None, Tensor | None]:
+    work: Work, statistics: Statistics, image_ND: Tensor, text_ND: Tensor, wanted: Wanted, origin: float
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """Pass 2. Collective. True derivatives of the mean over all B pairs, in the accumulator's type.
 
     `image_ND` and `text_ND` are this rank's embeddings as they were given. The gradients of its images and of its texts
-    are None where they are not wanted.
+    are None where they are not wanted. The third is the scale's, [] in float64, not yet summed over the ranks nor over
+    B: that of the wrong pairs, about `origin` (see `tiles.gradient_block`).
     """
     ring, scale = work.ring, work.scale
     dtype = accumulator_dtype(work.precision)
-    image_wanted, text_wanted = wanted
-    d_image_ND = image_ND.new_zeros(image_ND.shape, dtype=dtype) if image_wanted else None
+    d_image_ND = image_ND.new_zeros(image_ND.shape, dtype=dtype) if wanted.image else None
+    d_scale = image_ND.new_zeros((), dtype=torch.float64)
 
     def visit(owner: int, cargo: Tensors) -> Tensors:
         text_MD, *columns = cargo
-        d_text_MD = text_MD.new_zeros(text_MD.shape, dtype=dtype) if text_wanted else None
-        work.engine.gradient_block(
-            work.image_ND,
-            text_MD,
-            scale,
-            statistics.rows,
-            Softmax(*columns),
-            d_image_ND,
-            d_text_MD,
-            diagonal=owner == ring.position,
-            precision=work.precision,
-            tile=work.tile,
+        d_text_MD = text_MD.new_zeros(text_MD.shape, dtype=dtype) if wanted.text else None
+        d_scale.add_(
+            work.engine.gradient_block(
+                work.image_ND,
+                text_MD,
+                scale,
+                statistics.rows,
+                Softmax(*columns),
+                d_image_ND,
+                d_text_MD,
+                origin=origin,
+                diagonal=owner == ring.position,
+                precision=work.precision,
+                tile=work.tile,
+            )
         )
-        return (d_text_MD,) if text_wanted else ()
+        return (d_text_MD,) if wanted.text else ()
 
     def merge(carried: Tensors, own: Tensors) -> Tensors:
         return (carried[0].add_(own[0]),)
@@ -241,7 +256,7 @@ def ring_gradients(
     work.owner, (work.text_MD, *columns), gathered = travel(
         ring, (work.take_text(), *statistics.columns), owner=work.owner, direction=-1, visit=visit, merge=merge
     )
-    d_text_ND = gathered[0] if text_wanted else None
+    d_text_ND = gathered[0] if wanted.text else None
 
     # The last block, hence `columns`, is this rank's own.
     missing_N1 = (statistics.rows.missing + Softmax(*columns).missing)[:, None]
@@ -249,7 +264,7 @@ def ring_gradients(
     for d_ND, partner_ND in ((d_image_ND, text_ND), (d_text_ND, image_ND)):
         if d_ND is not None:
             _finish(d_ND, missing_N1, partner_ND, factor)
-    return d_image_ND, d_text_ND
+    return d_image_ND, d_text_ND, d_scale
 
 
 def _finish(d_ND: Tensor, missing_N1: Tensor, partner_ND: Tensor, factor: float) -> None:

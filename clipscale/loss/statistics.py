@@ -33,25 +33,19 @@ class Partial(NamedTuple):
     """Largest X_ij of the wrong pairs seen; -inf before the first."""
     sum: Tensor
     """sum of w_ij over the wrong pairs seen."""
-    moment: Tensor
-    """sum of w_ij (X_ij - max_i) over the wrong pairs seen."""
     diag: Tensor
     """X_ii, once the right pair has been seen; 0 before."""
 
     @classmethod
     def empty(cls, rows: int, like: Tensor) -> "Partial":
-        return cls(like.new_full((rows,), -torch.inf), *like.new_zeros(3, rows))
+        return cls(like.new_full((rows,), -torch.inf), *like.new_zeros(2, rows))
 
     def merge(self, other: "Partial", scale: float) -> "Partial":
         """Both together, where no entry was seen by both."""
         peak = torch.maximum(self.max, other.max)
-        total, moment = 0.0, 0.0
-        for part in (self, other):
-            step = (part.max - peak).masked_fill(part.max == -torch.inf, 0.0)
-            weight = (scale * step).exp()
-            total = total + weight * part.sum
-            moment = moment + weight * (part.moment + step * part.sum)
-        return Partial(peak, total, moment, self.diag + other.diag)
+        base = peak.masked_fill(peak == -torch.inf, 0.0)  # -inf: nothing seen, and its sum is 0
+        total = sum(part.sum * (scale * (part.max - base)).exp() for part in (self, other))
+        return Partial(peak, total, self.diag + other.diag)
 
     def margin(self, scale: float) -> Tensor:
         """log of the odds against the right pair, log(sum_{j!=i} exp S_ij) - S_ii; -inf where there is no wrong pair.
@@ -66,14 +60,6 @@ class Partial(NamedTuple):
     def correct(self) -> Tensor:
         """Whether the right pair beats every wrong one (a tie is a miss)."""
         return self.diag > self.max
-
-    def d_scale(self, scale: float) -> Tensor:
-        """dloss_i/ds = sum_j p_ij X_ij - X_ii = (1 - p_ii) (mean of X_ij over the wrong pairs - X_ii).
-
-        The mean is weighted by w_ij. An offset common to the row cancels before anything is multiplied.
-        """
-        distance = self.moment / self.sum + (self.max - self.diag)
-        return self.margin(scale).sigmoid() * distance.masked_fill(self.max == -torch.inf, 0.0)
 
     def softmax(self, scale: float) -> Softmax:
         peak = torch.maximum(self.max, self.diag)

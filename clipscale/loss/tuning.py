@@ -1,0 +1,161 @@
+"""Which tile shape a kernel runs with: the fastest of a few, timed once a machine and then remembered in a file.
+
+    shape = tuned("gradient", image_RD, text_CD, "fp16", visit)      # visit(shape) launches the kernel
+
+A restart reads the file, so it does not tune again and computes the same bits. The file is `kernels.json` in the
+user's cache folder ($XDG_CACHE_HOME/clipscale, else ~/.cache/clipscale); its keys name all that a choice depends on.
+CLIPSCALE_TUNE=0 takes the first candidate of each list, untimed.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable
+from functools import cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.testing
+from torch import Tensor
+from triton.errors import TritonError
+
+log = logging.getLogger(__name__)
+
+
+class Shape(NamedTuple):
+    """A tile, and what computes it."""
+
+    rows: int
+    columns: int
+    depth: int
+    """Of the slices of the operands that are multiplied at a time."""
+    warps: int
+    stages: int
+    """Slices in flight."""
+    group: int = 8
+    """Rows of tiles that are visited together, so that operands are met again in the cache."""
+    descriptors: bool = False
+    """Loads and stores by tensor descriptors (TMA), where alignment allows them."""
+    registers: int | None = None
+    """Most registers a thread may have: 128 let two programs of 8 warps share a multiprocessor."""
+
+    def options(self) -> dict[str, int]:
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        return options | ({"maxnreg": self.registers} if self.registers else {})
+
+
+INTERPRETED = Shape(64, 64, 64, 4, 1)
+"""For Triton's interpreter, which has nothing to tune."""
+
+_AMPERE = (Shape(128, 128, 32, 4, 4), Shape(128, 128, 32, 8, 3), Shape(64, 128, 64, 4, 3), Shape(128, 64, 64, 4, 3))
+_HOPPER = (
+    Shape(128, 128, 64, 8, 3, descriptors=True, registers=128),
+    Shape(128, 128, 64, 8, 3, registers=128),
+    Shape(256, 128, 64, 8, 4, descriptors=True),
+    Shape(128, 256, 64, 8, 4, descriptors=True),
+    Shape(128, 128, 64, 4, 3, descriptors=True),
+)
+_BLACKWELL = (Shape(128, 128, 64, 8, 3, descriptors=True), Shape(128, 128, 64, 8, 3))
+_TF32 = (Shape(128, 128, 32, 8, 3), Shape(128, 128, 32, 8, 3, descriptors=True))
+_TF32_AMPERE = (Shape(128, 128, 32, 8, 3), Shape(64, 128, 32, 4, 3))
+_FLOAT32 = (Shape(64, 64, 32, 4, 2), Shape(128, 64, 16, 8, 2), Shape(128, 128, 16, 8, 2))
+
+
+def candidates(precision: str, capability: tuple[int, int]) -> tuple[Shape, ...]:
+    """The shapes worth timing on a GPU of this compute capability, the likeliest first.
+
+    None of them spills registers: `tests/test_loss_compile.py` compiles each.
+    """
+    if precision == "fp32":
+        return _FLOAT32
+    family = {9: _HOPPER, 10: _BLACKWELL}.get(capability[0])
+    if precision == "tf32":
+        return _TF32 if family else _TF32_AMPERE
+    return family or _AMPERE
+
+
+_chosen: dict[str, Shape] = {}
+
+
+def tuned(kernel: str, image_RD: Tensor, text_CD: Tensor, precision: str, visit: Callable[[Shape], object]) -> Shape:
+    """The shape for this kernel at operands like these; `visit` runs it on them, as often as it takes to time it."""
+    if image_RD.device.type == "cpu":
+        return INTERPRETED
+    shapes = candidates(precision, torch.cuda.get_device_capability(image_RD.device))
+    if os.environ.get("CLIPSCALE_TUNE") == "0":
+        return shapes[0]
+    key = _key(kernel, image_RD, text_CD, precision)
+    if key not in _chosen:
+        _chosen[key] = _remembered(key) or _remember(key, _fastest(key, shapes, visit))
+    return _chosen[key]
+
+
+def _key(kernel: str, image_RD: Tensor, text_CD: Tensor, precision: str) -> str:
+    """All that a choice depends on; sizes to the next power of two, so that a few masked samples change nothing."""
+    sizes = [1 << (len(side) - 1).bit_length() for side in (image_RD, text_CD)]
+    device = torch.cuda.get_device_name(image_RD.device)
+    return (
+        f"{kernel} {precision} {sizes[0]} x {sizes[1]} x {text_CD.shape[1]} on {device}, "
+        f"triton {triton.__version__}, source {_source_hash()}"
+    )
+
+
+@cache
+def _source_hash() -> str:
+    """Of the kernels and of the candidates: what was chosen among others is no choice."""
+    files = (Path(__file__).with_name("kernels.py"), Path(__file__))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
+
+
+def _fastest(key: str, shapes: Iterable[Shape], visit: Callable[[Shape], object]) -> Shape:
+    """By the median time. A shape that does not compile or fit is left out; RuntimeError if none is left."""
+    times = {}
+    for shape in shapes:
+        try:
+            times[shape] = triton.testing.do_bench(partial(visit, shape), return_mode="median")
+        except TritonError as error:
+            log.warning("%s: %s is left out: %s", key, shape, error)
+    if not times:
+        raise RuntimeError(f"none of the loss kernel's shapes runs ({key}): choose engine='torch'")
+    best = min(times, key=times.get)
+    log.info("%s: %s in %.3f ms, of %d timed", key, best, times[best], len(times))
+    return best
+
+
+def _remembered(key: str) -> Shape | None:
+    return _read().get(key)
+
+
+def _remember(key: str, shape: Shape) -> Shape:
+    """Write the choice down. The first to come is right: ranks that tuned at the same time end with one choice."""
+    path = _path()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            choices = _read()
+            shape = choices.setdefault(key, shape)
+            fresh = path.with_suffix(".new")
+            fresh.write_text(json.dumps({name: choice._asdict() for name, choice in choices.items()}, indent=1))
+            fresh.replace(path)
+    except OSError as error:
+        log.warning("the choice of loss kernels is not remembered, and a restart may choose others: %s", error)
+    return shape
+
+
+def _read() -> dict[str, Shape]:
+    try:
+        return {key: Shape(**choice) for key, choice in json.loads(_path().read_text()).items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        log.warning("%s is not readable, loss kernels are tuned anew: %s", _path(), error)
+        return {}
+
+
+def _path() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "clipscale" / "kernels.json"
