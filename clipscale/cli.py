@@ -1,4 +1,4 @@
-"""The command line: `clipscale train`, `clipscale eval zeroshot`, `clipscale index`.
+"""The command line: `clipscale train`, `clipscale eval zeroshot`, `clipscale index`, `clipscale bench`.
 
 Torch is imported only once the arguments are known to be right, so that help and mistakes answer at once.
 """
@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import textwrap
 
 from clipscale import __version__
+from clipscale.bench.options import add_loss_arguments, loss_options
 from clipscale.config import SharedError, UserError, dump_config, load_config
 
 _TRAIN_EXAMPLES = """\
@@ -33,6 +35,15 @@ _INDEX_EXAMPLES = """\
 examples:
   clipscale index 'shards/{0000..0999}.tar'
   clipscale index 'cc3m/*.tar' 'cc12m/*.tar' --index-dir index
+"""
+_RESUMES = "the same command resumes from the newest checkpoint"
+_BENCH_EXAMPLES = """\
+examples:
+  clipscale bench loss
+  clipscale bench loss --peers --batches 16k,64k,256k --widths 768 --precisions fp16,bf16
+  clipscale bench loss --ranks 4 --batches 64k
+  torchrun --nproc-per-node 8 -m clipscale bench loss --batches 256k,1m
+  clipscale bench plot docs/benchmarks/loss.json
 """
 
 
@@ -60,6 +71,12 @@ def build_parser() -> argparse.ArgumentParser:
     index.add_argument("shards", nargs="+", metavar="SHARDS", help="paths, globs, braces or URLs")
     index.add_argument("--index-dir", help="where the sidecars go; default: beside each shard")
     index.add_argument("--cache-dir", help="where copies of remote shards go; default: the user's cache folder")
+
+    bench = _command(commands, "bench", "measure speed, memory and exactness on this machine", _BENCH_EXAMPLES)
+    subjects = bench.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
+    add_loss_arguments(_command(subjects, "loss", "the contrastive loss alone, beside its peers", _BENCH_EXAMPLES))
+    plot = _command(subjects, "plot", "draw the pictures of a result again", _BENCH_EXAMPLES)
+    plot.add_argument("result", metavar="RESULT.json", help="what clipscale bench loss wrote")
     return parser
 
 
@@ -84,11 +101,14 @@ def main(argv: list[str] | None = None) -> int:
             return _train(arguments)
         if arguments.command == "eval":
             return _zeroshot(arguments)
+        if arguments.command == "bench":
+            return _bench(arguments, sys.argv[1:] if argv is None else argv)
         return _index(arguments)
     except UserError as error:
         return _fail(error)
     except KeyboardInterrupt:
-        print("clipscale: interrupted; the same command resumes from the newest checkpoint", file=sys.stderr)
+        left = "the cases already measured are written" if arguments.command == "bench" else _RESUMES
+        print(f"clipscale: interrupted; {left}", file=sys.stderr)
         return 130
 
 
@@ -135,6 +155,20 @@ def _index(arguments: argparse.Namespace) -> int:
         print(f"refused, {cause}: {count}")
     print(f"{len(source.shards)} shards, {source.samples} usable pairs, fingerprint {source.fingerprint()}")
     return 0
+
+
+def _bench(arguments: argparse.Namespace, words: list[str]) -> int:
+    if arguments.subject == "plot":
+        from clipscale.bench.plots import redraw
+
+        print(*redraw(arguments.result))
+        return 0
+    options = loss_options(arguments)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    start = ["torchrun", "--nproc-per-node", str(ranks), "-m"] if ranks > 1 else []
+    from clipscale.bench.loss import bench_loss
+
+    return bench_loss(options, shlex.join([*start, "clipscale", *words]))
 
 
 def _fail(error: UserError) -> int:

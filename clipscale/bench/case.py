@@ -1,0 +1,234 @@
+"""One case: a batch, a width and a precision; every contestant in turn, until each has had its seconds.
+
+First an untimed turn of each (compilation, tuning; on a CPU also its memory), in which the error is taken; then rounds
+of one timed turn each, forward and both, so that a drift of the device meets all alike, with a plain matrix product
+between.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from clipscale.bench.contestants import Contestant
+from clipscale.bench.inputs import Inputs, draw_pairs, sample_rows
+from clipscale.bench.measure import Clock, Matmul, Spread
+from clipscale.bench.memory import watched
+from clipscale.bench.options import LossBench, size_name
+from clipscale.bench.peers import SIGMOID_BIAS, first_line
+from clipscale.bench.reference import Sampled, errors, sigmoid_truth, softmax_truth
+from clipscale.bench.team import Outcome, Team
+from clipscale.loss.precision import OPERAND_DTYPE
+
+_SAMPLED_ROWS = 64
+_LEAST_REPEATS, _MOST_REPEATS = 3, 50
+_ONCE_ABOVE = 2.0  # a turn that takes more than so many times the seconds is timed once
+_COLD_ABOVE = 0.125  # and one that takes more than this share of the limit is not taken before, untimed
+
+
+class Case(NamedTuple):
+    batch: int
+    width: int
+    precision: str
+
+    def __str__(self) -> str:
+        return f"batch {size_name(self.batch)}, width {self.width}, {self.precision}"
+
+
+@dataclass
+class Budget:
+    """How often a contestant may run, from how long it took at the batch before: time grows as the square."""
+
+    seconds: float
+    limit_seconds: float
+    _turns: dict[tuple[str, int, str], tuple[int, float]] = field(default_factory=dict)
+
+    def record(self, name: str, case: Case, turn_seconds: float) -> None:
+        """A turn is forward and both, timed."""
+        self._turns[name, case.width, case.precision] = case.batch, turn_seconds
+
+    def predict(self, name: str, case: Case) -> float | None:
+        """Seconds of a turn; None before the first one at this width and precision."""
+        if (known := self._turns.get((name, case.width, case.precision))) is None:
+            return None
+        batch, turn_seconds = known
+        return turn_seconds * (case.batch / batch) ** 2
+
+    def refusal(self, name: str, case: Case) -> str:
+        """Why a contestant does not run; empty if it does."""
+        predicted = self.predict(name, case)
+        too_long = predicted is not None and predicted > self.limit_seconds
+        return f"skipped: predicted {predicted:.0f} s" if too_long else ""
+
+    def repeats(self, turn_seconds: float) -> int:
+        if turn_seconds > _ONCE_ABOVE * self.seconds:
+            return 1
+        return min(max(int(self.seconds / max(turn_seconds, 1e-9)), _LEAST_REPEATS), _MOST_REPEATS)
+
+
+@dataclass
+class Entry:
+    """A contestant in this case, and what has been measured of it."""
+
+    contestant: Contestant
+    status: str
+    """Why there is no measurement; empty if there is one."""
+    warm: bool = True
+    repeats: int = 1
+    forward_s: list[float] = field(default_factory=list)
+    both_s: list[float] = field(default_factory=list)
+    extra_bytes: int | None = None
+    gradient_bytes: int = 0
+    compared: bool = False
+    errors: dict[str, float | None] | None = None
+    """On the main rank, once compared."""
+
+    @property
+    def wants_more(self) -> bool:
+        return not self.status and len(self.both_s) < self.repeats
+
+
+class CaseRun:
+    """Measures one case; collective."""
+
+    def __init__(self, team: Team, options: LossBench, budget: Budget, case: Case, *, error_limit: int) -> None:
+        self.team, self.options, self.budget, self.case = team, options, budget, case
+        self.clock = Clock(team)
+        self._with_errors = case.batch <= error_limit
+        self._rows_R = sample_rows(case.batch, _SAMPLED_ROWS, seed=options.seed)
+        self._truths: dict[str, Sampled | None] = {}
+        self._draw = {"seed": options.seed, "device": team.device, "dtype": OPERAND_DTYPE[case.precision]}
+
+    def run(self, contestants: list[Contestant]) -> dict[str, Any]:
+        """The numbers of the case, ready for JSON."""
+        batch, width, precision = self.case
+        dtype, seed = self._draw["dtype"], self._draw["seed"]
+        inputs = self.team.inputs(batch, width, scale=self.options.scale, precision=precision, dtype=dtype, seed=seed)
+        entries = [Entry(one, one.problem or self.budget.refusal(one.name, self.case)) for one in contestants]
+        if self._with_errors and self.team.world.is_main:
+            for kind in {entry.contestant.kind for entry in entries if not entry.status}:
+                self._truths[kind] = self._truth(kind, inputs)
+        matmul = Matmul(precision, self.team)
+        matmul.sample(3)
+        for entry in entries:
+            if not entry.status:
+                self._say(f"{self.case}: {entry.contestant.name}")
+                self._guarded(entry, lambda entry=entry: self._prepare(entry, inputs))
+        while busy := [entry for entry in entries if entry.wants_more]:
+            for entry in busy:
+                self._guarded(entry, lambda entry=entry: self._turn(entry, inputs))
+            matmul.sample(1)
+        matmul.sample(3)
+        rates = matmul.summary()
+        return {
+            "batch": batch,
+            "width": width,
+            "precision": precision,
+            "matmul": rates,
+            "rows": [self._row(entry, rates["tflops"] * self.team.world.size) for entry in entries],
+        }
+
+    def _prepare(self, entry: Entry, inputs: Inputs) -> None:
+        """The untimed turn, if there is to be one."""
+        both = entry.contestant.both
+        if not self.clock.cuda:
+            outcomes, peak_bytes = watched(lambda: both(inputs), known=(inputs.image_ND, inputs.text_ND))
+            self._learn(entry, inputs, outcomes, int(self.team.slowest(peak_bytes)))
+            return
+        predicted = self.budget.predict(entry.contestant.name, self.case)
+        entry.warm = predicted is None or predicted <= _COLD_ABOVE * self.budget.limit_seconds
+        if entry.warm:
+            self.clock.read(lambda: entry.contestant.forward(inputs))
+            self._learn(entry, inputs, self.clock.read(lambda: both(inputs)).result, None)
+
+    def _turn(self, entry: Entry, inputs: Inputs) -> None:
+        """One timed turn."""
+        forward = self.clock.read(lambda: entry.contestant.forward(inputs)).seconds
+        outcomes, both, peak_bytes = self.clock.read(lambda: entry.contestant.both(inputs))
+        entry.forward_s.append(forward)
+        entry.both_s.append(both)
+        if len(entry.both_s) == 1:
+            self.budget.record(entry.contestant.name, self.case, forward + both)
+            entry.repeats = self.budget.repeats(forward + both)
+            self._learn(entry, inputs, outcomes, peak_bytes if self.clock.cuda else None)
+
+    def _learn(self, entry: Entry, inputs: Inputs, outcomes: list[Outcome], peak_bytes: int | None) -> None:
+        """Memory, and the error if it is not known yet."""
+        entry.gradient_bytes = sum(outcome.gradient_bytes for outcome in outcomes)
+        if peak_bytes is not None:
+            entry.extra_bytes = peak_bytes - entry.gradient_bytes
+        if self._with_errors and not entry.compared:
+            result, entry.compared = self.team.sampled(outcomes, self._rows_R), True
+            if (truth := self._truths.get(entry.contestant.kind)) is not None:
+                entry.errors = errors(result, truth)
+
+    def _truth(self, kind: str, inputs: Inputs) -> Sampled | None:
+        """By the main rank alone; None where it does not fit into memory."""
+        sides: tuple[Tensor, Tensor] = inputs.image_ND, inputs.text_ND
+        try:
+            if self.team.world.size > 1:
+                sides = draw_pairs(range(self.case.batch), self.case.width, **self._draw)
+            if kind == "softmax":
+                return softmax_truth(*sides, inputs.scale, self._rows_R)
+            return sigmoid_truth(*sides, inputs.scale, SIGMOID_BIAS, self._rows_R)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        self._say(f"{self.case}: no errors, the float64 reference runs out of memory")
+        return None
+
+    def _guarded(self, entry: Entry, work: Callable[[], None]) -> None:
+        """What goes wrong is this entry's, and the others go on; real ranks would wait for each other for ever."""
+        if self.team.world.size > 1:
+            work()
+            return
+        try:
+            work()
+        except Exception as error:
+            entry.status = "out of memory" if is_out_of_memory(error) else f"failed: {first_line(error)}"
+        if entry.status:
+            gc.collect()  # outside the handler, whose traceback holds the tensors
+            if self.clock.cuda:
+                torch.cuda.empty_cache()
+
+    def _row(self, entry: Entry, matmul_tflops: float) -> dict[str, Any]:
+        one, batch, width = entry.contestant, self.case.batch, self.case.width
+        row: dict[str, Any] = {
+            "contestant": one.name,
+            "status": entry.status or "measured",
+            "engine": one.engine(self.case.precision),
+        }
+        if entry.status:
+            return row
+        backward_s = [both - forward for forward, both in zip(entry.forward_s, entry.both_s, strict=True)]
+        times = {"forward": entry.forward_s, "backward": backward_s, "both": entry.both_s}
+        for name, seconds in times.items():
+            milliseconds = [1e3 * second for second in seconds]
+            row[f"{name}_ms"] = {**Spread.of(milliseconds)._asdict(), "all": milliseconds}
+        flop = one.operations * batch**2 * width
+        tflops = flop / (row["both_ms"]["median"] / 1e3) / 1e12
+        return row | {
+            "warm": entry.warm,
+            "flop": flop,
+            "tflops": tflops,
+            "ratio_to_matmul": tflops / matmul_tflops,
+            "extra_bytes": entry.extra_bytes,
+            "gradient_bytes": entry.gradient_bytes,
+            "error": entry.errors,
+        }
+
+    def _say(self, line: str) -> None:
+        if self.team.world.is_main:
+            print(line, file=sys.stderr, flush=True)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """torch's CUDA error, Python's, or one without a class of its own: torch's CPU allocator's, the CUDA driver's."""
+    words = ("DefaultCPUAllocator", "CUDA error: out of memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)

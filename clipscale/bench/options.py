@@ -1,0 +1,148 @@
+"""The words of `clipscale bench loss`, checked before torch is imported.
+
+options = loss_options(arguments)        # UserError: which word, the rule, and what to write instead
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from clipscale.config import UserError, require
+
+PRECISIONS = ("auto", "fp16", "bf16", "tf32", "fp32", "fp64")
+ENGINES = ("auto", "triton", "torch")
+DEVICES = ("auto", "cpu", "cuda")
+_UNITS = {"": 1, "k": 2**10, "m": 2**20}
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class LossBench:
+    """What to measure; None stands for the device's default (`loss.py`)."""
+
+    batches: tuple[int, ...] | None
+    widths: tuple[int, ...]
+    precisions: tuple[str, ...]
+    engines: tuple[str, ...]
+    tile: int | None
+    ranks: int  # simulated in this process; 1: none
+    scale: float  # the factor itself, CLIP's logit_scale.exp()
+    peers: bool
+    seconds: float  # for the repeats of one contestant in one case
+    limit_seconds: float  # a contestant predicted to take longer for one turn is skipped
+    error_limit: int | None  # largest batch whose errors are computed
+    seed: int
+    device: str
+    output: str
+    name: str | None
+
+
+def add_loss_arguments(parser: argparse.ArgumentParser) -> None:
+    """Every word is taken as text and checked by `loss_options`, so that a mistake is answered in one line."""
+
+    def add(option: str, default: str | None, what: str, metavar: str) -> None:
+        parser.add_argument(option, default=default, help=what, metavar=metavar)
+
+    add("--batches", None, "pairs of all ranks: 65536, 64k, 1m; several by commas; default: by device", "B,...")
+    add("--widths", "768", "width of an embedding; several by commas; default: 768", "D,...")
+    add("--precisions", "auto", f"{', '.join(PRECISIONS)}; default: auto, fp16 on CUDA and fp32 on a CPU", "P,...")
+    add("--engine", "auto", f"{', '.join(ENGINES)}; several by commas; default: auto", "E,...")
+    add("--tile", None, "rows and columns of the logits at a time; default: the engine's", "N")
+    add("--ranks", "1", "simulate so many ranks on the one device; under torchrun, leave it out", "R")
+    add("--scale", "14.3", "logit scale, the factor itself; default: 14.3", "S")
+    parser.add_argument("--peers", action="store_true", help="also measure what is installed of Inf-CL, memeff, ...")
+    add("--seconds", "3", "for the repeats of a contestant at one size; default: 3", "S")
+    add("--limit-seconds", "120", "skip what is predicted to take longer once; default: 120", "S")
+    add("--error-limit", None, "largest batch to compute errors for; default: 256k on CUDA, 16k on a CPU", "B")
+    add("--seed", "0", "of the embeddings; default: 0", "N")
+    add("--device", "auto", f"{', '.join(DEVICES)}; default: auto, a GPU where there is one", "DEVICE")
+    add("--output", "docs/benchmarks", "folder of the results; default: docs/benchmarks", "FOLDER")
+    add("--name", None, "file name of the results, without ending; default: loss-<device>", "NAME")
+
+
+def loss_options(arguments: argparse.Namespace) -> LossBench:
+    """UserError for a word that is not what its option takes."""
+    ranks = _whole("--ranks", arguments.ranks, minimum=1)
+    batches = None if arguments.batches is None else _several("--batches", arguments.batches, parse_size)
+    for batch in batches or ():
+        require(
+            batch >= max(2, ranks),
+            f"--batches={arguments.batches}: a batch of {batch} is too small; give at least 2 pairs, and one a rank",
+        )
+    name = arguments.name
+    require(
+        name is None or re.fullmatch(r"[\w.+-]+", name) is not None,
+        f"--name={name}: a file name of letters, digits, '.', '_', '+', '-' is wanted; say where by --output",
+    )
+    return LossBench(
+        batches=batches and tuple(sorted(batches)),
+        widths=_several("--widths", arguments.widths, lambda option, word: _whole(option, word, minimum=1)),
+        precisions=_several("--precisions", arguments.precisions, _one_of(PRECISIONS)),
+        engines=_several("--engine", arguments.engine, _one_of(ENGINES)),
+        tile=None if arguments.tile is None else _whole("--tile", arguments.tile, minimum=1),
+        ranks=ranks,
+        scale=_positive("--scale", arguments.scale),
+        peers=arguments.peers,
+        seconds=_positive("--seconds", arguments.seconds),
+        limit_seconds=_positive("--limit-seconds", arguments.limit_seconds),
+        error_limit=None if arguments.error_limit is None else parse_size("--error-limit", arguments.error_limit),
+        seed=_whole("--seed", arguments.seed, minimum=0),
+        device=_one_of(DEVICES)("--device", arguments.device),
+        output=arguments.output,
+        name=name,
+    )
+
+
+def parse_size(option: str, word: str) -> int:
+    """65536, 64k or 1m -> a number (k is 1024, m is 1024 x 1024)."""
+    match = re.fullmatch(r"(\d+)([km]?)", word.strip().lower())
+    require(
+        match is not None,
+        f"{option}={word}: not a size; write a whole number such as 65536, or 64k, or 1m (k = 1024, m = 1024 k)",
+    )
+    return int(match[1]) * _UNITS[match[2]]
+
+
+def size_name(number: int) -> str:
+    """The shortest of 65536, 64k, 1m that says the same: what `parse_size` reads back."""
+    for unit in ("m", "k"):
+        if number and number % _UNITS[unit] == 0:
+            return f"{number // _UNITS[unit]}{unit}"
+    return str(number)
+
+
+def _several(option: str, text: str, parse: Callable[[str, str], T]) -> tuple[T, ...]:
+    """Each once, in the order given."""
+    return tuple(dict.fromkeys(parse(option, word) for word in text.split(",")))
+
+
+def _one_of(choices: tuple[str, ...]) -> Callable[[str, str], str]:
+    def parse(option: str, word: str) -> str:
+        require(word in choices, f"{option}={word}: unknown; choose from {', '.join(choices)}")
+        return word
+
+    return parse
+
+
+def _whole(option: str, word: str, *, minimum: int) -> int:
+    require(
+        re.fullmatch(r"\d+", word.strip()) is not None and int(word) >= minimum,
+        f"{option}={word}: must be a whole number of at least {minimum}",
+    )
+    return int(word)
+
+
+def _positive(option: str, word: str) -> float:
+    try:
+        number = float(word)
+    except ValueError:
+        number = math.nan
+    if not (math.isfinite(number) and number > 0):
+        raise UserError(f"{option}={word}: must be a number above 0")
+    return number
