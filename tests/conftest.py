@@ -8,6 +8,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # the loss kernels on CPU tensors; read when they are imported
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `gpu` skip themselves, with the reason, where there is no GPU."""

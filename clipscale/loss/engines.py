@@ -20,14 +20,15 @@ class Engine(NamedTuple):
 
 
 def resolve_engine(engine: str, device: torch.device, precision: str) -> Engine:
-    """The code for `engine` (auto: triton where it can be used) at a resolved precision.
+    """The code for `engine` (auto: triton on a GPU that can run it) at a resolved precision.
 
-    ValueError for an unknown name, and for triton where it cannot run: float64, a CPU, a GPU before sm_80.
+    ValueError for an unknown name, and for triton where it cannot run: fp64, a GPU before sm_80, a CPU (unless Triton
+    interprets its kernels there: TRITON_INTERPRET=1).
     """
     if engine not in ENGINES:
         raise ValueError(f"loss engine {engine!r} is unknown: choose one of {', '.join(ENGINES)}")
     obstacle = _obstacle(device, precision)
-    if engine == "torch" or (engine == "auto" and obstacle):
+    if engine == "torch" or (engine == "auto" and (obstacle or device.type != "cuda")):
         return Engine("torch", tiles.logsumexp_block, tiles.gradient_block)
     if obstacle:
         raise ValueError(f"loss engine 'triton' {obstacle}: choose 'auto' or 'torch'")

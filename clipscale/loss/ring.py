@@ -166,7 +166,7 @@ class Statistics(NamedTuple):
     """What pass 1 tells of this rank's rows, and of the block that it leaves here, whose columns are final."""
 
     sums: Tensor
-    """[6], float64. Over rows and columns: loss, 1 - p_ii, (1 - p_ii) X_ii; then X_ii, rows and columns that are right."""
+    """[6], float64: over rows and columns loss, 1 - p_ii and (1 - p_ii) X_ii; then X_ii; right rows; right columns."""
     rows: Softmax
     """Of this rank's N images over all texts."""
     columns: Softmax

@@ -1,0 +1,98 @@
+"""Compiles every loss kernel at every shape that may be tuned, ahead of time, without a GPU. A process of its own.
+
+    python compile_kernels.py 90          # one JSON line per compilation, for compute capability 9.0
+
+Triton's interpreter and its compiler cannot share a process: TRITON_INTERPRET must not be set.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from clipscale.loss import kernels
+from clipscale.loss.tuning import candidates
+
+TYPES = {"fp16": "fp16", "bf16": "bf16", "tf32": "fp32", "fp32": "fp32"}
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+POINTERS = {"row_slots", "column_slots", "diag", "row_level", "row_factor", "column_level", "column_factor", "moments"}
+ALIGNED = {"D", "image_stride", "text_stride", "g_stride"}
+
+
+def source_of(kernel, precision, shape, descriptors):
+    """What the launcher compiles for operands of a width that 16 divides."""
+    element = TYPES[precision]
+    blocks = {
+        "image": (shape.rows, shape.depth),
+        "text": (shape.columns, shape.depth),
+        "g": (shape.rows, shape.columns),
+    }
+    values = {
+        "ROWS": shape.rows,
+        "COLUMNS": shape.columns,
+        "DEPTH": shape.depth,
+        "GROUP": shape.group,
+        "DESCRIPTORS": descriptors,
+        "PRECISION": precision,
+    }
+    signature, aligned = {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        if name in values:
+            signature[name] = "constexpr"
+        elif name in blocks and descriptors:
+            signature[name] = f"tensordesc<{element}[{blocks[name][0]},{blocks[name][1]}]>"
+        elif name in blocks or name in POINTERS:
+            signature[name] = f"*{element if name in blocks else 'fp32'}"
+        else:
+            signature[name] = "fp32" if name in ("scale_log2", "origin") else "i32"
+        if signature[name].startswith("*") or name in ALIGNED:
+            aligned[(position,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, values, aligned)
+
+
+def inspect(compiled, capability):
+    """Registers, spilled bytes, and what the machine code is made of."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        report = subprocess.run(
+            [CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        )
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", report.stdout).groups()
+    ptx = compiled.asm["ptx"]
+    return {
+        "registers": int(registers),
+        "spilled_bytes": int(stack),
+        "shared_bytes": compiled.metadata.shared,
+        "tensor_cores": TENSOR_CORES[capability] in ptx,
+        "atomics": re.findall(r"^.*\b(?:atom|red)\.\S+", ptx, re.MULTILINE),
+        "target": re.search(r"\.target (\w+)", ptx)[1],
+    }
+
+
+def main(capability):
+    seen = set()
+    for precision in TYPES:
+        shapes = candidates(precision, divmod(capability, 10))
+        for shape in shapes[:1] if precision == "bf16" else shapes:  # bf16 is fp16 to the compiler
+            for descriptors in {False, shape.descriptors}:
+                for kernel in (kernels._logsumexp_kernel, kernels._gradient_kernel):
+                    case = (precision, shape._replace(descriptors=descriptors), kernel.fn.__name__)
+                    if case in seen:
+                        continue
+                    seen.add(case)
+                    source = source_of(kernel, precision, shape, descriptors)
+                    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=shape.options())
+                    found = inspect(compiled, capability)
+                    print(json.dumps({"case": f"sm_{capability} {case}", "precision": precision, **found}), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,222 @@
+"""The Triton kernels against float64 autograd and against plain torch: in Triton's interpreter where there is no GPU.
+
+bf16 and tf32 are for a GPU only (`test_loss_gpu.py`): the interpreter's bf16 products are wrong.
+
+Shapes: B pairs, D width, M rows and N columns of a block.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_loss_tiles import HARD_CASES, assert_close, assert_no_worse, dense_results, stable_dense_loss
+
+from clipscale.loss import contrastive_grads, kernels, tiles
+from clipscale.loss.tuning import Shape
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+SHAPES = {"pointers": Shape(64, 32, 32, 4, 1), "descriptors": Shape(32, 64, 64, 4, 1, descriptors=True)}
+MACRO_TILE = 128
+
+
+@pytest.fixture(params=SHAPES)
+def loads(request, monkeypatch):
+    """Both ways to load; on a GPU too, in place of what is tuned there."""
+    run_with(monkeypatch, SHAPES[request.param])
+
+
+def run_with(monkeypatch, shape):
+    monkeypatch.setattr(kernels, "tuned", lambda *_: shape)
+
+
+def draw_pairs(pairs, width, draw):
+    """As `make_pairs`, many times over."""
+    generator = torch.Generator().manual_seed(1_000_000 * draw + 1000 * pairs + width)
+    signal_BD, *noise_BD = torch.randn(3, pairs, width, generator=generator, dtype=torch.float64)
+    return [F.normalize(0.5 + signal_BD + 0.7 * own_BD) for own_BD in noise_BD]
+
+
+def grads_of(image_BD, text_BD, scale, precision, engine, tile=MACRO_TILE):
+    inputs = (side_BD.to(DEVICE, DTYPES[precision]) for side_BD in (image_BD, text_BD))
+    grads = contrastive_grads(*inputs, scale, precision=precision, engine=engine, tile=tile)
+    return [value.double().cpu() for value in (grads.loss, grads.d_image_ND, grads.d_text_ND, grads.d_logit_scale)]
+
+
+def plain_torch(image_BD, text_BD, scale, precision):
+    """Float32: dense autograd. Float16: its operands rounded and G too, all else exact, as `tiles.py` does it."""
+    if precision == "fp32":
+        return dense_results(image_BD, text_BD, scale, dtype=torch.float32)
+    return grads_of(image_BD, text_BD, scale, precision, "torch")
+
+
+def relative_errors(results, references):
+    return [
+        (result - reference).norm() / reference.norm().clamp(min=1e-300)
+        for result, reference in zip(results, references, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize(
+    ("width", "loads"), [(32, "pointers"), (80, "descriptors"), (130, "pointers"), (768, "descriptors")]
+)
+@pytest.mark.parametrize("pairs", [1, 2, 63, 65, 127, 300])
+def test_no_less_exact_than_plain_torch(pairs, width, loads, precision, monkeypatch):
+    """At most 1.1 times the rival's error, plus 1e-6 of the reference; of few pairs, as root mean squares over draws:
+    where little is rounded, a single draw compares luck."""
+    run_with(monkeypatch, SHAPES[loads])
+    for scale in (1.0, 14.3, 100.0):
+        errors, rivals = [], []
+        for draw in range(24 if pairs < 63 else 1):
+            image_BD, text_BD = (side_BD.float().double() for side_BD in draw_pairs(pairs, width, draw))
+            references = dense_results(image_BD, text_BD, scale, loss_fn=stable_dense_loss)
+            errors.append(relative_errors(grads_of(image_BD, text_BD, scale, precision, "triton"), references))
+            rivals.append(relative_errors(plain_torch(image_BD, text_BD, scale, precision), references))
+        error, rival = (torch.tensor(found).square().mean(0).sqrt() for found in (errors, rivals))
+        assert (error <= 1.1 * rival + 1e-6).all(), f"scale {scale}: {error} against {rival}"
+
+
+FP16_CASES = [case for case in HARD_CASES if "logits" not in case]
+
+
+@pytest.mark.parametrize("case", HARD_CASES)
+def test_hard_cases_in_fp32(case, loads):
+    image_BD, text_BD, scale = *(side_BD.float().double() for side_BD in HARD_CASES[case][:2]), HARD_CASES[case][2]
+    references = dense_results(image_BD, text_BD, scale, loss_fn=stable_dense_loss)
+    results = grads_of(image_BD, text_BD, scale, "fp32", "triton")
+    assert_no_worse(results, dense_results(image_BD, text_BD, scale, dtype=torch.float32), references, slack=1e-6)
+    if case.startswith("loss"):
+        assert_close(results, references, relative=1e-5)
+
+
+@pytest.mark.parametrize("case", FP16_CASES)
+def test_hard_cases_in_fp16(case, loads):
+    references = dense_results(*HARD_CASES[case], loss_fn=stable_dense_loss)
+    results, rivals = (grads_of(*HARD_CASES[case], "fp16", engine) for engine in ("triton", "torch"))
+    assert_no_worse(results, rivals, references, slack=1e-6)
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize(("pairs", "width"), [(5, 4096), (70, 5), (70, 17)])
+def test_any_width(pairs, width, precision, loads):
+    image_BD, text_BD = draw_pairs(pairs, width, 0)
+    results, references = (grads_of(image_BD, text_BD, 14.3, precision, engine) for engine in ("triton", "torch"))
+    assert_close(results, references, relative=1e-4 if precision == "fp16" else 5e-6)
+
+
+def block_results(engine, image_MD, text_ND, scale, precision, diagonal, tile):
+    """All that a block's two passes give, with softmaxes as if the block were the whole batch."""
+    options = {"diagonal": diagonal, "precision": precision, "tile": tile}
+    rows, columns = engine.logsumexp_block(image_MD, text_ND, scale, **options)
+    gradients = [torch.zeros(side.shape, device=DEVICE) for side in (image_MD, text_ND)]
+    softmaxes = rows.softmax(scale), columns.softmax(scale)
+    d_scale = engine.gradient_block(image_MD, text_ND, scale, *softmaxes, *gradients, origin=0.3, **options)
+    return [*rows, *columns, *gradients, d_scale]
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "columns", "diagonal"), [(33, 200, False), (200, 33, False), (140, 140, True), (1, 1, True)]
+)
+def test_blocks_of_any_extent(rows, columns, diagonal, precision, loads):
+    """Also macro-tiles that are no multiple of a tile, and of which the last are cut."""
+    image_MD, text_ND = (draw_pairs(pairs, 40, 1)[0].to(DEVICE, DTYPES[precision]) for pairs in (rows, columns))
+    references = block_results(tiles, image_MD, text_ND, 14.3, precision, diagonal, None)
+    for tile in (70, 1024):
+        results = block_results(kernels, image_MD, text_ND, 14.3, precision, diagonal, tile)
+        for result, reference in zip(results, references, strict=True):
+            torch.testing.assert_close(result, reference, rtol=1e-5, atol=2e-6 if precision == "fp32" else 1e-4)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(0, 3), (3, 0), (0, 0)])
+def test_a_block_may_be_empty(rows, columns):
+    image_MD, text_ND = torch.randn(rows, 4, device=DEVICE), torch.randn(columns, 4, device=DEVICE)
+    results = block_results(kernels, image_MD, text_ND, 1.0, "fp32", False, None)
+    for result, reference in zip(
+        results, block_results(tiles, image_MD, text_ND, 1.0, "fp32", False, None), strict=True
+    ):
+        assert result.equal(reference)
+
+
+def test_strided_rows_and_columns(loads):
+    """Columns cut from a wider buffer, rows that lie far apart, and a transposed buffer, against contiguous copies."""
+    image_BD, text_BD = (side_BD.to(DEVICE, torch.float16) for side_BD in draw_pairs(70, 64, 2))
+    expected = block_results(kernels, image_BD, text_BD, 14.3, "fp16", True, 50)
+    wide, transposed = torch.cat([image_BD] * 3, dim=1), text_BD.T.contiguous().T
+    assert not transposed.is_contiguous()
+    for image, text in ((wide[:, 64:128], text_BD), (wide[:, :64], transposed), (image_BD, transposed)):
+        results = block_results(kernels, image, text, 14.3, "fp16", True, 50)
+        assert all(result.equal(reference) for result, reference in zip(results, expected, strict=True))
+
+
+def test_offsets_beyond_31_bits(loads):
+    """Rows 2^30 elements apart: the last begins at 3 * 2^30. Only the pages that are touched exist."""
+    buffer = torch.empty(3 * 2**30 + 64, dtype=torch.float16, device=DEVICE)
+    apart = buffer.as_strided((4, 64), (2**30, 1))
+    image_BD, text_BD = (side_BD.to(DEVICE, torch.float16) for side_BD in draw_pairs(4, 64, 3))
+    apart.copy_(image_BD)
+    for pair, near in (((apart, text_BD), (image_BD, text_BD)), ((text_BD, apart), (text_BD, image_BD))):
+        results, references = (block_results(kernels, *sides, 14.3, "fp16", True, None) for sides in (pair, near))
+        assert all(result.equal(reference) for result, reference in zip(results, references, strict=True))
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+def test_every_output_is_written(precision, loads):
+    """torch fills new memory with NaN in this mode: none may be left, nor read."""
+    image_BD, text_BD = draw_pairs(150, 40, 4)
+    plain = grads_of(image_BD, text_BD, 14.3, precision, "triton")
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3, device=DEVICE).isnan().all(), "the check sees unwritten memory"
+        poisoned = grads_of(image_BD, text_BD, 14.3, precision, "triton")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(a.equal(b) for a, b in zip(plain, poisoned, strict=True))
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+def test_the_order_of_tiles_changes_nothing(precision, monkeypatch):
+    """Bit for bit: each has slots of its own. Other extents sum in another order: to rounding."""
+    image_BD, text_BD = draw_pairs(150, 40, 5)
+    shape = Shape(32, 32, 32, 4, 1)
+    run_with(monkeypatch, shape)
+    first = grads_of(image_BD, text_BD, 14.3, precision, "triton")
+    for group in (1, 3, 16):
+        run_with(monkeypatch, shape._replace(group=group))
+        again = grads_of(image_BD, text_BD, 14.3, precision, "triton")
+        assert all(a.equal(b) for a, b in zip(first, again, strict=True))
+    for tile, other in ((64, shape), (1024, Shape(64, 128, 16, 4, 1))):
+        run_with(monkeypatch, other)
+        again = grads_of(image_BD, text_BD, 14.3, precision, "triton", tile)
+        assert_close(again, first, relative=1e-6 if precision == "fp32" else 2e-5)
+
+
+def test_accuracy_counts_a_tie_as_a_miss(loads):
+    image_BD, text_BD = draw_pairs(150, 12, 6)
+    options = {"precision": "fp32", "tile": MACRO_TILE}
+    for text in (text_BD, image_BD, image_BD[[0, *range(149)]]):
+        inputs = image_BD.to(DEVICE, torch.float32), text.to(DEVICE, torch.float32)
+        found, wanted = (contrastive_grads(*inputs, 14.3, engine=engine, **options) for engine in ("triton", "torch"))
+        assert (found.image_accuracy, found.text_accuracy) == (wanted.image_accuracy, wanted.text_accuracy)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the interpreter
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("side", ["image", "text"])
+def test_a_bad_embedding_is_named(side, value, loads):
+    sides = dict(
+        zip(("image", "text"), (side_BD.to(DEVICE, torch.float16) for side_BD in draw_pairs(150, 40, 7)), strict=True)
+    )
+    sides[side][131, 3] = float(value)
+    with pytest.raises(ValueError, match=f"{side} embedding 131 of rank 0 holds {value}, not finite"):
+        contrastive_grads(sides["image"], sides["text"], 14.3, precision="fp16", engine="triton")
+
+
+def test_a_locked_side_changes_no_bit_of_the_other(loads):
+    inputs = [side_BD.to(DEVICE, torch.float16) for side_BD in draw_pairs(70, 40, 8)]
+    options = {"precision": "fp16", "engine": "triton", "tile": 50}
+    both = contrastive_grads(*inputs, 14.3, **options)
+    text_only = contrastive_grads(*inputs, 14.3, **options, image_grad=False)
+    assert text_only.d_image_ND is None
+    assert text_only.d_text_ND.equal(both.d_text_ND)
+    assert text_only.d_logit_scale.equal(both.d_logit_scale)
