@@ -3,8 +3,8 @@
     shape = tuned("gradient", image_RD, text_CD, "fp16", visit)      # visit(shape) launches the kernel
 
 A restart reads the file, so it does not tune again and computes the same bits. The file is `kernels.json` in the
-user's cache folder ($XDG_CACHE_HOME/clipscale, else ~/.cache/clipscale); its keys name all that a choice depends on.
-CLIPSCALE_TUNE=0 takes the first candidate of each list, untimed.
+user's cache folder ($XDG_CACHE_HOME/clipscale, else ~/.cache/clipscale); its keys name all that a choice depends on,
+and beside each choice stand the times of all candidates. CLIPSCALE_TUNE=0 takes the first of a list, untimed.
 """
 
 import fcntl
@@ -90,7 +90,7 @@ def tuned(kernel: str, image_RD: Tensor, text_CD: Tensor, precision: str, visit:
         return shapes[0]
     key = _key(kernel, image_RD, text_CD, precision)
     if key not in _chosen:
-        _chosen[key] = _remembered(key) or _remember(key, _fastest(key, shapes, visit))
+        _chosen[key] = _remembered(key) or _remember(key, _timed(key, shapes, visit))
     return _chosen[key]
 
 
@@ -111,8 +111,11 @@ def _source_hash() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
-def _fastest(key: str, shapes: Iterable[Shape], visit: Callable[[Shape], object]) -> Shape:
-    """By the median time. A shape that does not compile or fit is left out; RuntimeError if none is left."""
+def _timed(key: str, shapes: Iterable[Shape], visit: Callable[[Shape], object]) -> dict[Shape, float]:
+    """Median milliseconds, the fastest first. A shape that does not compile or fit is left out.
+
+    RuntimeError if none is left.
+    """
     times = {}
     for shape in shapes:
         try:
@@ -121,38 +124,43 @@ def _fastest(key: str, shapes: Iterable[Shape], visit: Callable[[Shape], object]
             log.warning("%s: %s is left out: %s", key, shape, error)
     if not times:
         raise RuntimeError(f"none of the loss kernel's shapes runs ({key}): choose engine='torch'")
-    best = min(times, key=times.get)
-    log.info("%s: %s in %.3f ms, of %d timed", key, best, times[best], len(times))
-    return best
+    return dict(sorted(times.items(), key=lambda item: item[1]))
 
 
-def _remembered(key: str) -> Shape | None:
-    return _read().get(key)
-
-
-def _remember(key: str, shape: Shape) -> Shape:
-    """Write the choice down. The first to come is right: ranks that tuned at the same time end with one choice."""
+def _remember(key: str, times: dict[Shape, float]) -> Shape:
+    """Write the choice down, and what it was chosen among. The first to come is right: ranks that tuned at the same
+    time end with one choice."""
     path = _path()
+    shape = next(iter(times))
+    log.info("%s: %s in %.3f ms, of %d timed", key, shape, times[shape], len(times))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            choices = _read()
-            shape = choices.setdefault(key, shape)
+            records = _read()
+            timings = [[*timed, milliseconds] for timed, milliseconds in times.items()]
+            record = records.setdefault(key, {"shape": [*shape], "timings": timings})
             fresh = path.with_suffix(".new")
-            fresh.write_text(json.dumps({name: choice._asdict() for name, choice in choices.items()}, indent=1))
+            fresh.write_text(json.dumps(records, indent=1))
             fresh.replace(path)
+            return Shape(*record["shape"])
     except OSError as error:
         log.warning("the choice of loss kernels is not remembered, and a restart may choose others: %s", error)
-    return shape
+        return shape
 
 
-def _read() -> dict[str, Shape]:
+def _remembered(key: str) -> Shape | None:
+    record = _read().get(key)
+    return record and Shape(*record["shape"])
+
+
+def _read() -> dict[str, dict]:
     try:
-        return {key: Shape(**choice) for key, choice in json.loads(_path().read_text()).items()}
+        records = json.loads(_path().read_text())
+        return {key: record for key, record in records.items() if Shape(*record["shape"])}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         log.warning("%s is not readable, loss kernels are tuned anew: %s", _path(), error)
         return {}
 
