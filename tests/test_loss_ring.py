@@ -4,6 +4,7 @@ Shapes: N pairs on this rank, B pairs of all ranks, D width.
 """
 
 import time
+from collections import Counter
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ import torch.distributed as dist
 from spawn import run_ranks
 from test_loss_tiles import LiveTensors, assert_close, dense_results, make_pairs, stable_dense_loss, tiled_results
 
-from clipscale.loss import contrastive_grads, contrastive_loss
+from clipscale.loss import contrastive_grads, contrastive_loss, link, ring
+from clipscale.loss.link import GroupLink, ring_order
 from clipscale.loss.tiles import logsumexp_block
 
 WIDTH, SCALE, TILE = 12, 14.3, 4
@@ -128,25 +130,96 @@ def test_every_rank_raises_on_one_ranks_bad_embeddings():
     assert loss_0.equal(loss_1)
 
 
-def peak_bytes(rank, world):
-    """Most bytes alive at a time, at 64 pairs a rank: of the ring, and of gathering all texts (the control)."""
-    image_ND, text_ND = (share(side_BD, [64] * world, rank) for side_BD in make_pairs(64 * world, WIDTH))
-    with LiveTensors() as ring:
-        contrastive_grads(image_ND, text_ND, SCALE, tile=16)
-    with LiveTensors() as gathered:
+def peak_blocks(rank, world):
+    """Most bytes alive at a time beyond the inputs, in [N, D] blocks, of the ring; and of gathering all texts."""
+    image_ND, text_ND = (share(side_BD, [64] * world, rank) for side_BD in make_pairs(64 * world, 512))
+    with LiveTensors(image_ND, text_ND) as tiled:
+        contrastive_grads(image_ND, text_ND, SCALE, tile=32)
+    with LiveTensors(image_ND, text_ND) as gathered:
         texts = [torch.empty_like(text_ND) for _ in range(world)]
         dist.all_gather(texts, text_ND)
-        logsumexp_block(image_ND, torch.cat(texts), SCALE, diagonal=False, precision="fp64", tile=16)
-    return ring.peak_bytes, gathered.peak_bytes
+        logsumexp_block(image_ND, torch.cat(texts), SCALE, diagonal=False, precision="fp64", tile=32)
+    return tiled.peak_bytes / text_ND.nbytes, gathered.peak_bytes / text_ND.nbytes
 
 
 def test_memory_per_rank_does_not_grow_with_the_ranks():
-    """From 3 to 5 ranks (2 need one buffer less) by less than a tenth of one [N, D] block."""
-    three, five = (run_ranks(peak_bytes, world) for world in (3, 5))
-    allowed = 64 * WIDTH * 8 // 10
-    for (ring_three, gathered_three), (ring_five, gathered_five) in zip(three, five[:3], strict=True):
-        assert ring_five <= ring_three + allowed
-        assert gathered_five > gathered_three + allowed, "the check sees the gathered texts"
+    """Two text blocks, this rank's image gradient and three text gradients, one of each kind in flight."""
+    for world in (2, 4):
+        for tiled, gathered in run_ranks(peak_blocks, world):
+            assert 6 <= tiled < 6.3
+            assert gathered > world, "the check sees the gathered texts"
+
+
+NODES = (0, 1, 0, 1)
+CASE = (4, 3, 5, 2)
+
+
+class RecordingLink(GroupLink):
+    """Notes to whom this rank sends in each exchange."""
+
+    def __init__(self):
+        super().__init__(dist.group.WORLD)
+        self.sent_to = []
+
+    def exchange(self, outgoing, to, incoming, source):
+        assert outgoing
+        assert incoming
+        self.sent_to.append(to)
+        return super().exchange(outgoing, to, incoming, source)
+
+
+def on_pretended_nodes(rank, world):
+    """Results, and this rank's sends, in the ring's own order and in that of the ranks."""
+    ring.node_identity = lambda: NODES[rank]
+    image_ND, text_ND = (share(side_BD, CASE, rank) for side_BD in make_pairs(sum(CASE), WIDTH))
+    outcomes = []
+    for order in (ring_order, lambda nodes: list(range(len(nodes)))):
+        ring.ring_order = order
+        recording = RecordingLink()
+        grads = contrastive_grads(image_ND, text_ND, SCALE, tile=TILE, group=recording)
+        outcomes.append((grads[:4], recording.sent_to))
+    return outcomes
+
+
+def test_a_hop_crosses_the_network_once_for_each_node():
+    references = dense_results(*make_pairs(sum(CASE), WIDTH), SCALE)
+    for order, outcomes in zip(
+        ("by nodes", "by ranks"), zip(*run_ranks(on_pretended_nodes, 4), strict=True), strict=True
+    ):
+        results, sent_to = zip(*outcomes, strict=True)
+        assert_close(joined(results), references, relative=1e-10)
+        hops = list(zip(*sent_to, strict=True))
+        assert len(hops) == 2 * 2 * 3, "two passes, three hops, of what travels ahead and of what lags behind"
+        for receivers in hops:
+            crossings = Counter(
+                (NODES[rank], NODES[to]) for rank, to in enumerate(receivers) if NODES[rank] != NODES[to]
+            )
+            assert crossings == ({(0, 1): 1, (1, 0): 1} if order == "by nodes" else {(0, 1): 2, (1, 0): 2})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "order"),
+    [
+        ([7], [0]),
+        ([5, 5, 5], [0, 1, 2]),
+        ([5, -3, 5, -3], [0, 2, 1, 3]),
+        ([9, 1, 1, 4, 9, 4], [0, 4, 1, 2, 3, 5]),
+    ],
+)
+def test_the_ring_goes_node_by_node(nodes, order):
+    assert ring_order(nodes) == order
+
+
+def test_processes_of_one_machine_share_its_identity(monkeypatch, tmp_path):
+    node_identity = link.node_identity.__wrapped__
+    assert node_identity() == node_identity() == link.node_identity()
+    assert -(2**63) <= node_identity() < 2**63
+    identities = {node_identity()}
+    monkeypatch.setattr(link, "_BOOT_ID", tmp_path / "nowhere")
+    for host in ("a", "b"):
+        monkeypatch.setattr("socket.gethostname", lambda host=host: host)
+        identities.add(node_identity())
+    assert len(identities) == 3
 
 
 def fails_on_rank_1(rank, world):

@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipscale.loss import contrastive_grads, dense_contrastive_loss
-from clipscale.loss.precision import HALF_GRADIENT_SCALE, OPERAND_DTYPE, resolve_precision
+from clipscale.loss.precision import (
+    HALF_GRADIENT_SCALE,
+    OPERAND_DTYPE,
+    exact_products,
+    resolve_precision,
+    round_to_tf32,
+    to_operand,
+)
 from clipscale.loss.tiles import gradient_block, logsumexp_block
 
 PAIRS = (1, 2, 3, 63, 65, 127, 300)
@@ -55,7 +62,7 @@ HARD_CASES = {
 def stable_dense_loss(image_BD, text_BD, logit_scale):
     """The dense loss with the diagonal apart, which keeps its relative precision, and its gradients', near zero."""
     logits_BB = logit_scale * (image_BD @ text_BD.T)
-    wrong_BB = logits_BB.masked_fill(torch.eye(len(logits_BB), dtype=torch.bool), -torch.inf)
+    wrong_BB = logits_BB.masked_fill(torch.eye(len(logits_BB), dtype=torch.bool, device=logits_BB.device), -torch.inf)
     return sum(-F.logsigmoid(logits_BB.diagonal() - wrong_BB.logsumexp(dim)).mean() for dim in (0, 1)) / 2
 
 
@@ -103,12 +110,15 @@ def assert_no_worse(results, rivals, references, slack):
 
 
 class LiveTensors(TorchDispatchMode):
-    """While active: the most elements any one tensor has, and the most bytes alive at a time of those made within."""
+    """While active: the most elements any one tensor has, and the most bytes alive at a time of those made within.
 
-    def __init__(self):
+    `inputs` were there before: views of them are no new bytes.
+    """
+
+    def __init__(self, *inputs):
         super().__init__()
         self.largest_numel = self.live_bytes = self.peak_bytes = 0
-        self._seen = weakref.WeakSet()
+        self._seen = weakref.WeakSet(tensor.untyped_storage() for tensor in inputs)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -187,6 +197,20 @@ def test_no_tensor_is_larger_than_a_tile_or_an_input():
     assert dense.largest_numel == 300 * 300, "the check sees a dense matrix"
 
 
+def test_one_rank_makes_its_gradients_and_nothing_else_of_their_size(monkeypatch):
+    """Beyond inputs and gradients: 32 bytes a pair of statistics, some tiles, and chunks of a fixed size."""
+    pairs, width, tile, chunk = 1024, 256, 64, 1 << 13
+    monkeypatch.setattr("clipscale.loss.ring.CHUNK_ELEMENTS", chunk)
+    image_BD, text_BD = (side_BD.float() for side_BD in make_pairs(pairs, width))
+    for locked in ({}, {"text_grad": False}, {"image_grad": False, "text_grad": False}):
+        with LiveTensors(image_BD, text_BD) as live:
+            contrastive_grads(image_BD, text_BD, 14.3, tile=tile, **locked)
+        gradients = (2 - len(locked)) * image_BD.nbytes
+        allowed = 32 * pairs + 4 * (6 * tile**2 + 2 * chunk)
+        assert allowed < image_BD.nbytes / 4
+        assert gradients <= live.peak_bytes <= gradients + allowed
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_same_inputs_same_bits(precision):
     image_BD, text_BD = make_pairs(127, 32)
@@ -206,6 +230,59 @@ def test_products_are_exact_whatever_the_process_has_set():
     finally:
         torch.set_float32_matmul_precision("highest")
     assert all(a.equal(b) for a, b in zip(plain, wrapped, strict=True))
+
+
+def test_half_precision_is_not_summed_in_halves():
+    """Within; and outside it is as the process has set it, the way a sum may be split included."""
+    switches = torch.backends.cuda.matmul
+    names = [f"allow_{half}_reduced_precision_reduction" for half in ("fp16", "bf16")] + ["allow_fp16_accumulation"]
+    before = [getattr(switches, name) for name in names]
+    try:
+        for settings in ((True, True, True), (False, True, False)):
+            for name, setting in zip(names, settings, strict=True):
+                setattr(switches, name, setting)
+            with exact_products("fp16", torch.device("cpu")):
+                assert not any(getattr(switches, name) for name in names)
+            assert tuple(getattr(switches, name) for name in names) == settings
+        if hasattr(switches, f"{names[0]}_split_k"):
+            setattr(switches, names[0], (False, False))
+            with exact_products("fp16", torch.device("cpu")):
+                assert not getattr(switches, f"{names[0]}_split_k")
+            assert not getattr(switches, f"{names[0]}_split_k")
+    finally:
+        for name, setting in zip(names, before, strict=True):
+            setattr(switches, name, setting)
+
+
+def test_tf32_operands_are_rounded_to_nearest():
+    """The nearest number of 11 significant bits, ties away from zero, whatever the exponent; inf and nan stay."""
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31, (100_000,), generator=generator)
+    values = torch.cat([bits.to(torch.int32).view(torch.float32), torch.tensor([1 + 2**-11, -1 - 2**-11, 0.0, -0.0])])
+    values = values[values.isfinite() & (values.abs() < 3e38)].view(2, -1).T  # of any strides
+    mantissa, exponent = torch.frexp(values.double())
+    step = torch.exp2(exponent.clamp(min=-125).double() - 11)  # float32's subnormals have one step
+    expected = (mantissa.sign() * (values.double() / step).abs().add(0.5).floor() * step).float()
+    assert round_to_tf32(values).equal(expected)
+    assert round_to_tf32(expected).equal(expected)
+    assert to_operand(values, "tf32", contiguous=True).equal(expected)
+    assert to_operand(values.double(), "tf32", contiguous=True).is_contiguous()
+
+    nan_bits = torch.tensor([0x7FC00000, 0x7FFFFFFF, 0x7F800001, -1, -0x7FFFFF])
+    assert round_to_tf32(nan_bits.to(torch.int32).view(torch.float32)).isnan().all()
+    infinities = torch.tensor([torch.inf, -torch.inf])
+    assert round_to_tf32(infinities).equal(infinities)
+
+
+def test_an_operand_is_a_copy_only_where_it_must_be():
+    rows_ND, columns_ND = torch.ones(4, 3), torch.ones(3, 4).T
+    spaced_ND = torch.ones(4, 6)[:, :3]
+    for values_ND in (rows_ND, spaced_ND):
+        assert to_operand(values_ND, "fp32", contiguous=False) is values_ND
+    assert to_operand(rows_ND, "fp32", contiguous=True) is rows_ND
+    assert to_operand(spaced_ND, "fp32", contiguous=True).is_contiguous()
+    assert to_operand(columns_ND, "fp32", contiguous=False).is_contiguous()
+    assert to_operand(rows_ND, "bf16", contiguous=False).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("pairs", [1, 3, 127])
@@ -231,10 +308,13 @@ def test_a_block_may_be_empty(rows, columns):
         assert partial.max.eq(-torch.inf).all()
         assert partial.sum.eq(0).all()
         assert partial.loss(1.0).eq(0).all()
-        assert partial.d_scale(1.0).eq(0).all()
+        assert partial.softmax(1.0).missing.eq(0).all()
     softmaxes = [partial.softmax(1.0) for partial in partials]
     d_image_MD, d_text_ND = torch.zeros(rows, 4), torch.zeros(columns, 4)
-    gradient_block(image_MD, text_ND, 1.0, *softmaxes, d_image_MD, d_text_ND, diagonal=False, precision="fp32")
+    d_scale = gradient_block(
+        image_MD, text_ND, 1.0, *softmaxes, d_image_MD, d_text_ND, origin=0.0, diagonal=False, precision="fp32"
+    )
+    assert d_scale == 0
     assert not d_image_MD.any()
     assert not d_text_ND.any()
 
