@@ -3,6 +3,7 @@
 Shapes: N pairs on this rank, B pairs of all ranks, D width.
 """
 
+import itertools
 import time
 from collections import Counter
 
@@ -90,18 +91,22 @@ def subgroup_case(rank, world):
 
 
 def broken_inputs(rank, world):
-    """The error of this rank for a NaN in rank 1's text, an overflow of fp16 on rank 0, unequal widths and types; then
-    the loss of a good batch, for which the ring must still work."""
+    """This rank's errors: for a NaN in rank 1's text, an overflow of fp16 on rank 0, unequal widths and types, a text of
+    rank 1 that is too long for fp16, a gradient that only rank 0 wants. Then the loss of a good batch, for which the
+    ring must still work."""
     messages = []
     image_ND, text_ND = make_pairs(4, WIDTH)
-    nan_ND, huge_ND = text_ND.clone(), image_ND.clone()
+    nan_ND, huge_ND, long_ND = text_ND.clone(), image_ND.clone(), text_ND.clone()
     nan_ND[2:, 3] = float("nan")
     huge_ND[1, 2] = 1e6
+    long_ND[3] *= 3
     for arguments in (
         {"image_ND": image_ND, "text_ND": nan_ND if rank == 1 else text_ND},
         {"image_ND": huge_ND if rank == 0 else image_ND, "text_ND": text_ND, "precision": "fp16"},
         {"image_ND": image_ND[:, rank:], "text_ND": text_ND[:, rank:]},
         {"image_ND": image_ND.float() if rank else image_ND, "text_ND": text_ND.float() if rank else text_ND},
+        {"image_ND": image_ND, "text_ND": long_ND if rank == 1 else text_ND, "precision": "fp16"},
+        {"image_ND": image_ND, "text_ND": text_ND, "text_grad": rank == 0},
     ):
         with pytest.raises(ValueError) as caught:
             contrastive_grads(logit_scale=SCALE, **arguments)
@@ -117,8 +122,8 @@ def test_a_group_that_is_not_the_whole_world():
 
 
 def test_every_rank_raises_on_one_ranks_bad_embeddings():
-    (nan_0, huge_0, width_0, type_0), loss_0 = (by_rank := run_ranks(broken_inputs, 2))[0]
-    (nan_1, huge_1, width_1, type_1), loss_1 = by_rank[1]
+    (nan_0, huge_0, width_0, type_0, long_0, lock_0), loss_0 = (by_rank := run_ranks(broken_inputs, 2))[0]
+    (nan_1, huge_1, width_1, type_1, long_1, lock_1), loss_1 = by_rank[1]
     assert "text embedding 2 of rank 1 holds nan" in nan_1
     assert "rank 0's 4 pairs are in precision fp64: see the errors of the other ranks" in nan_0
     assert "image embedding 1 of rank 0 holds 1000000.0, not finite in the working precision fp16" in huge_0
@@ -127,6 +132,10 @@ def test_every_rank_raises_on_one_ranks_bad_embeddings():
     assert "differ in width [12, 11]" in width_0
     assert type_0 == type_1
     assert "precision ['fp64', 'fp32']" in type_0
+    assert long_0 == long_1
+    assert "text embedding 3 of rank 1 has norm 3: precision 'fp16' takes" in long_0
+    assert lock_0 == lock_1
+    assert "want the gradient of text: [True, False]; lock the same towers on every rank" in lock_0
     assert loss_0.equal(loss_1)
 
 
@@ -162,8 +171,6 @@ class RecordingLink(GroupLink):
         self.sent_to = []
 
     def exchange(self, outgoing, to, incoming, source):
-        assert outgoing
-        assert incoming
         self.sent_to.append(to)
         return super().exchange(outgoing, to, incoming, source)
 
@@ -195,6 +202,41 @@ def test_a_hop_crosses_the_network_once_for_each_node():
                 (NODES[rank], NODES[to]) for rank, to in enumerate(receivers) if NODES[rank] != NODES[to]
             )
             assert crossings == ({(0, 1): 1, (1, 0): 1} if order == "by nodes" else {(0, 1): 2, (1, 0): 2})
+
+
+def with_locked_sides(rank, world):
+    """Results and the number of exchanges, by which gradients are wanted."""
+    image_ND, text_ND = (share(side_BD, (4, 0, 5), rank) for side_BD in make_pairs(9, WIDTH))
+    outcomes = {}
+    for wanted in itertools.product([True, False], repeat=3):
+        recording = RecordingLink()
+        sides = dict(zip(("image_grad", "text_grad", "scale_grad"), wanted, strict=True))
+        grads = contrastive_grads(image_ND, text_ND, SCALE, tile=TILE, group=recording, **sides)
+        outcomes[wanted] = grads, len(recording.sent_to)
+    return outcomes
+
+
+def test_a_locked_side_neither_computes_nor_travels():
+    for outcomes in run_ranks(with_locked_sides, 3):
+        every, _ = outcomes[True, True, True]
+        for wanted, (grads, exchanges) in outcomes.items():
+            for found, full, wants in zip(grads[1:4], every[1:4], wanted, strict=True):
+                assert found.equal(full) if wants else found is None
+            assert grads.loss.equal(every.loss)
+            ahead, behind = 2 * any(wanted), 2 * wanted[1]
+            assert exchanges == 2 + 2 + ahead + behind, "texts and statistics; texts again; their gradients"
+
+
+def alone_among_others(rank, world):
+    """What group="self" gives where there are others."""
+    return contrastive_grads(*make_pairs(5 + rank, WIDTH), SCALE, group="self")[:4]
+
+
+def test_self_is_this_process_even_among_others():
+    for rank, grads in enumerate(run_ranks(alone_among_others, 2)):
+        assert all(
+            a.equal(b) for a, b in zip(grads, contrastive_grads(*make_pairs(5 + rank, WIDTH), SCALE)[:4], strict=True)
+        )
 
 
 @pytest.mark.parametrize(

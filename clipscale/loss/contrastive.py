@@ -13,9 +13,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from clipscale.loss.checks import (
+    check_arguments,
+    checked_scale,
+    count_out_of_range,
+    not_finite_message,
+    out_of_range_message,
+    refuse_transforms,
+)
 from clipscale.loss.engines import resolve_engine
 from clipscale.loss.link import Group, open_link
-from clipscale.loss.precision import OPERAND_DTYPE, accumulator_dtype, resolve_precision, to_operand
+from clipscale.loss.precision import accumulator_dtype, resolve_precision, to_operand
 from clipscale.loss.ring import Ring, Wanted, Work, ring_gradients, ring_statistics
 
 
@@ -67,13 +75,18 @@ def contrastive_grads(
         scale_grad: False where the scale is not learned; with no gradient wanted at all, pass 2 does not run.
 
     Raises:
-        ValueError: for arguments that do not fit, and on every rank if any rank's embeddings are not finite.
+        ValueError: for arguments that do not fit; and on every rank if the ranks do not agree, or any rank's
+            embeddings are not finite, or, in precision fp16, far from normalised (norm below 1/2 or above 2).
+        RuntimeError: inside torch.func transforms, and for forward-mode derivatives.
     """
-    scale = _checked_scale(image_ND, text_ND, logit_scale, tile)
+    refuse_transforms(image_ND, text_ND, logit_scale)
+    check_arguments(image_ND, text_ND, tile)
+    scale = checked_scale(logit_scale)
     precision = resolve_precision(precision, image_ND.device, torch.promote_types(image_ND.dtype, text_ND.dtype))
     code = resolve_engine(engine, image_ND.device, precision)
     wanted = Wanted(image_grad, text_grad, scale_grad)
     ring = Ring.join(open_link(group), image_ND, precision, wanted)
+    strays = count_out_of_range(image_ND, text_ND, precision)
     work = Work(
         ring,
         image_ND=to_operand(image_ND, precision, contiguous=False),
@@ -85,23 +98,26 @@ def contrastive_grads(
         text_MD=to_operand(text_ND, precision, contiguous=ring.size > 1),
     )
     statistics = ring_statistics(work)
-    sums = ring.link.sum(statistics.sums)
-    total, missing, missing_diag, diag, images_right, texts_right = sums.tolist()
+    sums = ring.link.sum(torch.cat([statistics.sums, strays]))
+    total, missing, missing_diag, diag, images_right, texts_right, strays = sums.tolist()
     # X_ii is finite only where both embeddings of the pair are, so the sum of the diagonal speaks for all of them.
     if not math.isfinite(total + diag):
-        raise ValueError(_not_finite(image_ND, text_ND, ring.link.rank, precision))
+        raise ValueError(not_finite_message(image_ND, text_ND, ring.link.rank, precision))
+    if strays:
+        raise ValueError(out_of_range_message(image_ND, text_ND, ring.link))
     pairs, dtype = max(ring.total_pairs, 1), accumulator_dtype(precision)
     d_image_ND = d_text_ND = d_scale = None
     if any(wanted):
         origin = diag / pairs
-        d_image_ND, d_text_ND, d_scale = ring_gradients(work, statistics, image_ND, text_ND, wanted, origin)
-        # The right pairs' part, -((1 - p_ii) + (1 - q_ii)) (X_ii - origin), is known from pass 1.
-        d_scale = ((ring.link.sum(d_scale) - (missing_diag - origin * missing)) / (2 * pairs)).to(dtype)
+        d_image_ND, d_text_ND, wrong = ring_gradients(work, statistics, image_ND, text_ND, wanted, origin)
+        if scale_grad:
+            right = origin * missing - missing_diag  # sum of -((1 - p_ii) + (1 - q_ii)) (X_ii - origin)
+            d_scale = ((ring.link.sum(wrong) + right) / (2 * pairs)).to(dtype)
     return ContrastiveGrads(
         loss=(sums[0] / (2 * pairs)).to(dtype),
         d_image_ND=d_image_ND,
         d_text_ND=d_text_ND,
-        d_logit_scale=d_scale if scale_grad else None,
+        d_logit_scale=d_scale,
         pairs=ring.total_pairs,
         image_accuracy=images_right / pairs,
         text_accuracy=texts_right / pairs,
@@ -130,6 +146,7 @@ def contrastive_loss(
 
     Arguments and errors are those of `contrastive_grads`; and RuntimeError for a backward pass under create_graph=True.
     """
+    refuse_transforms(image_ND, text_ND, logit_scale)
     factor = logit_scale if isinstance(logit_scale, Tensor) else torch.tensor(logit_scale, dtype=torch.float64)
     options = {"group": open_link(group), "precision": precision, "engine": engine, "tile": tile}
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (image_ND, text_ND, factor)):
@@ -166,49 +183,3 @@ class _ContrastiveLoss(torch.autograd.Function):
             for d_ND, dtype in zip(embeddings_grads, ctx.dtypes, strict=True)
         )
         return d_image_ND, d_text_ND, None if d_scale is None else (d_loss * d_scale).to(d_scale), None
-
-
-def _checked_scale(image_ND: Tensor, text_ND: Tensor, logit_scale: Tensor | float, tile: int | None) -> float:
-    """The scale as a number, once every argument is known to fit."""
-    if image_ND.dim() != 2 or image_ND.shape != text_ND.shape:
-        raise ValueError(
-            f"image embeddings have shape {list(image_ND.shape)} and text embeddings {list(text_ND.shape)}: "
-            "both must be [pairs, width] and alike; pass row i of each for pair i"
-        )
-    if image_ND.device != text_ND.device:
-        raise ValueError(
-            f"image embeddings are on {image_ND.device} and text embeddings on {text_ND.device}: "
-            "both must be on one device; move one of them"
-        )
-    if not (image_ND.is_floating_point() and text_ND.is_floating_point()):
-        raise ValueError(
-            f"embeddings are {image_ND.dtype} (image) and {text_ND.dtype} (text): "
-            "both must be floating point; convert them with .float()"
-        )
-    if isinstance(logit_scale, Tensor) and logit_scale.numel() != 1:
-        raise ValueError(f"logit_scale has shape {list(logit_scale.shape)}: it must be one number")
-    scale = float(logit_scale)
-    if not (math.isfinite(scale) and scale > 0):
-        raise ValueError(
-            f"logit_scale is {scale}: it must be finite and above 0; pass the factor itself, logit_scale.exp() in CLIP"
-        )
-    if tile is not None and tile < 1:
-        raise ValueError(f"tile is {tile}: it must be at least 1; leave it out for the engine's own")
-    return scale
-
-
-def _not_finite(image_ND: Tensor, text_ND: Tensor, rank: int, precision: str) -> str:
-    """The message for a batch whose logits are not all finite; looked into only then."""
-    for side, embeddings_ND in (("image", image_ND), ("text", text_ND)):
-        bad_ND = ~embeddings_ND.to(OPERAND_DTYPE[precision]).isfinite()
-        if bad_ND.any():
-            row, column = bad_ND.nonzero()[0].tolist()
-            return (
-                f"{side} embedding {row} of rank {rank} holds {embeddings_ND[row, column].item()}, not finite in the "
-                f"working precision {precision}: look into the {side} tower's output for it (learning rate, mixed "
-                "precision, input), or normalise embeddings that are finite but too large"
-            )
-    return (
-        f"the contrastive loss is not finite, though rank {rank}'s {len(image_ND)} pairs are in precision {precision}: "
-        "see the errors of the other ranks; if none names an embedding, the logits overflow: normalise the embeddings"
-    )

@@ -1,0 +1,124 @@
+"""What the loss refuses, and what it says then: arguments, embeddings that are not finite or out of fp16's range.
+
+A batch's values are looked into only after a number that the passes bring along (`contrastive.py`) has told of trouble.
+
+Shapes: N pairs on this rank, D width.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from clipscale.loss.link import Link
+from clipscale.loss.precision import OPERAND_DTYPE
+
+# fp16 has 5 bits of exponent: these norms keep products, and gradients of them, amid its normal numbers.
+SHORTEST, LONGEST = 0.5, 2.0
+
+
+def check_arguments(image_ND: Tensor, text_ND: Tensor, tile: int | None) -> None:
+    """ValueError unless the embeddings fit together."""
+    if image_ND.dim() != 2 or image_ND.shape != text_ND.shape:
+        raise ValueError(
+            f"image embeddings have shape {list(image_ND.shape)} and text embeddings {list(text_ND.shape)}: "
+            "both must be [pairs, width] and alike; pass row i of each for pair i"
+        )
+    if image_ND.device != text_ND.device:
+        raise ValueError(
+            f"image embeddings are on {image_ND.device} and text embeddings on {text_ND.device}: "
+            "both must be on one device; move one of them"
+        )
+    if image_ND.device.type not in ("cpu", "cuda"):
+        raise ValueError(
+            f"embeddings are on {image_ND.device}: the loss runs on cpu and cuda; "
+            + ("meta tensors hold no values, make them there" if image_ND.is_meta else "move them there with .to()")
+        )
+    if not (image_ND.is_floating_point() and text_ND.is_floating_point()):
+        raise ValueError(
+            f"embeddings are {image_ND.dtype} (image) and {text_ND.dtype} (text): "
+            "both must be floating point; convert them with .float()"
+        )
+    if tile is not None and tile < 1:
+        raise ValueError(f"tile is {tile}: it must be at least 1; leave it out for the engine's own")
+
+
+def checked_scale(logit_scale: Tensor | float) -> float:
+    """The scale as a number; ValueError unless it is one, finite and above 0."""
+    if isinstance(logit_scale, Tensor) and logit_scale.numel() != 1:
+        raise ValueError(f"logit_scale has shape {list(logit_scale.shape)}: it must be one number")
+    scale = float(logit_scale)
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(
+            f"logit_scale is {scale}: it must be finite and above 0; pass the factor itself, logit_scale.exp() in CLIP"
+        )
+    return scale
+
+
+def refuse_transforms(*inputs: Tensor | float) -> None:
+    """RuntimeError under torch.func and for forward-mode derivatives, which would be left out in silence."""
+    if torch._C._are_functorch_transforms_active():
+        what = "inside a torch.func transform (grad, vmap, jvp and their like)"
+    elif any(isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None for value in inputs):
+        what = "on forward-mode dual tensors"
+    else:
+        return
+    raise RuntimeError(
+        f"the contrastive loss was called {what}, and has backward-mode gradients only: use loss.backward() or "
+        "torch.autograd.grad outside, or dense_contrastive_loss"
+    )
+
+
+def count_out_of_range(image_ND: Tensor, text_ND: Tensor, precision: str) -> Tensor:
+    """How many embeddings have a norm that precision fp16 does not take; 0 in the others. [1], float64."""
+    count = image_ND.new_zeros(1, dtype=torch.float64)
+    if precision == "fp16":
+        for embeddings_ND in (image_ND, text_ND):
+            count += _out_of_range(_norms(embeddings_ND)).sum()
+    return count
+
+
+def _norms(embeddings_ND: Tensor) -> Tensor:
+    """Euclidean norm of each row, [N], in float32 at least."""
+    dtype = torch.promote_types(embeddings_ND.dtype, torch.float32)
+    return torch.linalg.vector_norm(embeddings_ND, dim=1, dtype=dtype)
+
+
+def _out_of_range(norms_N: Tensor) -> Tensor:
+    """A row of zeros passes."""
+    return (norms_N > LONGEST) | ((norms_N > 0) & (norms_N < SHORTEST))
+
+
+def out_of_range_message(image_ND: Tensor, text_ND: Tensor, link: Link) -> str:
+    """Names the first embedding of the first rank that has one. Collective; the same on every rank."""
+    mine = torch.zeros(3, dtype=torch.float64)  # 1 for an image, 2 for a text, 0 for none; its row; its norm
+    for side, embeddings_ND in ((1, image_ND), (2, text_ND)):
+        norms_N = _norms(embeddings_ND)
+        rows = _out_of_range(norms_N).nonzero().flatten().tolist()
+        if rows and not mine[0]:
+            mine = torch.tensor([side, rows[0], norms_N[rows[0]]], dtype=torch.float64)
+    everyone = link.gather(mine.view(torch.int64).to(image_ND.device)).view(torch.float64).tolist()
+    rank, (side, row, norm) = next((rank, facts) for rank, facts in enumerate(everyone) if facts[0])
+    return (
+        f"{'image' if side == 1 else 'text'} embedding {int(row)} of rank {rank} has norm {norm:.4g}: precision 'fp16' "
+        f"takes norms from {SHORTEST} to {LONGEST}, and rows of zeros; normalise the embeddings with "
+        "torch.nn.functional.normalize(x, dim=-1), or pass precision='tf32', 'bf16' or 'fp32'"
+    )
+
+
+def not_finite_message(image_ND: Tensor, text_ND: Tensor, rank: int, precision: str) -> str:
+    """For a batch whose loss is not finite: names this rank's first embedding that is not, if it has one."""
+    for side, embeddings_ND in (("image", image_ND), ("text", text_ND)):
+        bad_ND = ~embeddings_ND.to(OPERAND_DTYPE[precision]).isfinite()
+        if bad_ND.any():
+            row, column = bad_ND.nonzero()[0].tolist()
+            return (
+                f"{side} embedding {row} of rank {rank} holds {embeddings_ND[row, column].item()}, not finite in the "
+                f"working precision {precision}: look into the {side} tower's output for it (learning rate, mixed "
+                "precision, input), or normalise embeddings that are finite but too large"
+            )
+    return (
+        f"the contrastive loss is not finite, though rank {rank}'s {len(image_ND)} pairs are in precision {precision}: "
+        "see the errors of the other ranks; if none names an embedding, the logits overflow: normalise the embeddings"
+    )
