@@ -38,6 +38,9 @@ _LOW = tl.constexpr(-1e30)
 
 _MERGE_ROWS, _MERGE_SLOTS = 128, 16
 
+# Up to 2.9, and perhaps 2.10, torch.addmm takes half-precision operands to a float32 result but no float32 addend.
+_ADDMM_WIDENS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11)
+
 
 @triton.jit
 def _tile_origin(tile, M, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
@@ -350,7 +353,9 @@ def _accumulate(total: Tensor, left: Tensor, right: Tensor, alpha: float) -> Non
     """total += alpha left right, in place, summed in `total`'s type."""
     if left.dtype == total.dtype:
         total.addmm_(left, right, alpha=alpha)
-    elif total.is_cuda:
+    elif total.is_cuda and _ADDMM_WIDENS:
         torch.addmm(total, left, right, out_dtype=total.dtype, alpha=alpha, out=total)
+    elif total.is_cuda:
+        total.add_(torch.mm(left, right, out_dtype=total.dtype), alpha=alpha)
     else:  # the interpreter: torch has no such product on a CPU
         total.addmm_(left.to(total.dtype), right.to(total.dtype), alpha=alpha)
