@@ -27,7 +27,8 @@ from typing import Any, TextIO
 
 import torch
 
-from clipscale.config import Config, UserError, config_from_yaml, dump_config
+from clipscale.config import Config, UserError
+from clipscale.config_load import config_from_yaml, dump_config
 
 VERSION = 1
 _NAME = re.compile(r"step-(\d{9})")

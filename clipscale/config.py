@@ -1,27 +1,17 @@
-"""Every setting of clipscale in one page, and the only place that reads YAML. No torch import.
+"""Every setting of clipscale in one page. No torch import.
 
-    config = load_config(["configs/quickstart.yaml", "train.global_batch=4096"])
-    config.train.global_batch                      # 4096
-    print(dump_config(config))                     # the resolved YAML: goes into the run folder and every checkpoint
-
-Files are merged from left to right, then `key.path=value`. A bad key, type or combination raises `UserError` with one
-line that holds the value, the rule and the fix. Units live in names (`_steps`, `_samples`, `_bytes`, `_seconds`).
+A value or combination that cannot be raises `UserError` with one line that holds the value, the rule and the fix.
+Units live in names (`_steps`, `_samples`, `_bytes`, `_seconds`). `config_load.py` fills these in from YAML.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf import MISSING
 
 
 class UserError(ValueError):
@@ -207,10 +197,11 @@ class GradCache:
 @dataclass(frozen=True)
 class Loss:
     precision: Literal["auto", "fp16", "bf16", "tf32", "fp32", "fp64"] = "auto"  # auto: fp16 on CUDA, fp32 on CPU
-    tile: int = 1024  # rows and columns of the similarity matrix that exist at once
+    engine: Literal["auto", "triton", "torch"] = "auto"  # auto: the Triton kernels on a GPU that runs them, else torch
+    tile: int | None = None  # rows and columns of the similarity matrix that exist at once; null: the engine's own
 
     def __post_init__(self) -> None:
-        require(self.tile >= 1, f"loss.tile={self.tile} must be at least 1")
+        require(self.tile is None or self.tile >= 1, f"loss.tile={self.tile} must be at least 1, or null")
 
 
 @dataclass(frozen=True)
@@ -290,7 +281,7 @@ class Config:
             streams is None or batch % streams == 0,
             f"data.streams={streams} does not divide train.global_batch={batch}; choose a divisor, or null",
         )
-        for key, value in _flat(dataclasses.asdict(self)).items():
+        for key, value in flat(dataclasses.asdict(self)).items():
             require(not isinstance(value, float) or math.isfinite(value), f"{key}={value} must be a finite number")
 
     @property
@@ -300,96 +291,8 @@ class Config:
         return self.optim.warmup_samples or 0
 
 
-Layer = tuple[str, Callable[[], Any]]  # what an error calls it, and how to read it
-
-
-def load_config(arguments: list[str]) -> Config:
-    """YAML paths and `key.path=value` words, in any order of kinds: files first, left to right, then the words.
-
-    Raises:
-        UserError: a file that is missing or no YAML mapping, an unknown or duplicate key, a wrong type, a bad value.
-    """
-    words = [word for word in arguments if "=" in word and not Path(word).is_file()]
-    files = [path for path in arguments if path not in words]
-    return _merge([(f"config {path!r}", partial(_read_yaml, path)) for path in files] + _layers(words))
-
-
-def apply_overrides(config: Config, words: list[str]) -> Config:
-    """A copy of `config` with `key.path=value` words on top."""
-    bad = [word for word in words if "=" not in word]
-    require(not bad, f"{bad[0] if bad else ''!r} is no key.path=value")
-    return _merge([("config", partial(OmegaConf.structured, config)), *_layers(words)])
-
-
-def config_from_yaml(text: str) -> Config:
-    """The inverse of `dump_config`, for the config stored in a checkpoint."""
-    return _merge([("the stored config", partial(OmegaConf.create, text))])
-
-
-def _layers(words: list[str]) -> list[Layer]:
-    return [(word, partial(OmegaConf.from_dotlist, [word])) for word in words]
-
-
-def _merge(layers: list[Layer]) -> Config:
-    merged = OmegaConf.structured(Config)
-    for origin, read in layers:
-        try:
-            merged = OmegaConf.merge(merged, read())
-        except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
-            key = origin.partition("=")[0]
-            raise UserError(f"{origin}: {_one_line(error).removeprefix(f'{key}: ')}") from error
-    try:
-        return OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise UserError(_one_line(error)) from error
-
-
-def dump_config(config: Config) -> str:
-    """The whole resolved configuration as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
-
-
-def changed_keys(old: Config, new: Config) -> list[str]:
-    """One 'key: old -> new' for each setting that differs, for the log of a resume."""
-    before, after = _flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(new))
-    keys = sorted(before.keys() | after.keys())
-    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key)]
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """{'train.samples': 100, ...}"""
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """A config as nested dicts -> {'train.samples': 100, ...}"""
     if isinstance(value, dict):
-        return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}").items()}
+        return {k: v for key, item in value.items() for k, v in flat(item, f"{prefix}.{key}").items()}
     return {prefix[1:]: value}
-
-
-def _read_yaml(path: str) -> DictConfig:
-    if not Path(path).is_file():
-        kind = "a folder" if Path(path).is_dir() else "no such file"
-        raise UserError(f"config {path!r}: {kind}; arguments are YAML files and key.path=value words")
-    settings = OmegaConf.load(path)
-    require(isinstance(settings, DictConfig), f"config {path!r}: a list; a config is a mapping of keys to values")
-    return settings
-
-
-def _one_line(error: Exception) -> str:
-    if isinstance(error, yaml.MarkedYAMLError):
-        mark = error.problem_mark
-        return f"{error.problem}{f' at line {mark.line + 1}' if mark else ''}"
-    if isinstance(error, ConfigKeyError):
-        return _unknown_key(error)
-    if isinstance(error, MissingMandatoryValue):
-        return f"{error.full_key} must be set"
-    message = str(error).splitlines()[0]
-    key = error.full_key if isinstance(error, OmegaConfBaseException) else None
-    return f"{key}: {message}" if key else message
-
-
-def _unknown_key(error: ConfigKeyError) -> str:
-    """The nearest key beside it, else the same name elsewhere."""
-    path, key = error.full_key, str(error.key)
-    beside = [item.name for item in dataclasses.fields(error.object_type)]
-    elsewhere = [known for known in _flat(dataclasses.asdict(Config())) if known.endswith(f".{key}")]
-    near = [path.removesuffix(key) + name for name in difflib.get_close_matches(key, beside, n=1)] or elsewhere
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known here: {', '.join(beside)}"
-    return f"{path}: unknown key; {hint}"

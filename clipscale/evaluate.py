@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from clipscale.checkpoint import find_checkpoint, load_checkpoint, load_config_of
-from clipscale.config import Config, apply_overrides, require
+from clipscale.config import Config, require
+from clipscale.config_load import apply_overrides
 from clipscale.data.tokenize import build_tokenizer
 from clipscale.dist import start_world
 from clipscale.eval.suite import EvalSuite

@@ -28,7 +28,7 @@ from clipscale.data.replay import chunks
 from clipscale.loss import ContrastiveGrads
 from clipscale.towers import Tower, Towers
 
-LossAndGrads = Callable[[Tensor, Tensor, float], ContrastiveGrads]
+LossAndGrads = Callable[..., ContrastiveGrads]
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ def gradcache_step(
         images: uint8 [N, 3, S, S], host memory.
         tokens: int64 [N, L].
         valid: bool [N]; the other slots run through the towers but have no part in the loss.
-        loss_and_grads: (image [V, D], text [V, D], s) -> ContrastiveGrads over all ranks, for the global mean.
+        loss_and_grads: (image [V, D], text [V, D], s, image_grad=, text_grad=) -> ContrastiveGrads over all ranks, for
+            the global mean. The side of a tower in which nothing learns is not wanted; that tower is not replayed.
         key: of this step and rank, for the towers' randomness.
         grad_scale: factor on every gradient (loss scaling for fp16).
 
@@ -79,13 +80,20 @@ def gradcache_step(
     slots = valid.nonzero().squeeze(1).to(towers.image.device)
     image_VD, text_VD = (embed(tower, batch, size, key)[slots] for tower, batch, size in inputs)
     logit_scale = towers.logit_scale()
-    grads = loss_and_grads(image_VD, text_VD, logit_scale)
+    grads = loss_and_grads(
+        image_VD, text_VD, logit_scale, image_grad=_learns(towers.image), text_grad=_learns(towers.text)
+    )
     if grads.pairs > 0:
         for (tower, batch, size), d_VD in zip(inputs, (grads.d_image_ND, grads.d_text_ND), strict=True):
-            d_ND = d_VD.new_zeros(len(batch), d_VD.shape[1]).index_copy_(0, slots, d_VD * grad_scale)
-            replay_backward(tower, batch, d_ND, size, key)
+            if d_VD is not None:
+                d_ND = d_VD.new_zeros(len(batch), d_VD.shape[1]).index_copy_(0, slots, d_VD * grad_scale)
+                replay_backward(tower, batch, d_ND, size, key)
         _add_logit_scale_grad(towers, grads.d_logit_scale * (logit_scale * grad_scale))
     return StepResult(grads.loss.item(), grads.pairs, grads.image_accuracy, grads.text_accuracy, logit_scale)
+
+
+def _learns(tower: Tower) -> bool:
+    return any(parameter.requires_grad for parameter in tower.encoder.parameters())
 
 
 def embed(tower: Tower, inputs: Tensor, size: int, key: int) -> Tensor:

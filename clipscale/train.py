@@ -28,7 +28,8 @@ from clipscale.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
 )
-from clipscale.config import Config, SharedError, UserError, changed_keys, dump_config, require
+from clipscale.config import Config, SharedError, UserError, require
+from clipscale.config_load import changed_keys, dump_config
 from clipscale.counter import fold
 from clipscale.data.loader import Loader, StepBatch
 from clipscale.data.pipeline import build_pipeline
@@ -178,11 +179,13 @@ class Trainer:
         """Pairs that the batch holds twice; only the main rank's row is written, so only it counts."""
         return self.pipeline.repeats(position, self.config.train.global_batch) if self.world.is_main else 0
 
-    def _loss(self, image_VD: Tensor, text_VD: Tensor, logit_scale: float) -> ContrastiveGrads:
+    def _loss(self, image_VD: Tensor, text_VD: Tensor, logit_scale: float, **wanted: bool) -> ContrastiveGrads:
         """The tiled loss of the whole step; embeddings that are not finite end the run, naming side and row."""
         loss = self.config.loss
         try:
-            return contrastive_grads(image_VD, text_VD, logit_scale, precision=loss.precision, tile=loss.tile)
+            return contrastive_grads(
+                image_VD, text_VD, logit_scale, precision=loss.precision, engine=loss.engine, tile=loss.tile, **wanted
+            )
         except ValueError as error:
             raise UserError(f"step {self.steps_done + 1}: {error}") from error
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from shards import write_pairs
 
-from clipscale.config import load_config
+from clipscale.config_load import load_config
 from clipscale.train import Trainer, train
 
 STEPS, BATCH, SAMPLES = 12, 8, 40  # 2.4 epochs

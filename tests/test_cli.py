@@ -11,7 +11,7 @@ from tiny import write_config
 
 from clipscale import __version__
 from clipscale.cli import main
-from clipscale.config import config_from_yaml, load_config
+from clipscale.config_load import config_from_yaml, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 

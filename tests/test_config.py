@@ -1,22 +1,12 @@
-"""clipscale/config.py."""
+"""clipscale/config.py and clipscale/config_load.py."""
 
 import dataclasses
 from pathlib import Path
 
 import pytest
 
-from clipscale.config import (
-    Config,
-    Model,
-    Shapes,
-    Source,
-    UserError,
-    apply_overrides,
-    changed_keys,
-    config_from_yaml,
-    dump_config,
-    load_config,
-)
+from clipscale.config import Config, Model, Shapes, Source, UserError
+from clipscale.config_load import apply_overrides, changed_keys, config_from_yaml, dump_config, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 TOWER = "{image_size: 16, patch_size: 8, width: 32, layers: 1, head_width: 16}"
@@ -62,11 +52,13 @@ def test_keys_that_scripts_outside_rely_on():
     assert "shapes" in config.data.sources
     words = ["run.dir=x", "seed=3", "data.sources.shapes.urls=a.tar", "data.sources.shapes.weight=2"]
     words += ["train.global_batch=8", "train.samples=9", "gradcache.image_chunk=1", "gradcache.text_chunk=2"]
-    words += ["loss.precision=fp32", "eval.zeroshot.every_steps=4"]
+    words += ["loss.precision=fp32", "loss.engine=torch", "loss.tile=512", "eval.zeroshot.every_steps=4"]
     config = apply_overrides(config, words)
     assert (config.run.dir, config.seed) == ("x", 3)
     assert config.data.sources == {"shapes": Source("a.tar", 2.0)}
     assert (config.train.global_batch, config.train.samples, config.loss.precision) == (8, 9, "fp32")
+    assert (config.loss.engine, config.loss.tile) == ("torch", 512)
+    assert apply_overrides(config, ["loss.tile=null"]).loss.tile is None
     assert (config.gradcache.image_chunk, config.gradcache.text_chunk) == (1, 2)
     assert config.eval.zeroshot.every_steps == 4
 
@@ -215,6 +207,7 @@ def test_a_missing_file_and_a_folder(tmp_path):
         ("train.global_batch=true", "Integer"),
         ("train.global_batch=null", "'int'"),
         ("train.precision=fp31", "['auto', 'fp32', 'bf16', 'fp16']"),
+        ("loss.engine=cuda", "['auto', 'triton', 'torch']"),
         ("data.accept_changes=perhaps", "bool"),
         ("data.crop_scale=[0.1]", "length 2"),
         ("data.crop_scale=0.5", "tuple"),
@@ -261,7 +254,7 @@ def test_a_wrong_type_names_the_word_and_what_is_wanted(word, rule):
         (["optim.eps=0"], "optim.eps=0.0", "above 0"),
         (["optim.warmup_steps=3", "optim.warmup_samples=4"], "optim.warmup_steps=3", "set one of them to null"),
         (["optim.warmup_steps=-1"], "optim.warmup_steps=-1", "not be negative"),
-        (["loss.tile=0"], "loss.tile=0", "at least 1"),
+        (["loss.tile=0"], "loss.tile=0", "at least 1, or null"),
         (["checkpoint.every_steps=0"], "checkpoint.every_steps=0", "at least 1"),
         (["checkpoint.keep=0"], "checkpoint.keep=0", "at least 1"),
         (["run.log_every_steps=0"], "run.log_every_steps=0", "at least 1"),

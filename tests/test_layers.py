@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (  # from the bottom up; a unit is a file or a folder of clipscale/
-    ("__init__", "config", "counter", "dist", "telemetry"),
+    ("__init__", "config", "config_load", "counter", "dist", "telemetry"),
     ("data", "towers", "loss"),
     ("gradcache", "parallel", "optim", "checkpoint", "eval"),
     ("train", "evaluate", "cli", "__main__", "bench", "plan"),
@@ -88,6 +88,7 @@ def test_imports_go_downwards_only():
     ("module", "code"),
     [
         ("clipscale.config", "from clipscale.counter import fold"),
+        ("clipscale.config", "from clipscale.config_load import load_config"),
         ("clipscale.counter", "import clipscale.data.tar"),
         ("clipscale.data.tar", "from clipscale.loss import contrastive_grads"),
         ("clipscale.towers", "def f():\n    from clipscale import data"),
@@ -151,7 +152,7 @@ def test_help_and_configuration_leave_torch_alone():
     """So that help, --print-config and mistakes answer at once."""
     code = """
 import sys
-import clipscale.config
+import clipscale.config_load
 from clipscale.cli import main
 assert main(["train", "configs/quickstart.yaml", "--print-config"]) == 0
 assert main(["train", "configs/quickstart.yaml", "gradcache.image_chunk=0"]) == 2

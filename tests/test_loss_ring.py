@@ -91,9 +91,9 @@ def subgroup_case(rank, world):
 
 
 def broken_inputs(rank, world):
-    """This rank's errors: for a NaN in rank 1's text, an overflow of fp16 on rank 0, unequal widths and types, a text of
-    rank 1 that is too long for fp16, a gradient that only rank 0 wants. Then the loss of a good batch, for which the
-    ring must still work."""
+    """This rank's errors: for a NaN in rank 1's text, an overflow of fp16 on rank 0, unequal widths and types, a text
+    of rank 1 that is too long for fp16, a gradient that only rank 0 wants. Then the loss of a good batch, for which
+    the ring must still work."""
     messages = []
     image_ND, text_ND = make_pairs(4, WIDTH)
     nan_ND, huge_ND, long_ND = text_ND.clone(), image_ND.clone(), text_ND.clone()

@@ -6,7 +6,8 @@ import pytest
 import torch
 from tiny import MODEL
 
-from clipscale.config import Optim, load_config
+from clipscale.config import Optim
+from clipscale.config_load import load_config
 from clipscale.optim import build_optimizer, learning_rate, set_lr, total_steps
 from clipscale.towers import build_towers
 

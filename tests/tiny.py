@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from clipscale.config import Config, config_from_yaml, load_config
+from clipscale.config import Config
+from clipscale.config_load import config_from_yaml, load_config
 
 YAML = """
 run: {{dir: {run}, log_every_steps: 1}}

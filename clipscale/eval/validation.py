@@ -61,7 +61,17 @@ def evaluate_validation(
                 images.append(towers.image(pixels[valid].to(towers.image.device)))
                 texts.append(towers.text(tokens.to(towers.text.device)))
         image_ND, text_ND = torch.cat(images), torch.cat(texts)
-        result = contrastive_grads(image_ND, text_ND, towers.logit_scale(), precision=loss.precision, tile=loss.tile)
+        result = contrastive_grads(
+            image_ND,
+            text_ND,
+            towers.logit_scale(),
+            precision=loss.precision,
+            engine=loss.engine,
+            tile=loss.tile,
+            image_grad=False,
+            text_grad=False,
+            scale_grad=False,
+        )
         slots += size
         if result.pairs > 0:
             results.append(result)
