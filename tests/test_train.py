@@ -14,6 +14,7 @@ from tiny import tiny_config
 
 from clipscale.config import UserError
 from clipscale.dist import World
+from clipscale.loss import contrastive_grads
 from clipscale.train import Trainer, train
 
 
@@ -52,6 +53,25 @@ def test_two_runs_are_bitwise_equal_and_another_seed_is_not(tmp_path, urls):
         weights[name] = newest_weights(tmp_path / name)
     assert all(torch.equal(weights["a"][key], weights["b"][key]) for key in weights["a"])
     assert not all(torch.equal(weights["a"][key], weights["c"][key]) for key in weights["a"])
+
+
+def test_the_loss_is_computed_as_the_config_says(tmp_path, urls, monkeypatch):
+    """In training and in validation, which needs no gradient."""
+    calls = []
+
+    def recorded(*inputs, **options):
+        calls.append(options)
+        return contrastive_grads(*inputs, **options)
+
+    for module in ("clipscale.train", "clipscale.eval.validation"):
+        monkeypatch.setattr(f"{module}.contrastive_grads", recorded)
+    words = ["loss.precision=fp64", "loss.engine=torch", "loss.tile=3", "train.samples=8"]
+    words += [f"eval.validation.urls={urls}", "eval.validation.batch=16"]
+    train(tiny_config(tmp_path, urls, *words))
+    settings = {"precision": "fp64", "engine": "torch", "tile": 3}
+    trains, *validates = calls
+    assert trains == settings | {"image_grad": True, "text_grad": True}
+    assert validates == [settings | {"image_grad": False, "text_grad": False, "scale_grad": False}] * 2
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
