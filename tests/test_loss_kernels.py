@@ -62,12 +62,13 @@ def relative_errors(results, references):
 )
 @pytest.mark.parametrize("pairs", [1, 2, 63, 65, 127, 300])
 def test_no_less_exact_than_plain_torch(pairs, width, loads, precision, monkeypatch):
-    """At most 1.1 times the rival's error, plus 1e-6 of the reference; of few pairs, as root mean squares over draws:
-    where little is rounded, a single draw compares luck."""
-    run_with(monkeypatch, SHAPES[loads])
+    """At most 1.1 times the rival's error, plus 1e-6 of the reference, both as root mean squares over draws: in one draw,
+    the error of a sum of few roundings, or of a single number, may happen to be near 0."""
+    small = SHAPES[loads]
+    run_with(monkeypatch, small._replace(rows=2 * small.rows, columns=2 * small.columns))  # the interpreter is slow
     for scale in (1.0, 14.3, 100.0):
         errors, rivals = [], []
-        for draw in range(24 if pairs < 63 else 1):
+        for draw in range({1: 24, 2: 24, 300: 2}.get(pairs, 4)):
             image_BD, text_BD = (side_BD.float().double() for side_BD in draw_pairs(pairs, width, draw))
             references = dense_results(image_BD, text_BD, scale, loss_fn=stable_dense_loss)
             errors.append(relative_errors(grads_of(image_BD, text_BD, scale, precision, "triton"), references))
