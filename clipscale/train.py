@@ -40,6 +40,8 @@ from clipscale.dist import World, start_world
 from clipscale.eval.suite import EvalSuite
 from clipscale.gradcache import Chunks, StepResult, gradcache_step
 from clipscale.loss import ContrastiveGrads, contrastive_grads
+from clipscale.loss.engines import resolve_engine
+from clipscale.loss.precision import resolve_precision
 from clipscale.optim import build_optimizer, learning_rate, restore_optimizer, set_lr, total_steps
 from clipscale.parallel import broadcast_parameters, sum_gradients
 from clipscale.telemetry import Pace, RunLog, append_rows, duration, keep_rows, memory, progress_bar, track
@@ -73,6 +75,11 @@ class Trainer:
                 f"train.global_batch={batch} is not divisible by the {world.size} ranks; "
                 f"choose a multiple of {world.size}"
             )
+        try:
+            precision = resolve_precision(config.loss.precision, world.device, torch.float32)
+            resolve_engine(config.loss.engine, world.device, precision)
+        except ValueError as error:
+            raise SharedError(str(error)) from error
         self.config, self.world = config, world
         self._resources = ExitStack()
         try:

@@ -209,6 +209,8 @@ def test_a_batch_larger_than_the_data(capsys, good):
         (["resume=nowhere"], ["'nowhere'", "neither a checkpoint nor the folder of a run"]),
         (["eval.validation.urls=nowhere.tar"], ["'nowhere.tar'", "is not a file"]),
         (["eval.zeroshot.urls=nowhere.tar"], ["'nowhere.tar'", "is not a file"]),
+        (["loss.precision=tf32"], ["precision 'tf32' exists only on CUDA", "choose 'fp32'"]),
+        (["loss.precision=fp64", "loss.engine=triton"], ["'triton' has no precision fp64", "choose 'auto' or 'torch'"]),
         (["data.streams=3"], ["data.streams=3", "train.global_batch=8", "choose a divisor"]),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else None,

@@ -62,7 +62,7 @@ def relative_errors(results, references):
 )
 @pytest.mark.parametrize("pairs", [1, 2, 63, 65, 127, 300])
 def test_no_less_exact_than_plain_torch(pairs, width, loads, precision, monkeypatch):
-    """At most 1.1 times the rival's error, plus 1e-6 of the reference, both as root mean squares over draws: in one draw,
+    """At most 1.1 times the rival's error, plus 1e-6 of the reference, as root mean squares over draws: in one draw
     the error of a sum of few roundings, or of a single number, may happen to be near 0."""
     small = SHAPES[loads]
     run_with(monkeypatch, small._replace(rows=2 * small.rows, columns=2 * small.columns))  # the interpreter is slow

@@ -276,13 +276,14 @@ def _offset(row_slice: slice, column_slice: slice, diagonal: bool) -> int:
 def _levels(softmax: Softmax, scale: float, lift: float, precision: str) -> tuple[Tensor, Tensor]:
     """(level, factor) such that lift p_ij = exp(s (X_ij - level_i)) factor_i.
 
-    Below float32's precision the factor is moved into the level, whose rounding then costs p up to 1e-5 of itself at a
-    scale of 100 (fp16 rounds p to 5e-4), and spares the kernel the registers of one more value a column.
+    Below float32's precision the factor is moved into the level (and what is returned as one is not read). Its rounding
+    costs p up to 1e-5 of itself at a scale of 100, where fp16 rounds p to 5e-4, and the kernel is spared the registers
+    of one more value a column.
     """
-    factor = softmax.inverse * lift
     if precision == "fp32":
-        return softmax.peak, factor
-    return softmax.peak - factor.log() / scale, factor
+        return softmax.peak, softmax.inverse * lift
+    level = softmax.inverse.log().add_(math.log(lift)).div_(-scale).add_(softmax.peak)
+    return level, level
 
 
 def _logsumexp_tile(

@@ -55,6 +55,8 @@ def accumulator_dtype(precision: str) -> torch.dtype:
 
 def round_operand(values: Tensor, precision: str) -> Tensor:
     """`values` rounded to the operand type, held in the accumulator's: a half times a half is exact in float32."""
+    if precision == "tf32":
+        return round_to_tf32(values.float())
     return values.to(OPERAND_DTYPE[precision]).to(accumulator_dtype(precision))
 
 

@@ -19,9 +19,9 @@ A rank's place in the ring is its position: the ring goes node by node, so that 
 Shapes: N pairs on this rank, M pairs of the block that stands here, D width, B pairs of all ranks.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -87,7 +87,7 @@ class Ring:
     def size(self) -> int:
         return len(self.order)
 
-    @cached_property
+    @functools.cached_property
     def position(self) -> int:
         return self.order.index(self.link.rank)
 
@@ -106,11 +106,13 @@ class Ring:
         outgoing, expected = ([block for block in tensors if block.numel()] for tensors in (blocks, incoming))
         wait = self.link.exchange(outgoing, to, expected, source)
 
-        def arrive() -> Tensors:
-            wait()
-            return incoming
+        return functools.partial(_arrive, wait, incoming, outgoing)
 
-        return arrive
+
+def _arrive(wait: Callable[[], None], incoming: Tensors, outgoing: list[Tensor]) -> Tensors:
+    """`outgoing` is held here so that its memory outlives the send."""
+    wait()
+    return incoming
 
 
 def travel(

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from clipscale.loss.precision import exact_products, gradient_scale, round_operand
+from clipscale.loss.precision import accumulator_dtype, exact_products, gradient_scale, round_operand
 from clipscale.loss.statistics import Partial, Softmax
 
 DEFAULT_TILE = 1024
@@ -36,12 +36,14 @@ def logsumexp_block(
 
     `diagonal` says that row i pairs with column i (then M = N); otherwise the block holds wrong pairs only.
     """
-    image_MD, text_ND = round_operand(image_MD, precision), round_operand(text_ND, precision)
-    rows = Partial.empty(len(image_MD), image_MD)
-    columns = Partial.empty(len(text_ND), text_ND)
+    like = image_MD.new_empty(0, dtype=accumulator_dtype(precision))
+    rows, columns = Partial.empty(len(image_MD), like), Partial.empty(len(text_ND), like)
     with exact_products(precision, image_MD.device):
         for row_slice, column_slice in tiles_of(len(image_MD), len(text_ND), tile or DEFAULT_TILE):
-            x_TU = image_MD[row_slice] @ text_ND[column_slice].T
+            image_TD, text_UD = (
+                round_operand(side, precision) for side in (image_MD[row_slice], text_ND[column_slice])
+            )
+            x_TU = image_TD @ text_UD.T
             if diagonal and row_slice == column_slice:
                 rows.diag[row_slice] = columns.diag[column_slice] = x_TU.diagonal()
                 x_TU.fill_diagonal_(-torch.inf)
@@ -74,12 +76,13 @@ def gradient_block(
     contribute to 2B dL/ds: sum_ij G_ij (X_ij - origin), [] in float64. Without the diagonal's term G does not sum to 0,
     so the caller needs it about the same `origin`; one amid the similarities keeps the two from cancelling.
     """
-    image_MD, text_ND = round_operand(image_MD, precision), round_operand(text_ND, precision)
     lift = gradient_scale(precision)
     d_scale = image_MD.new_zeros((), dtype=torch.float64)
     with exact_products(precision, image_MD.device):
         for row_slice, column_slice in tiles_of(len(image_MD), len(text_ND), tile or DEFAULT_TILE):
-            image_TD, text_UD = image_MD[row_slice], text_ND[column_slice]
+            image_TD, text_UD = (
+                round_operand(side, precision) for side in (image_MD[row_slice], text_ND[column_slice])
+            )
             x_TU = image_TD @ text_UD.T
             p_TU = (x_TU - rows.peak[row_slice, None]).mul_(logit_scale).exp_().mul_(rows.inverse[row_slice, None])
             q_TU = (x_TU - columns.peak[column_slice]).mul_(logit_scale).exp_().mul_(columns.inverse[column_slice])
