@@ -121,7 +121,7 @@ def block_results(engine, image_MD, text_ND, scale, precision, diagonal, tile):
 )
 def test_blocks_of_any_extent(rows, columns, diagonal, precision, loads):
     """Also macro-tiles that are no multiple of a tile, and of which the last are cut."""
-    image_MD, text_ND = (draw_pairs(pairs, 40, 1)[0].to(DEVICE, DTYPES[precision]) for pairs in (rows, columns))
+    image_MD, text_ND = (draw_pairs(pairs, 48, 1)[0].to(DEVICE, DTYPES[precision]) for pairs in (rows, columns))
     references = block_results(tiles, image_MD, text_ND, 14.3, precision, diagonal, None)
     for tile in (70, 1024):
         results = block_results(kernels, image_MD, text_ND, 14.3, precision, diagonal, tile)
@@ -164,7 +164,7 @@ def test_offsets_beyond_31_bits(loads):
 @pytest.mark.parametrize("precision", DTYPES)
 def test_every_output_is_written(precision, loads):
     """torch fills new memory with NaN in this mode: none may be left, nor read."""
-    image_BD, text_BD = draw_pairs(150, 40, 4)
+    image_BD, text_BD = draw_pairs(150, 48, 4)
     plain = grads_of(image_BD, text_BD, 14.3, precision, "triton")
     torch.use_deterministic_algorithms(True)
     try:
@@ -178,7 +178,7 @@ def test_every_output_is_written(precision, loads):
 @pytest.mark.parametrize("precision", DTYPES)
 def test_the_order_of_tiles_changes_nothing(precision, monkeypatch):
     """Bit for bit: each has slots of its own. Other extents sum in another order: to rounding."""
-    image_BD, text_BD = draw_pairs(150, 40, 5)
+    image_BD, text_BD = draw_pairs(150, 48, 5)
     shape = Shape(32, 32, 32, 4, 1)
     run_with(monkeypatch, shape)
     first = grads_of(image_BD, text_BD, 14.3, precision, "triton")
@@ -206,7 +206,7 @@ def test_accuracy_counts_a_tie_as_a_miss(loads):
 @pytest.mark.parametrize("side", ["image", "text"])
 def test_a_bad_embedding_is_named(side, value, loads):
     sides = dict(
-        zip(("image", "text"), (side_BD.to(DEVICE, torch.float16) for side_BD in draw_pairs(150, 40, 7)), strict=True)
+        zip(("image", "text"), (side_BD.to(DEVICE, torch.float16) for side_BD in draw_pairs(150, 48, 7)), strict=True)
     )
     sides[side][131, 3] = float(value)
     with pytest.raises(ValueError, match=f"{side} embedding 131 of rank 0 holds {value}, not finite"):
@@ -214,7 +214,7 @@ def test_a_bad_embedding_is_named(side, value, loads):
 
 
 def test_a_locked_side_changes_no_bit_of_the_other(loads):
-    inputs = [side_BD.to(DEVICE, torch.float16) for side_BD in draw_pairs(70, 40, 8)]
+    inputs = [side_BD.to(DEVICE, torch.float16) for side_BD in draw_pairs(70, 48, 8)]
     options = {"precision": "fp16", "engine": "triton", "tile": 50}
     both = contrastive_grads(*inputs, 14.3, **options)
     text_only = contrastive_grads(*inputs, 14.3, **options, image_grad=False)

@@ -239,7 +239,7 @@ def gradient_block(
     tile = tile or _default_tile(precision)
     lift = gradient_scale(precision)
     row_levels, column_levels = (_levels(side, logit_scale, lift, precision) for side in (rows, columns))
-    g_RC = image_MD.new_empty(min(len(image_MD), tile), triton.cdiv(min(len(text_ND), tile), 8) * 8)
+    g_RC = image_MD.new_empty(min(len(image_MD), tile), triton.cdiv(min(len(text_ND), tile), 16) * 16)
     shape = None
     with torch.cuda.device_of(image_MD), exact_products(precision, image_MD.device):
         for row_slice, column_slice in tiles_of(len(image_MD), len(text_ND), tile):
@@ -346,8 +346,8 @@ def _programs(image_RD: Tensor, text_CD: Tensor, shape: Shape) -> int:
 
 
 def _describable(values_RD: Tensor) -> bool:
-    """Whether a tensor descriptor can hold it: rows begin at multiples of 16 bytes."""
-    return values_RD.data_ptr() % 16 == 0 and values_RD.stride(0) * values_RD.element_size() % 16 == 0
+    """Whether a tensor descriptor can hold it: rows begin at multiples of 16 bytes (Triton 3.4 wants 16 elements)."""
+    return values_RD.data_ptr() % 16 == 0 and values_RD.stride(0) % 16 == 0
 
 
 def _merge(max_R: Tensor, sum_R: Tensor, slots: Tensor, scale: float) -> None:
