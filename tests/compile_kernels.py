@@ -89,7 +89,9 @@ def main(capability):
                         continue
                     seen.add(case)
                     source = source_of(kernel, precision, shape, descriptors)
-                    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=shape.options())
+                    compiled = triton.compile(
+                        source, target=GPUTarget("cuda", capability, 32), options=shape.options(descriptors)
+                    )
                     found = inspect(compiled, capability)
                     print(json.dumps({"case": f"sm_{capability} {case}", "precision": precision, **found}), flush=True)
 

@@ -78,7 +78,8 @@ def test_the_same_bits_under_load_and_after_a_restart():
                 noise.copy_(noise.flip(0))
         assert fingerprint() == first
     code = "import test_loss_gpu; print(test_loss_gpu.fingerprint())"
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     again = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert again.stdout.split()[-1] == first
 

@@ -27,11 +27,11 @@ SCALES = (1.0, 14.3, 100.0)
 QUANTITIES = ("loss", "d_image", "d_text", "d_scale")
 
 
-def make_pairs(pairs, width, noise=0.7):
+def make_pairs(pairs, width, noise=0.7, offset=0.5):
     """Normalised images and texts [B, D] in float64: a shared offset, as real features have, a signal, and noise."""
     generator = torch.Generator().manual_seed(1000 * pairs + width)
     signal_BD, *noise_BD = torch.randn(3, pairs, width, generator=generator, dtype=torch.float64)
-    return [F.normalize(0.5 + signal_BD + noise * own_BD) for own_BD in noise_BD]
+    return [F.normalize(offset + signal_BD + noise * own_BD) for own_BD in noise_BD]
 
 
 def easy_pairs(pairs, cosine):
@@ -50,6 +50,7 @@ HARD_CASES = {
     "random, scale 1": (*make_pairs(127, 32), 1.0),
     "random, scale 14.3": (*make_pairs(127, 32), 14.3),
     "random, scale 100": (*make_pairs(127, 32), 100.0),
+    "cosines of 0.99 and more": (*make_pairs(300, 34, offset=20.0), 14.3),
     "duplicates": (*duplicated(*make_pairs(65, 32)), 100.0),
     "logits of hundreds": (*(20 * side_BD for side_BD in make_pairs(127, 32, noise=2.0)), 1.3),
     "logits of hundreds, all negative": (20 * make_pairs(65, 32)[0], -20 * make_pairs(65, 32)[1], 1.3),

@@ -88,12 +88,22 @@ def test_what_a_choice_depends_on(gpu, monkeypatch):
 
 
 def test_a_shape_that_does_not_run_is_left_out(gpu, caplog):
-    gpu.times = {shape: OutOfResources(300_000, 232_448, "shared memory") for shape in HOPPER[:-1]}
+    reasons = [OutOfResources(300_000, 232_448, "shared memory"), RuntimeError("Triton Error [CUDA]: invalid argument")]
+    reasons += [AssertionError("num_warps"), KeyError("maxnreg")]
+    assert len(reasons) == len(HOPPER) - 1
+    gpu.times = dict(zip(HOPPER, reasons, strict=False))
     assert choose() == HOPPER[-1]
     assert "is left out: out of resource: shared memory" in caplog.text
+    assert "is left out: Triton Error [CUDA]: invalid argument" in caplog.text
     gpu.times[HOPPER[-1]] = OutOfResources(300_000, 232_448, "shared memory")
     with pytest.raises(RuntimeError, match=r"none of the loss kernel's shapes runs .*NVIDIA H200.*engine='torch'"):
         choose(kernel="logsumexp")
+
+
+def test_a_full_device_is_no_fault_of_a_shape(gpu):
+    gpu.times[HOPPER[1]] = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        choose()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"a": 1}', '{"a": {"shape": [1]}}', '{"a": {}}'])

@@ -108,7 +108,7 @@ def contrastive_grads(
     pairs, dtype = max(ring.total_pairs, 1), accumulator_dtype(precision)
     d_image_ND = d_text_ND = d_scale = None
     if any(wanted):
-        origin = diag / pairs
+        origin = torch.tensor(diag / pairs, dtype=dtype).item()  # as the tiles will have it
         d_image_ND, d_text_ND, wrong = ring_gradients(work, statistics, image_ND, text_ND, wanted, origin)
         if scale_grad:
             right = origin * missing - missing_diag  # sum of -((1 - p_ii) + (1 - q_ii)) (X_ii - origin)
@@ -140,6 +140,8 @@ def contrastive_loss(
     which averages over the ranks, ends with the gradient of the mean over all pairs: the embeddings' gradients are
     that mean's times the number of ranks, and `logit_scale`'s is complete on every rank. They come in the inputs'
     types; those of half-precision embeddings should be scaled (GradScaler) at batches in the millions.
+
+    Call it outside of code that torch.compile compiles.
 
     Both passes run in the forward, so the backward does not communicate. An input that requires no gradient (on all
     ranks alike) costs none: with one locked tower pass 2 is two thirds, without any gradient only pass 1 runs.

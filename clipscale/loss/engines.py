@@ -22,8 +22,8 @@ class Engine(NamedTuple):
 def resolve_engine(engine: str, device: torch.device, precision: str) -> Engine:
     """The code for `engine` (auto: triton on a GPU that can run it) at a resolved precision.
 
-    ValueError for an unknown name, and for triton where it cannot run: fp64, a GPU before sm_80, a CPU (unless Triton
-    interprets its kernels there: TRITON_INTERPRET=1).
+    ValueError for an unknown name, and for triton where it cannot run: fp64, a GPU before sm_80 or AMD, a CPU (unless
+    Triton interprets its kernels there: TRITON_INTERPRET=1).
     """
     if engine not in ENGINES:
         raise ValueError(f"loss engine {engine!r} is unknown: choose one of {', '.join(ENGINES)}")
@@ -49,6 +49,8 @@ def _obstacle(device: torch.device, precision: str) -> str | None:
         return None
     if device.type != "cuda":
         return f"needs a GPU, and the embeddings are on {device}"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+    if torch.version.hip is not None:
+        return "has not been tried on AMD GPUs"
+    if torch.cuda.get_device_capability(device) < (8, 0):
         return f"needs compute capability 8.0 or newer, and {torch.cuda.get_device_name(device)} has less"
     return None

@@ -34,7 +34,7 @@ WORKSPACE_BYTES = 512 << 20
 """What G of a macro-tile may take, unless `tile` says otherwise."""
 
 _LOW = tl.constexpr(-1e30)
-"""A similarity whose exponential is 0 at any scale, and 0 times its distance from any other too."""
+"""A similarity whose exponential is 0 at any scale above 1e-27, and 0 times its distance from any other too."""
 
 _MERGE_ROWS, _MERGE_SLOTS = 128, 16
 
@@ -158,7 +158,8 @@ def _gradient_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
     DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """g [M, N] = lift (p + q) off the diagonal, which row i has at column i + offset, and 0 there.
+    """g [M, N] = lift (p + q) off the diagonal, which row i has at column i + offset, and 0 there. Rows are padded to a
+    multiple of 16 entries.
 
     lift p_ij = 2^(scale_log2 (X_ij - level_i)), times factor_i in fp32 (`_levels`), and q alike with the columns'.
     moments takes each tile's sum of g (X - origin), before g is rounded.
@@ -189,7 +190,8 @@ def _gradient_kernel(
     else:
         g_ptr = g + row.to(tl.int64) * g_stride + column
         g_ptr += (tl.arange(0, ROWS) * g_stride)[:, None] + tl.arange(0, COLUMNS)[None, :]
-        inside_RC = (rows_R < M)[:, None] & (columns_C < N)[None, :]
+        # Up to the end of a row's padding, where g is 0: so the compiler sees that it may store 16 entries together.
+        inside_RC = (rows_R < M)[:, None] & (columns_C < tl.cdiv(N, 16) * 16)[None, :]
         tl.store(g_ptr, g_RC.to(g.dtype.element_ty), mask=inside_RC)
 
 
@@ -277,8 +279,8 @@ def _levels(softmax: Softmax, scale: float, lift: float, precision: str) -> tupl
     """(level, factor) such that lift p_ij = exp(s (X_ij - level_i)) factor_i.
 
     Below float32's precision the factor is moved into the level (and what is returned as one is not read). Its rounding
-    costs p up to 1e-5 of itself at a scale of 100, where fp16 rounds p to 5e-4, and the kernel is spared the registers
-    of one more value a column.
+    costs p of normalised embeddings up to 1e-5 of itself at a scale of 100, where fp16 rounds p to 5e-4, and the kernel
+    is spared the registers of one more value a column.
     """
     if precision == "fp32":
         return softmax.peak, softmax.inverse * lift
@@ -337,7 +339,7 @@ def _launch(
     extents = (*image_RD.shape[:1], *text_CD.shape, image_RD.stride(0), text_CD.stride(0))
     kernel[(_programs(image_RD, text_CD, shape),)](
         image, text, *extents, offset, scale / math.log(2), *others,
-        shape.rows, shape.columns, shape.depth, shape.group, descriptors, precision, **shape.options(),
+        shape.rows, shape.columns, shape.depth, shape.group, descriptors, precision, **shape.options(descriptors),
     )  # fmt: skip
 
 
@@ -346,8 +348,10 @@ def _programs(image_RD: Tensor, text_CD: Tensor, shape: Shape) -> int:
 
 
 def _describable(values_RD: Tensor) -> bool:
-    """Whether a tensor descriptor can hold it: rows begin at multiples of 16 bytes (Triton 3.4 wants 16 elements)."""
-    return values_RD.data_ptr() % 16 == 0 and values_RD.stride(0) % 16 == 0
+    """Whether a tensor descriptor can hold it: separate rows that begin at multiples of 16 entries (of bytes, but in
+    Triton 3.4)."""
+    stride = values_RD.stride(0)
+    return values_RD.data_ptr() % 16 == 0 and stride % 16 == 0 and stride >= values_RD.shape[1]
 
 
 def _merge(max_R: Tensor, sum_R: Tensor, slots: Tensor, scale: float) -> None:

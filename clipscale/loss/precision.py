@@ -18,7 +18,8 @@ OPERAND_DTYPE = {
 }
 """The type in which the operands of a product are kept, and in which text blocks travel."""
 
-# Probabilities are about 1/B: lifted by 2^14 they stay normal numbers in float16, and 2 * 2^14 still fits.
+# Probabilities are about 1/B: lifted by 2^14 they stay normal numbers in float16 down to 4e-9, and 2 * 2^14 still fits.
+# Below 2e-12 they are lost: at B = 1M, the wrong pairs of a loss of 1e-6.
 HALF_GRADIENT_SCALE = 2.0**14
 
 # torch 2.9 gave each backend its own switch; before that there was one for all.
