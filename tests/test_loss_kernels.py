@@ -109,6 +109,8 @@ def test_hard_cases_in_fp16(case, loads):
     references = dense_results(*HARD_CASES[case], loss_fn=stable_dense_loss)
     results, rivals = (grads_of(*HARD_CASES[case], "fp16", engine) for engine in ("triton", "torch"))
     assert_no_worse(results, rivals, references, slack=1e-6)
+    if case.startswith("loss"):
+        assert_close(results, references, relative=5e-3)
 
 
 @pytest.mark.parametrize("precision", DTYPES)
@@ -125,7 +127,9 @@ def block_results(engine, image_MD, text_ND, scale, precision, diagonal, tile):
     rows, columns = engine.logsumexp_block(image_MD, text_ND, scale, **options)
     gradients = [torch.zeros(side.shape, device=DEVICE) for side in (image_MD, text_ND)]
     softmaxes = rows.softmax(scale), columns.softmax(scale)
-    d_scale = engine.gradient_block(image_MD, text_ND, scale, *softmaxes, *gradients, origin=0.3, **options)
+    d_scale = engine.gradient_block(
+        image_MD, text_ND, scale, *softmaxes, *gradients, origin=0.3, lift=2.0**14, **options
+    )
     return [*rows, *columns, *gradients, d_scale]
 
 

@@ -3,6 +3,7 @@
 Shapes: B pairs, D width. Errors are Frobenius norms relative to the reference's.
 """
 
+import math
 import weakref
 
 import pytest
@@ -12,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipscale.loss import contrastive_grads, dense_contrastive_loss
 from clipscale.loss.precision import (
-    HALF_GRADIENT_SCALE,
     OPERAND_DTYPE,
     exact_products,
+    gradient_lift,
     resolve_precision,
     round_to_tf32,
     to_operand,
@@ -88,8 +89,10 @@ def rounded_results(image_BD, text_BD, logit_scale, precision):
     loss, *_, d_scale = dense_results(*halves, logit_scale, loss_fn=stable_dense_loss)
     logits_BB = logit_scale * halves[0] @ halves[1].T
     g_BB = (logits_BB.softmax(1) + logits_BB.softmax(0)).fill_diagonal_(0.0)
-    missing_B1 = sum(logits_BB.softmax(dim).fill_diagonal_(0.0).sum(dim) for dim in (0, 1))[:, None]
-    g_BB = (g_BB * HALF_GRADIENT_SCALE).to(dtype).double() / HALF_GRADIENT_SCALE
+    missing_2B = torch.stack([logits_BB.softmax(dim).fill_diagonal_(0.0).sum(dim) for dim in (0, 1)])
+    missing_B1 = missing_2B.sum(0)[:, None]
+    lift = 2.0 ** (14 - math.ceil(math.log2(missing_2B.max())))
+    g_BB = (g_BB * lift).to(dtype).double() / lift
     factor = logit_scale / (2 * len(image_BD))
     d_image_BD = factor * (g_BB @ halves[1] - missing_B1 * text_BD)
     d_text_BD = factor * (g_BB.T @ halves[0] - missing_B1 * image_BD)
@@ -194,6 +197,17 @@ def test_half_precision_costs_no_more_than_rounding_the_operands(case, precision
         tiled = tiled_results(*HARD_CASES[case], precision, tile)
         assert_no_worse(tiled, rivals, references, slack=1e-4)
         assert_close(tiled, rivals, relative=1e-4)
+        if case.startswith("loss"):
+            assert_close(tiled, references, relative={"fp16": 5e-3, "bf16": 4e-2}[precision])
+
+
+def test_the_lift_fills_half_precision_and_does_not_overflow_it():
+    for missing in (1.0, 0.5000001, 0.5, 0.03, 1e-6, 1e-25):
+        for precision in ("fp16", "bf16"):
+            assert 2**14 < 2 * missing * gradient_lift(precision, missing) <= 2**15
+        assert gradient_lift("fp32", missing) == 1.0
+    assert gradient_lift("fp16", 0.0) == 1.0
+    assert 1 / gradient_lift("fp16", 1e-300) >= torch.finfo(torch.float32).tiny
 
 
 def test_no_tensor_is_larger_than_a_tile_or_an_input():
@@ -321,7 +335,16 @@ def test_a_block_may_be_empty(rows, columns):
     softmaxes = [partial.softmax(1.0) for partial in partials]
     d_image_MD, d_text_ND = torch.zeros(rows, 4), torch.zeros(columns, 4)
     d_scale = gradient_block(
-        image_MD, text_ND, 1.0, *softmaxes, d_image_MD, d_text_ND, origin=0.0, diagonal=False, precision="fp32"
+        image_MD,
+        text_ND,
+        1.0,
+        *softmaxes,
+        d_image_MD,
+        d_text_ND,
+        origin=0.0,
+        lift=1.0,
+        diagonal=False,
+        precision="fp32",
     )
     assert d_scale == 0
     assert not d_image_MD.any()

@@ -23,7 +23,7 @@ from clipscale.loss.checks import (
 )
 from clipscale.loss.engines import resolve_engine
 from clipscale.loss.link import Group, open_link
-from clipscale.loss.precision import accumulator_dtype, resolve_precision, to_operand
+from clipscale.loss.precision import accumulator_dtype, gradient_lift, resolve_precision, to_operand
 from clipscale.loss.ring import Ring, Wanted, Work, ring_gradients, ring_statistics
 
 
@@ -98,7 +98,9 @@ def contrastive_grads(
         text_MD=to_operand(text_ND, precision, contiguous=ring.size > 1),
     )
     statistics = ring_statistics(work)
-    sums = ring.link.sum(torch.cat([statistics.sums, strays]))
+    own = torch.cat([statistics.sums, strays, statistics.missing])
+    everyone = ring.link.gather(own.view(torch.int64)).view(torch.float64)
+    sums, largest_missing = everyone[:, :-1].sum(0), everyone[:, -1].max()
     total, missing, missing_diag, diag, images_right, texts_right, strays = sums.tolist()
     # X_ii is finite only where both embeddings of the pair are, so the sum of the diagonal speaks for all of them.
     if not math.isfinite(total + diag):
@@ -109,7 +111,8 @@ def contrastive_grads(
     d_image_ND = d_text_ND = d_scale = None
     if any(wanted):
         origin = torch.tensor(diag / pairs, dtype=dtype).item()  # as the tiles will have it
-        d_image_ND, d_text_ND, wrong = ring_gradients(work, statistics, image_ND, text_ND, wanted, origin)
+        lift = gradient_lift(precision, largest_missing.item())
+        d_image_ND, d_text_ND, wrong = ring_gradients(work, statistics, image_ND, text_ND, wanted, origin, lift)
         if scale_grad:
             right = origin * missing - missing_diag  # sum of -((1 - p_ii) + (1 - q_ii)) (X_ii - origin)
             d_scale = ((ring.link.sum(wrong) + right) / (2 * pairs)).to(dtype)

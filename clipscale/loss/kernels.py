@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from clipscale.loss.precision import OPERAND_DTYPE, exact_products, gradient_scale
+from clipscale.loss.precision import OPERAND_DTYPE, exact_products
 from clipscale.loss.statistics import Partial, Softmax
 from clipscale.loss.tiles import tiles_of
 from clipscale.loss.tuning import Shape, tuned
@@ -231,6 +231,7 @@ def gradient_block(
     d_text_ND: Tensor | None,
     *,
     origin: float,
+    lift: float,
     diagonal: bool,
     precision: str,
     tile: int | None = None,
@@ -239,7 +240,6 @@ def gradient_block(
     image_MD, text_ND = (_operand(side, precision) for side in (image_MD, text_ND))
     d_scale = image_MD.new_zeros((), dtype=torch.float64)
     tile = tile or _default_tile(precision)
-    lift = gradient_scale(precision)
     row_levels, column_levels = (_levels(side, logit_scale, lift, precision) for side in (rows, columns))
     g_RC = image_MD.new_empty(min(len(image_MD), tile), triton.cdiv(min(len(text_ND), tile), 16) * 16)
     shape = None

@@ -3,6 +3,7 @@
 Measured at B 4096, D 768: fp16 operands with fp32 accumulation have tf32's error, an eighth of bf16's.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,9 +19,9 @@ OPERAND_DTYPE = {
 }
 """The type in which the operands of a product are kept, and in which text blocks travel."""
 
-# Probabilities are about 1/B: lifted by 2^14 they stay normal numbers in float16 down to 4e-9, and 2 * 2^14 still fits.
-# Below 2e-12 they are lost: at B = 1M, the wrong pairs of a loss of 1e-6.
-HALF_GRADIENT_SCALE = 2.0**14
+# fp16 ends at 65504: what is multiplied into it may reach half of that.
+_HALF_TOP = 2.0**15
+_LARGEST_LIFT = 2.0**100  # 1 / lift must be a float32
 
 # torch 2.9 gave each backend its own switch; before that there was one for all.
 _SWITCH_PER_BACKEND = hasattr(torch.backends.cuda.matmul, "fp32_precision")
@@ -82,9 +83,17 @@ def round_to_tf32(values: Tensor) -> Tensor:
     return rounded
 
 
-def gradient_scale(precision: str) -> float:
-    """The power of two that dL/dS is multiplied by before it is rounded to the operand type."""
-    return HALF_GRADIENT_SCALE if precision in ("fp16", "bf16") else 1.0
+def gradient_lift(precision: str, missing: float) -> float:
+    """The power of two that p + q off the diagonal is multiplied by before it is rounded to the operand type.
+
+    `missing` is the largest 1 - p_ii of the batch, which no p_ij of a wrong pair exceeds: so p + q is lifted to just
+    below what float16 holds, and keeps its bits from 2^-29 of the largest on, however low the loss.
+    """
+    if precision not in ("fp16", "bf16"):
+        return 1.0
+    if missing <= 0.0:
+        return 1.0  # there is no gradient
+    return min(2.0 ** -math.ceil(math.log2(2 * missing / _HALF_TOP)), _LARGEST_LIFT)
 
 
 @contextmanager

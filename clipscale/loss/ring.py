@@ -169,6 +169,8 @@ class Statistics(NamedTuple):
 
     sums: Tensor
     """[6], float64: over rows and columns loss, 1 - p_ii and (1 - p_ii) X_ii; then X_ii; right rows; right columns."""
+    missing: Tensor
+    """[1], float64: the largest 1 - p_ii of them; 0 where there are none."""
     rows: Softmax
     """Of this rank's N images over all texts."""
     columns: Softmax
@@ -198,34 +200,36 @@ def ring_statistics(work: Work) -> Statistics:
     work.owner, (work.text_MD,), columns = travel(
         ring, (work.take_text(),), owner=work.owner, direction=1, visit=visit, merge=merge
     )
-    row_sums, row_softmax = _settle(rows, work.scale)
-    column_sums, column_softmax = _settle(Partial(*columns), work.scale)
+    row_sums, row_missing, row_softmax = _settle(rows, work.scale)
+    column_sums, column_missing, column_softmax = _settle(Partial(*columns), work.scale)
     sums = torch.cat([(row_sums + column_sums)[:3], row_sums[3:], column_sums[4:]])
-    return Statistics(sums, row_softmax, column_softmax)
+    return Statistics(sums, torch.maximum(row_missing, column_missing), row_softmax, column_softmax)
 
 
-def _settle(partial: Partial, scale: float) -> tuple[Tensor, Softmax]:
-    """Sums over final statistics (loss, 1 - p_ii, (1 - p_ii) X_ii, X_ii, right ones); their softmax in their place."""
-    sums = partial.max.new_zeros(5, dtype=torch.float64)
+def _settle(partial: Partial, scale: float) -> tuple[Tensor, Tensor, Softmax]:
+    """Of final statistics: sums (loss, 1 - p_ii, (1 - p_ii) X_ii, X_ii, right ones; [5], float64), the largest 1 - p_ii
+    ([1], float64), and their softmax in their place."""
+    sums, largest = partial.max.new_zeros(5, dtype=torch.float64), partial.max.new_zeros(1, dtype=torch.float64)
     for rows in _chunks(len(partial.max), 16):
         part = Partial(*(values[rows] for values in partial))
         softmax = part.softmax(scale)
         missing = softmax.missing.double()
         addends = part.loss(scale), missing, missing * part.diag, part.diag, part.correct()
         sums += torch.stack([addend.sum(dtype=torch.float64) for addend in addends])
+        largest = torch.maximum(largest, missing.amax(0, keepdim=True))
         for values, settled in zip(part, softmax, strict=True):
             values.copy_(settled)
-    return sums, Softmax(*partial)
+    return sums, largest, Softmax(*partial)
 
 
 def ring_gradients(
-    work: Work, statistics: Statistics, image_ND: Tensor, text_ND: Tensor, wanted: Wanted, origin: float
+    work: Work, statistics: Statistics, image_ND: Tensor, text_ND: Tensor, wanted: Wanted, origin: float, lift: float
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """Pass 2. Collective. True derivatives of the mean over all B pairs, in the accumulator's type.
 
     `image_ND` and `text_ND` are this rank's embeddings as they were given. The gradients of its images and of its texts
     are None where they are not wanted. The third is the scale's, [] in float64, not yet summed over the ranks nor over
-    B: that of the wrong pairs, about `origin` (see `tiles.gradient_block`).
+    B: that of the wrong pairs, about `origin` (for it and `lift` see `tiles.gradient_block`).
     """
     ring, scale = work.ring, work.scale
     dtype = accumulator_dtype(work.precision)
@@ -245,6 +249,7 @@ def ring_gradients(
                 d_image_ND,
                 d_text_MD,
                 origin=origin,
+                lift=lift,
                 diagonal=owner == ring.position,
                 precision=work.precision,
                 tile=work.tile,

@@ -3,7 +3,7 @@
     rows, columns = logsumexp_block(image_MD, text_ND, s, diagonal=True, precision="fp32")     # pass 1
     d_scale = gradient_block(                                                                  # pass 2
         image_MD, text_ND, s, rows.softmax(s), columns.softmax(s), d_image_MD, d_text_ND,
-        origin=rows.diag.mean().item(), diagonal=True, precision="fp32",
+        origin=rows.diag.mean().item(), lift=1.0, diagonal=True, precision="fp32",
     )
 
 Each visit of a tile serves both directions, and no more than tile x tile logits exist at a time (tiling: Inf-CL,
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from clipscale.loss.precision import accumulator_dtype, exact_products, gradient_scale, round_operand
+from clipscale.loss.precision import accumulator_dtype, exact_products, round_operand
 from clipscale.loss.statistics import Partial, Softmax
 
 DEFAULT_TILE = 1024
@@ -62,6 +62,7 @@ def gradient_block(
     d_text_ND: Tensor | None,
     *,
     origin: float,
+    lift: float,
     diagonal: bool,
     precision: str,
     tile: int | None = None,
@@ -72,11 +73,11 @@ def gradient_block(
     the diagonal. The diagonal's own term, -((1 - p_ii) + (1 - q_ii)), is the caller's: rounded to half precision in
     here, it would lose the gradient when the loss is low.
 
-    The gradients are in the accumulator's type; a side that is None is not computed. Returns what the wrong pairs
+    G is multiplied by `lift` before it is rounded to the operands' type (`precision.gradient_lift`). The gradients are
+    in the accumulator's type; a side that is None is not computed. Returns what the wrong pairs
     contribute to 2B dL/ds: sum_ij G_ij (X_ij - origin), [] in float64. Without the diagonal's term G does not sum to 0,
     so the caller needs it about the same `origin`; one amid the similarities keeps the two from cancelling.
     """
-    lift = gradient_scale(precision)
     d_scale = image_MD.new_zeros((), dtype=torch.float64)
     with exact_products(precision, image_MD.device):
         for row_slice, column_slice in tiles_of(len(image_MD), len(text_ND), tile or DEFAULT_TILE):
