@@ -126,7 +126,7 @@ def bench(tmp_path, *words):
 
 def test_without_matplotlib_there_are_numbers(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    status, document = bench(tmp_path, "--batches", "16")
+    status, document = bench(tmp_path, "--batches", "16,32")
     assert status == 0
     assert document["finished"]
     again = f"clipscale bench plot {tmp_path}/x.json"
@@ -134,6 +134,13 @@ def test_without_matplotlib_there_are_numbers(tmp_path, monkeypatch, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x.md"]
     assert main(["bench", "plot", str(tmp_path / "x.json")]) == 2
     assert capsys.readouterr().err.startswith("clipscale: error: no pictures: pip install matplotlib")
+
+
+def test_one_batch_makes_no_picture(tmp_path, capsys):
+    assert bench(tmp_path, "--batches", "16")[0] == 0
+    assert "no pictures: a curve wants two batches" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.png"))
+    assert ".png" not in (tmp_path / "x.md").read_text()
 
 
 def test_simulated_ranks_are_said_so(tmp_path):
@@ -196,7 +203,7 @@ def test_a_large_first_batch_is_preceded_by_a_small_one(tmp_path, monkeypatch):
 
 def test_words_for_what_json_has_no_number_for(tmp_path, monkeypatch):
     monkeypatch.setattr("clipscale.bench.case.errors", lambda *_: {"loss": float("inf"), "d_image": float("nan")})
-    _, document = bench(tmp_path, "--batches", "16")
+    _, document = bench(tmp_path, "--batches", "16,32")
     assert document["cases"][0]["rows"][0]["error"] == {"loss": "inf", "d_image": "nan"}
     assert "| nan | - | inf | - |" in (tmp_path / "x.md").read_text()
     assert main(["bench", "plot", str(tmp_path / "x.json")]) == 0

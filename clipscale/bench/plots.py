@@ -41,6 +41,8 @@ def redraw(path: str) -> list[Path]:
 
 def draw(document: dict[str, Any], folder: Path) -> tuple[list[Path], str]:
     """<name>-time.png and <name>-memory.png in `folder`; or, where they cannot be drawn, the reason."""
+    if len({case["batch"] for case in document["cases"]}) < 2:
+        return [], "no pictures: a curve wants two batches"
     try:
         import matplotlib
 
