@@ -40,8 +40,7 @@ from clipscale.dist import World, start_world
 from clipscale.eval.suite import EvalSuite
 from clipscale.gradcache import Chunks, StepResult, gradcache_step
 from clipscale.loss import ContrastiveGrads, contrastive_grads
-from clipscale.loss.engines import resolve_engine
-from clipscale.loss.precision import resolve_precision
+from clipscale.loss.engines import adopt_shapes, check_engine, tuned_shapes
 from clipscale.optim import build_optimizer, learning_rate, restore_optimizer, set_lr, total_steps
 from clipscale.parallel import broadcast_parameters, sum_gradients
 from clipscale.telemetry import Pace, RunLog, append_rows, duration, keep_rows, memory, progress_bar, track
@@ -76,8 +75,7 @@ class Trainer:
                 f"choose a multiple of {world.size}"
             )
         try:
-            precision = resolve_precision(config.loss.precision, world.device, torch.float32)
-            resolve_engine(config.loss.engine, world.device, precision)
+            check_engine(config.loss.engine, config.loss.precision, world.device)
         except ValueError as error:
             raise SharedError(str(error)) from error
         self.config, self.world = config, world
@@ -98,6 +96,7 @@ class Trainer:
         state = snapshot.state if snapshot else {"skips": {}, "last_row": {}, "order": None, "scaler": {}}
         self.skips = Counter(state["skips"])  # masked samples of all ranks, by cause
         self.last_row: dict[str, Any] = state["last_row"]
+        adopt_shapes(state.get("kernels", {}))
         self.nonfinite_in_a_row = 0
         self.last_step = self.steps_done + total_steps(config, self.position)
         self.log = RunLog(config.run.dir, is_main=world.is_main)
@@ -281,6 +280,7 @@ class Trainer:
                 "skips": dict(self.skips),
                 "scaler": self.scaler.state_dict(),
                 "last_row": self.last_row,
+                "kernels": tuned_shapes(),  # the main rank's: on equal machines, everyone's
             },
             config=self.config,
         )

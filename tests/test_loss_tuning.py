@@ -9,7 +9,7 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources
 
-from clipscale.loss import tuning
+from clipscale.loss import engines, tuning
 from clipscale.loss.tuning import INTERPRETED, candidates, tuned
 
 CAPABILITIES = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
@@ -146,6 +146,20 @@ def test_ranks_that_write_together_lose_nothing(gpu):
     assert {key: tuple(record["shape"]) for key, record in json.loads(gpu.path.read_text()).items()} == {
         f"key {rank}": HOPPER[rank % 3] for rank in range(16)
     }
+
+
+def test_a_checkpoint_brings_the_choice_to_another_machine(gpu):
+    """As JSON. It goes before what this machine's own file says."""
+    gpu.times[HOPPER[1]] = 0.5
+    choose()
+    told = json.loads(json.dumps(engines.tuned_shapes()))
+    gpu.times = {HOPPER[2]: 0.5}
+    gpu.path.unlink()
+    restart()
+    assert choose() == HOPPER[2]
+    restart()
+    engines.adopt_shapes(told)
+    assert choose() == HOPPER[1]
 
 
 def test_tuning_can_be_switched_off(gpu, monkeypatch):

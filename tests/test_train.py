@@ -217,6 +217,16 @@ def test_changed_optimizer_settings_hold_after_a_resume(tmp_path, urls):
         train(tiny_config(tmp_path, urls, "optim.kind=sgd", "train.samples=64"))
 
 
+def test_a_resume_takes_over_the_tuned_kernels(tmp_path, urls, monkeypatch):
+    """They are the main rank's; none on a CPU, unless the test says so."""
+    shapes, adopted = {"gradient fp16 on some GPU": [128, 128, 64, 8, 3, 8, True, 128]}, []
+    monkeypatch.setattr("clipscale.train.tuned_shapes", lambda: shapes)
+    monkeypatch.setattr("clipscale.train.adopt_shapes", adopted.append)
+    train(tiny_config(tmp_path, urls))
+    train(tiny_config(tmp_path, urls, "train.samples=48"))
+    assert adopted == [{}, shapes]
+
+
 def test_fp16_may_begin_at_a_resume(tmp_path, urls):
     train(tiny_config(tmp_path, urls))
     train(tiny_config(tmp_path, urls, "train.precision=fp16", "train.samples=48"))

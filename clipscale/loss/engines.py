@@ -1,11 +1,13 @@
 """Which code computes a block: Triton kernels on a GPU, plain torch elsewhere. Both have the same two functions."""
 
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from clipscale.loss import tiles
+from clipscale.loss.precision import resolve_precision
 from clipscale.loss.statistics import Partial
 
 ENGINES = ("auto", "triton", "torch")
@@ -35,6 +37,25 @@ def resolve_engine(engine: str, device: torch.device, precision: str) -> Engine:
     from clipscale.loss import kernels  # here, so that the package needs torch only
 
     return Engine("triton", kernels.logsumexp_block, kernels.gradient_block)
+
+
+def check_engine(engine: str, precision: str, device: torch.device) -> None:
+    """ValueError where float32 embeddings on `device` cannot be evaluated so."""
+    resolve_engine(engine, device, resolve_precision(precision, device, torch.float32))
+
+
+def tuned_shapes() -> dict[str, list]:
+    """What the kernels of this process have been tuned to (`tuning.chosen`); empty where there are none."""
+    tuning = sys.modules.get("clipscale.loss.tuning")
+    return tuning.chosen() if tuning else {}
+
+
+def adopt_shapes(shapes: dict[str, list]) -> None:
+    """The inverse of `tuned_shapes`."""
+    if shapes:
+        from clipscale.loss import tuning
+
+        tuning.adopt(shapes)
 
 
 def _obstacle(device: torch.device, precision: str) -> str | None:

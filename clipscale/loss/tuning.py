@@ -4,7 +4,8 @@
 
 A restart reads the file, so it does not tune again and computes the same bits. The file is `kernels.json` in the
 user's cache folder ($XDG_CACHE_HOME/clipscale, else ~/.cache/clipscale); its keys name all that a choice depends on,
-and beside each choice stand the times of all candidates. CLIPSCALE_TUNE=0 takes the first of a list, untimed.
+and beside each choice stand the times of all candidates. A checkpoint holds the choices too, for a resume on a machine
+without that file. CLIPSCALE_TUNE=0 takes the first of a list, untimed.
 """
 
 import fcntl
@@ -94,6 +95,16 @@ def tuned(kernel: str, image_RD: Tensor, text_CD: Tensor, precision: str, visit:
     if key not in _chosen:
         _chosen[key] = _remembered(key) or _remember(key, _timed(key, shapes, visit))
     return _chosen[key]
+
+
+def chosen() -> dict[str, list]:
+    """What has been chosen in this process, as JSON can hold it: for a checkpoint."""
+    return {key: [*shape] for key, shape in _chosen.items()}
+
+
+def adopt(choices: dict[str, list]) -> None:
+    """Take over what `chosen` told elsewhere. Keys that do not fit this machine or these kernels never match."""
+    _chosen.update({key: Shape(*shape) for key, shape in choices.items()})
 
 
 def _key(kernel: str, image_RD: Tensor, text_CD: Tensor, precision: str) -> str:
