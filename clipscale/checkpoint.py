@@ -5,7 +5,8 @@
     snapshot = load_checkpoint(found)
 
 A checkpoint is a folder `checkpoints/step-000000500` with model.pt (open_clip's CustomTextCLIP state dict),
-optimizer.pt, state.json (step, position, order, counters), config.yaml and manifest.json (size and SHA-256 of each).
+optimizer.pt, state.json (step, position, order, counters, the loss kernels' shapes), config.yaml and manifest.json
+(size and SHA-256 of each).
 Randomness needs no state: it is keyed by the seed and by steps and positions (gradcache.py, data/), which are here.
 Tensors are loaded with `weights_only=True`: nothing is unpickled.
 """

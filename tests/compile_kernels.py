@@ -22,7 +22,16 @@ from clipscale.loss.tuning import candidates
 TYPES = {"fp16": "fp16", "bf16": "bf16", "tf32": "fp32", "fp32": "fp32"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
-POINTERS = {"row_slots", "column_slots", "diag", "row_level", "row_factor", "column_level", "column_factor", "moments"}
+POINTERS = {
+    "row_slots",
+    "column_slots",
+    "diag",
+    "row_level",
+    "row_factor",
+    "column_level",
+    "column_factor",
+    "d_scale_slots",
+}
 ALIGNED = {"D", "image_stride", "text_stride", "g_stride"}
 
 

@@ -3,6 +3,7 @@
 import inspect
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -69,7 +70,7 @@ def stand_ins(monkeypatch):
 
 def run(contestants, case, team=ALONE):
     options = loss_options(build_parser().parse_args(["bench", "loss", "--seconds", "0.01"]))
-    rows = CaseRun(team, options, Budget(0.01, 120.0), case, error_limit=10**6).run(contestants)["rows"]
+    rows = CaseRun(team, replace(options, error_limit=10**6), Budget(0.01, 120.0), case).run(contestants)["rows"]
     return {row["contestant"]: row for row in rows}
 
 

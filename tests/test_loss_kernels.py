@@ -13,6 +13,7 @@ import triton
 from test_loss_tiles import HARD_CASES, assert_close, assert_no_worse, dense_results, stable_dense_loss
 
 from clipscale.loss import contrastive_grads, kernels, tiles
+from clipscale.loss.precision import to_operand
 from clipscale.loss.tuning import Shape
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -124,6 +125,7 @@ def test_any_width(pairs, width, precision, loads):
 def block_results(engine, image_MD, text_ND, scale, precision, diagonal, tile):
     """All that a block's two passes give, with softmaxes as if the block were the whole batch."""
     options = {"diagonal": diagonal, "precision": precision, "tile": tile}
+    image_MD, text_ND = (to_operand(side, precision, contiguous=False) for side in (image_MD, text_ND))
     rows, columns = engine.logsumexp_block(image_MD, text_ND, scale, **options)
     gradients = [torch.zeros(side.shape, device=DEVICE) for side in (image_MD, text_ND)]
     softmaxes = rows.softmax(scale), columns.softmax(scale)

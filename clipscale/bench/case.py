@@ -97,10 +97,10 @@ class Entry:
 class CaseRun:
     """Measures one case; collective."""
 
-    def __init__(self, team: Team, options: LossBench, budget: Budget, case: Case, *, error_limit: int) -> None:
+    def __init__(self, team: Team, options: LossBench, budget: Budget, case: Case) -> None:
         self.team, self.options, self.budget, self.case = team, options, budget, case
         self.clock = Clock(team)
-        self._with_errors = case.batch <= error_limit
+        self._with_errors = case.batch <= options.error_limit
         self._rows_R = sample_rows(case.batch, _SAMPLED_ROWS, seed=options.seed)
         self._truths: dict[str, Sampled | None] = {}
         self._draw = {"seed": options.seed, "device": team.device, "dtype": OPERAND_DTYPE[case.precision]}
@@ -139,13 +139,13 @@ class CaseRun:
         both = entry.contestant.both
         if not self.clock.cuda:
             outcomes, peak_bytes = watched(lambda: both(inputs), known=(inputs.image_ND, inputs.text_ND))
-            self._learn(entry, inputs, outcomes, int(self.team.slowest(peak_bytes)))
+            self._learn(entry, outcomes, int(self.team.slowest(peak_bytes)))
             return
         predicted = self.budget.predict(entry.contestant.name, self.case)
         entry.warm = predicted is None or predicted <= _COLD_ABOVE * self.budget.limit_seconds
         if entry.warm:
             self.clock.read(lambda: entry.contestant.forward(inputs))
-            self._learn(entry, inputs, self.clock.read(lambda: both(inputs)).result, None)
+            self._learn(entry, self.clock.read(lambda: both(inputs)).result, None)
 
     def _turn(self, entry: Entry, inputs: Inputs) -> None:
         """One timed turn."""
@@ -156,9 +156,9 @@ class CaseRun:
         if len(entry.both_s) == 1:
             self.budget.record(entry.contestant.name, self.case, forward + both)
             entry.repeats = self.budget.repeats(forward + both)
-            self._learn(entry, inputs, outcomes, peak_bytes if self.clock.cuda else None)
+            self._learn(entry, outcomes, peak_bytes if self.clock.cuda else None)
 
-    def _learn(self, entry: Entry, inputs: Inputs, outcomes: list[Outcome], peak_bytes: int | None) -> None:
+    def _learn(self, entry: Entry, outcomes: list[Outcome], peak_bytes: int | None) -> None:
         """Memory, and the error if it is not known yet."""
         entry.gradient_bytes = sum(outcome.gradient_bytes for outcome in outcomes)
         if peak_bytes is not None:

@@ -18,7 +18,7 @@ from clipscale.bench.team import Outcome, Team
 from clipscale.loss import contrastive_grads, contrastive_loss
 from clipscale.loss.engines import resolve_engine
 
-_LARGEST_LIFT = 2.0**15  # fits float16, in which some losses come
+_LARGEST_LOSS_SCALE = 2.0**15  # fits float16, in which some losses come
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,6 @@ def backward(inputs: Inputs, loss: Tensor, leaves: list[Tensor], first: int, *, 
     """
     lift = 1.0
     if leaves[0].dtype == torch.float16:
-        lift = min(2.0 ** (inputs.batch.bit_length() - 1), _LARGEST_LIFT)
+        lift = min(2.0 ** (inputs.batch.bit_length() - 1), _LARGEST_LOSS_SCALE)
     d_image_ND, d_text_ND, d_scale = torch.autograd.grad(loss, leaves, torch.full_like(loss, lift), allow_unused=True)
     return Outcome(loss.detach(), d_image_ND, d_text_ND, d_scale, first, lift * factor, lift)

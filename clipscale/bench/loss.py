@@ -105,7 +105,7 @@ def _measure(
     team: Team, options: LossBench, budget: Budget, case: Case, contestants: list[Contestant]
 ) -> dict[str, Any]:
     try:
-        return CaseRun(team, options, budget, case, error_limit=options.error_limit).run(contestants)
+        return CaseRun(team, options, budget, case).run(contestants)
     except Exception as error:
         if not is_out_of_memory(error):
             raise

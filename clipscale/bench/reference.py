@@ -1,8 +1,8 @@
 """The truth in float64: the loss and its derivative in the scale exactly, the embeddings' gradients for some rows.
 
 S = s I T^T never exists whole: panels of its rows pass by once, which gives every row's logsumexp and, online, every
-column's. A pair's own logit is kept apart from the wrong pairs' (as in `clipscale/loss/tiles.py`, where the identities
-stand), so that nothing cancels near a loss of zero. Memory: 16 B D bytes for the operands, and a few panels.
+column's. A pair's own logit is kept apart from the wrong pairs' (`clipscale/loss/statistics.py` has the identities), so
+that nothing cancels near a loss of zero. Memory: 16 B D bytes for the operands, and a few panels.
 
 Shapes: B pairs, D width, C rows of a panel, R sampled rows.
 """

@@ -88,7 +88,7 @@ def markdown(document: dict[str, Any], pictures: list[str]) -> str:
     ]
     if not document["finished"]:
         lines += ["**Not finished**: the command ended before its last case.", ""]
-    lines += [f"{note}" for note in document["notes"]]
+    lines += document["notes"]
     lines += ["", *(f"![{Path(picture).stem}]({picture})" for picture in pictures)]
     for case in document["cases"]:
         lines += ["", f"## {case_title(case)}", "", _row(COLUMNS), _row(["---", *["---:"] * (len(COLUMNS) - 1)])]

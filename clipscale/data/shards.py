@@ -27,7 +27,7 @@ def cache_folder(cache_dir: str | None) -> Path:
     """`data.cache_dir`, else the user's cache folder for clipscale."""
     if cache_dir is not None:
         return Path(cache_dir)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "clipscale"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clipscale"
 
 
 def expand_urls(urls: str) -> list[str]:

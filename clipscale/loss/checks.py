@@ -1,6 +1,7 @@
 """What the loss refuses, and what it says then: arguments, embeddings that are not finite or out of fp16's range.
 
-A batch's values are looked into only after a number that the passes bring along (`contrastive.py`) has told of trouble.
+Which embedding is at fault is looked for only after a number that travels with the statistics (`contrastive.py`) has
+told of trouble.
 
 Shapes: N pairs on this rank, D width.
 """

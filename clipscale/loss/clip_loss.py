@@ -30,7 +30,8 @@ class ClipLoss(nn.Module):
         rank, world_size: this process's and that of its group. 1 (the default) is this process's pairs only, without
             communication, also where torch.distributed is initialised.
         use_horovod: must be False.
-        group, precision, engine, tile: as in `contrastive_grads`; `group` None is the default process group.
+        group, precision, engine, tile: as in `contrastive_grads`; `group` None is the default process group
+            where `world_size` is above 1.
     """
 
     def __init__(

@@ -142,7 +142,8 @@ def contrastive_loss(
     Gradients follow open_clip's convention (`local_loss=False, gather_with_grad=True`), so that a tower wrapped in DDP,
     which averages over the ranks, ends with the gradient of the mean over all pairs: the embeddings' gradients are
     that mean's times the number of ranks, and `logit_scale`'s is complete on every rank. They come in the inputs'
-    types; those of half-precision embeddings should be scaled (GradScaler) at batches in the millions.
+    types: half-precision embeddings round them to that type, and in fp16 they vanish where a large batch or a loss near
+    0 makes them small. A GradScaler helps; float32 embeddings under precision='fp16' keep every digit.
 
     Call it outside of code that torch.compile compiles.
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from clipscale.loss import tiles
 from clipscale.loss.precision import resolve_precision
@@ -17,7 +18,7 @@ class Engine(NamedTuple):
     name: str
     logsumexp_block: Callable[..., tuple[Partial, Partial]]
     """Pass 1 over one block: see `tiles.logsumexp_block`."""
-    gradient_block: Callable[..., None]
+    gradient_block: Callable[..., Tensor]
     """Pass 2 over one block: see `tiles.gradient_block`."""
 
 

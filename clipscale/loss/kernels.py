@@ -154,7 +154,7 @@ def _merge_kernel(max_ptr, sum_ptr, slots_ptr, M, slots, scale_log2, ROWS: tl.co
 @triton.jit(do_not_specialize=["M", "N", "offset"])
 def _gradient_kernel(
     image, text, M, N, D, image_stride, text_stride, offset, scale_log2,
-    row_level, row_factor, column_level, column_factor, origin, g, g_stride, moments,
+    row_level, row_factor, column_level, column_factor, origin, g, g_stride, d_scale_slots,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
     DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -162,7 +162,7 @@ def _gradient_kernel(
     multiple of 16 entries.
 
     lift p_ij = 2^(scale_log2 (X_ij - level_i)), times factor_i in fp32 (`_levels`), and q alike with the columns'.
-    moments takes each tile's sum of g (X - origin), before g is rounded.
+    d_scale_slots takes each tile's sum of g (X - origin), before g is rounded.
     """
     row, column = _tile_origin(tl.program_id(0), M, N, ROWS, COLUMNS, GROUP)
     x_RC = _similarities(
@@ -182,7 +182,7 @@ def _gradient_kernel(
         p_RC *= tl.load(row_factor + rows_R, mask=rows_R < M, other=0.0)[:, None]
         q_RC *= tl.load(column_factor + columns_C, mask=columns_C < N, other=0.0)[None, :]
     g_RC = p_RC + q_RC
-    tl.store(moments + tl.program_id(0), tl.sum(g_RC * (x_RC - origin)))
+    tl.store(d_scale_slots + tl.program_id(0), tl.sum(g_RC * (x_RC - origin)))
     if PRECISION == "tf32":  # to nearest: the tensor cores cut off what tf32 has no bits for
         g_RC = ((g_RC.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
     if DESCRIPTORS:
@@ -204,8 +204,10 @@ def logsumexp_block(
     precision: str,
     tile: int | None = None,
 ) -> tuple[Partial, Partial]:
-    """Pass 1 over one block: `tiles.logsumexp_block`. `tile`: rows and columns that are worked on between merges."""
-    image_MD, text_ND = (_operand(side, precision) for side in (image_MD, text_ND))
+    """Pass 1 over one block of operands (`precision.to_operand`): `tiles.logsumexp_block`.
+
+    `tile`: rows and columns that are worked on between merges.
+    """
     rows, columns = (Partial.empty(len(side), side.new_empty(0, dtype=torch.float32)) for side in (image_MD, text_ND))
     shape = None
     with torch.cuda.device_of(image_MD):
@@ -236,8 +238,10 @@ def gradient_block(
     precision: str,
     tile: int | None = None,
 ) -> Tensor:
-    """Pass 2 over one block: `tiles.gradient_block`. `tile`: rows and columns of G that exist at a time."""
-    image_MD, text_ND = (_operand(side, precision) for side in (image_MD, text_ND))
+    """Pass 2 over one block of operands (`precision.to_operand`): `tiles.gradient_block`.
+
+    `tile`: rows and columns of G that exist at a time.
+    """
     d_scale = image_MD.new_zeros((), dtype=torch.float64)
     tile = tile or _default_tile(precision)
     row_levels, column_levels = (_levels(side, logit_scale, lift, precision) for side in (rows, columns))
@@ -257,12 +261,6 @@ def gradient_block(
             if d_text_ND is not None:
                 _accumulate(d_text_ND[column_slice], part_RC.T, image_RD, 1 / lift)
     return d_scale / lift
-
-
-def _operand(embeddings_MD: Tensor, precision: str) -> Tensor:
-    """In the operands' type, with neighbouring columns side by side; rows may lie apart."""
-    embeddings_MD = embeddings_MD.to(OPERAND_DTYPE[precision])
-    return embeddings_MD if embeddings_MD.stride(1) == 1 else embeddings_MD.contiguous()
 
 
 def _default_tile(precision: str) -> int:
@@ -311,13 +309,13 @@ def _gradient_tile(
     precision: str,
     shape: Shape,
 ) -> Tensor:
-    """G of a macro-tile, into `g_RC`; returns the moments [tiles]."""
-    moments = levels[0].new_empty(_programs(image_RD, text_CD, shape))
+    """G of a macro-tile, into `g_RC`; returns each tile's sum of g (X - origin), [tiles]."""
+    d_scale_slots = levels[0].new_empty(_programs(image_RD, text_CD, shape))
     descriptors = shape.descriptors and all(map(_describable, (image_RD, text_CD, g_RC)))
     g = TensorDescriptor.from_tensor(g_RC, [shape.rows, shape.columns]) if descriptors else g_RC
-    others = (*levels, origin, g, g_RC.stride(0), moments)
+    others = (*levels, origin, g, g_RC.stride(0), d_scale_slots)
     _launch(_gradient_kernel, image_RD, text_CD, scale, offset, others, precision, shape, descriptors)
-    return moments
+    return d_scale_slots
 
 
 def _launch(
@@ -348,8 +346,8 @@ def _programs(image_RD: Tensor, text_CD: Tensor, shape: Shape) -> int:
 
 
 def _describable(values_RD: Tensor) -> bool:
-    """Whether a tensor descriptor can hold it: separate rows that begin at multiples of 16 entries (of bytes, but in
-    Triton 3.4)."""
+    """Whether a tensor descriptor can hold it: rows that do not overlap, a base that 16 bytes divide and a stride that
+    16 entries divide."""
     stride = values_RD.stride(0)
     return values_RD.data_ptr() % 16 == 0 and stride % 16 == 0 and stride >= values_RD.shape[1]
 

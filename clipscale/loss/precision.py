@@ -1,6 +1,6 @@
 """What a product of the loss is rounded to: the names a user may ask for, and how plain torch multiplies under each.
 
-Measured at B 4096, D 768: fp16 operands with fp32 accumulation have tf32's error, an eighth of bf16's.
+At B 4096, D 768 fp16's error is a seventh to a twelfth of bf16's (docs/benchmarks/precision-scale-*.md).
 """
 
 import math

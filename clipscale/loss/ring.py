@@ -96,7 +96,8 @@ class Ring:
         return sum(self.pairs)
 
     def pass_on(self, blocks: Tensors, owner_after: int, direction: int) -> Callable[[], Tensors]:
-        """Start to send `blocks` to the next position and to receive those of `owner_after` from the one before.
+        """Start to send `blocks` to the position `direction` (+-1) away, and to receive those of `owner_after` from the
+        other side.
 
         The function that is returned waits for both and gives what came. Nothing is sent for a block without pairs:
         both sides know the sizes.
@@ -210,7 +211,7 @@ def _settle(partial: Partial, scale: float) -> tuple[Tensor, Tensor, Softmax]:
     """Of final statistics: sums (loss, 1 - p_ii, (1 - p_ii) X_ii, X_ii, right ones; [5], float64), the largest 1 - p_ii
     ([1], float64), and their softmax in their place."""
     sums, largest = partial.max.new_zeros(5, dtype=torch.float64), partial.max.new_zeros(1, dtype=torch.float64)
-    for rows in _chunks(len(partial.max), 16):
+    for rows in _chunks(len(partial.max), 16):  # some 16 temporaries a row
         part = Partial(*(values[rows] for values in partial))
         softmax = part.softmax(scale)
         missing = softmax.missing.double()
@@ -228,8 +229,8 @@ def ring_gradients(
     """Pass 2. Collective. True derivatives of the mean over all B pairs, in the accumulator's type.
 
     `image_ND` and `text_ND` are this rank's embeddings as they were given. The gradients of its images and of its texts
-    are None where they are not wanted. The third is the scale's, [] in float64, not yet summed over the ranks nor over
-    B: that of the wrong pairs, about `origin` (for it and `lift` see `tiles.gradient_block`).
+    are None where they are not wanted. The third is the scale's, [] in float64, not yet summed over the ranks nor
+    divided by 2B: what the wrong pairs contribute, about `origin` (for it and `lift` see `tiles.gradient_block`).
     """
     ring, scale = work.ring, work.scale
     dtype = accumulator_dtype(work.precision)
@@ -260,7 +261,7 @@ def ring_gradients(
     def merge(carried: Tensors, own: Tensors) -> Tensors:
         return (carried[0].add_(own[0]),)
 
-    work.owner, (work.text_MD, *columns), gathered = travel(
+    _, (_, *columns), gathered = travel(
         ring, (work.take_text(), *statistics.columns), owner=work.owner, direction=-1, visit=visit, merge=merge
     )
     d_text_ND = gathered[0] if wanted.text else None
@@ -275,7 +276,8 @@ def ring_gradients(
 
 
 def _finish(d_ND: Tensor, missing_N1: Tensor, partner_ND: Tensor, factor: float) -> None:
-    """Add the diagonal's term, 2B dL/dS_ii = -((1 - p_ii) + (1 - q_ii)), and turn 2B/s dL/dX into dL/dX, in place."""
+    """Add the diagonal's term, 2B dL/dS_ii = -((1 - p_ii) + (1 - q_ii)), and turn 2B/s times the gradient into it, in
+    place."""
     for rows in _chunks(*d_ND.shape):
         d_ND[rows].addcmul_(missing_N1[rows], partner_ND[rows].to(d_ND.dtype), value=-1.0).mul_(factor)
 

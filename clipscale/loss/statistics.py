@@ -2,8 +2,8 @@
 
 X = image text^T are the similarities and S = s X the logits. Everything is kept in X, the scale s apart: S would round
 a logit of 100 by 4e-6, and differences of similarities are nearly free of rounding. The diagonal X_ii, a pair's own
-similarity, is kept apart from the X_ij of the wrong pairs throughout: near a loss of zero, log(sum_j exp S_ij) - S_ii
-and p_ii - 1 would cancel to nothing.
+similarity, is kept apart from the X_ij of the wrong pairs until nothing can cancel: near a loss of zero,
+log(sum_j exp S_ij) - S_ii and p_ii - 1 would be nothing.
 
 Shapes: every tensor has one value per row of its block, in the accumulator's type.
 """

@@ -40,9 +40,8 @@ def logsumexp_block(
     rows, columns = Partial.empty(len(image_MD), like), Partial.empty(len(text_ND), like)
     with exact_products(precision, image_MD.device):
         for row_slice, column_slice in tiles_of(len(image_MD), len(text_ND), tile or DEFAULT_TILE):
-            image_TD, text_UD = (
-                round_operand(side, precision) for side in (image_MD[row_slice], text_ND[column_slice])
-            )
+            image_TD = round_operand(image_MD[row_slice], precision)
+            text_UD = round_operand(text_ND[column_slice], precision)
             x_TU = image_TD @ text_UD.T
             if diagonal and row_slice == column_slice:
                 rows.diag[row_slice] = columns.diag[column_slice] = x_TU.diagonal()
@@ -74,16 +73,15 @@ def gradient_block(
     here, it would lose the gradient when the loss is low.
 
     G is multiplied by `lift` before it is rounded to the operands' type (`precision.gradient_lift`). The gradients are
-    in the accumulator's type; a side that is None is not computed. Returns what the wrong pairs
-    contribute to 2B dL/ds: sum_ij G_ij (X_ij - origin), [] in float64. Without the diagonal's term G does not sum to 0,
-    so the caller needs it about the same `origin`; one amid the similarities keeps the two from cancelling.
+    in the accumulator's type; a side that is None is not computed. Returns what the wrong pairs contribute to 2B dL/ds:
+    sum_ij G_ij (X_ij - origin), [] in float64. Without the diagonal's term G does not sum to 0, so the caller needs it
+    about the same `origin`; one amid the similarities keeps the two from cancelling.
     """
     d_scale = image_MD.new_zeros((), dtype=torch.float64)
     with exact_products(precision, image_MD.device):
         for row_slice, column_slice in tiles_of(len(image_MD), len(text_ND), tile or DEFAULT_TILE):
-            image_TD, text_UD = (
-                round_operand(side, precision) for side in (image_MD[row_slice], text_ND[column_slice])
-            )
+            image_TD = round_operand(image_MD[row_slice], precision)
+            text_UD = round_operand(text_ND[column_slice], precision)
             x_TU = image_TD @ text_UD.T
             p_TU = (x_TU - rows.peak[row_slice, None]).mul_(logit_scale).exp_().mul_(rows.inverse[row_slice, None])
             q_TU = (x_TU - columns.peak[column_slice]).mul_(logit_scale).exp_().mul_(columns.inverse[column_slice])

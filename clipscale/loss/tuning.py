@@ -172,7 +172,9 @@ def _remembered(key: str) -> Shape | None:
 def _read() -> dict[str, dict]:
     try:
         records = json.loads(_path().read_text())
-        return {key: record for key, record in records.items() if Shape(*record["shape"])}
+        for record in records.values():
+            Shape(*record["shape"])  # or it is damaged
+        return records
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -181,4 +183,4 @@ def _read() -> dict[str, dict]:
 
 
 def _path() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "clipscale" / "kernels.json"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clipscale" / "kernels.json"
