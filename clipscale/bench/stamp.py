@@ -29,7 +29,7 @@ def stamp(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda or "none",
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "none",
         "python": platform.python_version(),
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
     }
 
 
