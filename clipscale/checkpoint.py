@@ -28,8 +28,9 @@ from typing import Any, TextIO
 
 import torch
 
-from clipscale.config import Config, UserError
+from clipscale.config import Config
 from clipscale.config_load import config_from_yaml, dump_config
+from clipscale.errors import UserError
 
 VERSION = 1
 _NAME = re.compile(r"step-(\d{9})")

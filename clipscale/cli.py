@@ -13,8 +13,8 @@ import textwrap
 
 from clipscale import __version__
 from clipscale.bench.options import add_loss_arguments, loss_options
-from clipscale.config import SharedError, UserError
 from clipscale.config_load import dump_config, load_config
+from clipscale.errors import SharedError, UserError
 
 _TRAIN_EXAMPLES = """\
 examples:

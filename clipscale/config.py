@@ -1,4 +1,4 @@
-"""Every setting of clipscale in one page. No torch import.
+"""Every setting of clipscale (those of `data` and `replay` in config_data.py). No torch import.
 
 A value or combination that cannot be raises `UserError` with one line that holds the value, the rule and the fix.
 Units live in names (`_steps`, `_samples`, `_bytes`, `_seconds`). `config_load.py` fills these in from YAML.
@@ -11,21 +11,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from omegaconf import MISSING
-
-
-class UserError(ValueError):
-    """Something the person who runs clipscale can mend: shown as one line, without a traceback."""
-
-
-class SharedError(UserError):
-    """Raised on every rank alike, so that telling it once is enough."""
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise `UserError(message)` unless `condition` holds."""
-    if not condition:
-        raise UserError(message)
+from clipscale.config_data import Data, Replay
+from clipscale.errors import require
 
 
 @dataclass(frozen=True)
@@ -64,71 +51,6 @@ class Model:
             0 < self.logit_scale_init <= self.logit_scale_max,
             f"model.logit_scale_init={self.logit_scale_init} must lie in (0, model.logit_scale_max="
             f"{self.logit_scale_max}]",
-        )
-
-
-@dataclass(frozen=True)
-class Source:
-    urls: str = MISSING  # shards: braces, globs, several joined by '::'
-    weight: float = 1.0  # share of the samples, relative to the other sources
-
-    def __post_init__(self) -> None:
-        require(self.weight >= 0, f"a source's weight={self.weight} must not be negative; 0 switches it off")
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """The procedural picture set that the quickstart trains on; built before training where absent."""
-
-    dir: str = "runs/shapes"
-    train_samples: int = 20_000
-    validation_samples: int = 1_024
-    test_samples: int = 2_560
-    image_size: int = 32
-    seed: int = 0
-    shuffle_captions: bool = False  # the control experiment: captions say nothing about their pictures
-
-
-@dataclass(frozen=True)
-class Data:
-    sources: dict[str, Source] = field(default_factory=dict)
-    shapes: Shapes | None = None
-    index_dir: str | None = None  # where index sidecars go; default: beside each shard, else the cache folder
-    cache_dir: str | None = None  # copies of remote shards; default: the user's cache folder
-    streams: int | None = None  # V of the sample order; default: from the number of shards, recorded
-    block_shards: int | None = None  # K of the sample order; default: one block a stream
-    epoch_boundary: Literal["straddle", "drop"] = "straddle"  # a batch over two epochs, or the remainder left out
-    allow_repeats: bool = False  # an epoch shorter than the batch: the same pair several times in a batch
-    accept_changes: bool = False  # resume although shards, seed, crop or decoders differ from the checkpoint's
-    crop_scale: tuple[float, float] = (0.9, 1.0)  # share of the picture's area that the random crop keeps
-    crop_ratio: tuple[float, float] = (0.75, 4 / 3)
-    max_pixels: int = 90_000_000  # a picture whose header promises more is refused
-    max_bad_fraction: float = 0.05  # more masked samples than this end the run
-    threads: int = 2  # decode threads per rank
-    prefetch_steps: int = 1  # step batches decoded ahead; each holds its uint8 pixels in host memory
-
-    def __post_init__(self) -> None:
-        low, high = self.crop_scale
-        require(0 < low <= high <= 1, f"data.crop_scale={list(self.crop_scale)} must be 0 < low <= high <= 1")
-        low, high = self.crop_ratio
-        require(0 < low <= high, f"data.crop_ratio={list(self.crop_ratio)} must be 0 < low <= high")
-        require(self.threads >= 1, f"data.threads={self.threads} must be at least 1")
-        require(self.max_pixels >= 1, f"data.max_pixels={self.max_pixels} must be at least 1")
-        require(self.prefetch_steps >= 1, f"data.prefetch_steps={self.prefetch_steps} must be at least 1")
-        require(0 <= self.max_bad_fraction <= 1, f"data.max_bad_fraction={self.max_bad_fraction} must lie in [0, 1]")
-        require(self.streams is None or self.streams >= 1, f"data.streams={self.streams} must be at least 1, or null")
-        require(
-            self.block_shards is None or self.block_shards >= 1,
-            f"data.block_shards={self.block_shards} must be at least 1, or null",
-        )
-        active = [name for name, source in self.sources.items() if source.weight > 0]
-        require(
-            bool(active) or not self.sources,
-            "every data source has weight 0; set data.sources.<name>.weight of at least one above 0",
-        )
-        require(
-            self.epoch_boundary == "straddle" or len(active) <= 1,
-            "data.epoch_boundary=drop needs a single source (each of a mixture has its own epochs); use straddle",
         )
 
 
@@ -270,6 +192,7 @@ class Config:
     train: Train = field(default_factory=Train)
     optim: Optim = field(default_factory=Optim)
     gradcache: GradCache = field(default_factory=GradCache)
+    replay: Replay = field(default_factory=Replay)
     loss: Loss = field(default_factory=Loss)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     eval: Eval = field(default_factory=Eval)

@@ -21,7 +21,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from clipscale.config import Config, UserError, flat, require
+from clipscale.config import Config, flat
+from clipscale.errors import UserError, require
 
 Layer = tuple[str, Callable[[], Any]]  # what an error calls it, and how to read it
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from clipscale.config import SharedError, UserError, require
+from clipscale.errors import SharedError, UserError, require
 
 _TIMEOUT_SECONDS = 1800
 

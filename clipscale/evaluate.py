@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from clipscale.checkpoint import find_checkpoint, load_checkpoint, load_config_of
-from clipscale.config import Config, require
+from clipscale.config import Config
 from clipscale.config_load import apply_overrides
 from clipscale.data.tokenize import build_tokenizer
 from clipscale.dist import start_world
+from clipscale.errors import require
 from clipscale.eval.suite import EvalSuite
 from clipscale.towers import autocast_dtype, build_towers
 

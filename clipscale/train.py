@@ -28,7 +28,7 @@ from clipscale.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
 )
-from clipscale.config import Config, SharedError, UserError, require
+from clipscale.config import Config
 from clipscale.config_load import changed_keys, dump_config
 from clipscale.counter import fold
 from clipscale.data.loader import Loader, StepBatch
@@ -37,6 +37,7 @@ from clipscale.data.shapes import make_shapes
 from clipscale.data.source import open_source
 from clipscale.data.tokenize import build_tokenizer
 from clipscale.dist import World, start_world
+from clipscale.errors import SharedError, UserError, require
 from clipscale.eval.suite import EvalSuite
 from clipscale.gradcache import Chunks, StepResult, gradcache_step
 from clipscale.loss import ContrastiveGrads, contrastive_grads

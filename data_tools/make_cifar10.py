@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from clipscale.config import UserError, require
 from clipscale.data.shard_writer import ShardWriter, write_file
+from clipscale.errors import UserError, require
 
 ROW_BYTES = 1 + 3 * 32 * 32  # a label, then the red, the green and the blue plane
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from clipscale.config import UserError
 from clipscale.data.shapes import make_shapes
+from clipscale.errors import UserError
 
 EXAMPLES = """\
 examples:

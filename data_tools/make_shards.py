@@ -25,9 +25,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from clipscale.config import Data, UserError
+from clipscale.config_data import Data
 from clipscale.data.shard_inputs import Keys, Refusal, Row, read_pictures, read_source
 from clipscale.data.shard_writer import ShardWriter, sync_folder, write_file
+from clipscale.errors import UserError
 
 EXAMPLES = """\
 examples:

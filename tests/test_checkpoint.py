@@ -22,7 +22,8 @@ from clipscale.checkpoint import (
     save_checkpoint,
     verify,
 )
-from clipscale.config import Optim, UserError
+from clipscale.config import Optim
+from clipscale.errors import UserError
 from clipscale.optim import build_optimizer
 from clipscale.towers import build_towers
 

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from clipscale.config import Config, Model, Shapes, Source, UserError
+from clipscale.config import Config, Model, flat
+from clipscale.config_data import Shapes, Source
 from clipscale.config_load import apply_overrides, changed_keys, config_from_yaml, dump_config, load_config
+from clipscale.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 TOWER = "{image_size: 16, patch_size: 8, width: 32, layers: 1, head_width: 16}"
@@ -121,7 +123,8 @@ def test_changed_keys_names_what_differs():
     assert "optim.lr: 0.1 -> 0.2" in changes
     assert "data.sources.b.urls: None -> b.tar" in changes
     assert "data.shapes.seed: None -> 1" in changes
-    assert len(changes) == 3 + 1 + len(dataclasses.fields(Shapes)) - 1
+    source = [value for value in flat(dataclasses.asdict(Source(urls="b.tar"))).values() if value is not None]
+    assert len(changes) == 1 + len(source) + len(dataclasses.fields(Shapes))
 
 
 def test_warmup_in_samples_and_in_steps():

@@ -4,10 +4,10 @@ import torch
 from PIL import Image
 from shards import picture, write_pairs, write_shard
 
-from clipscale.config import UserError
 from clipscale.data.decode import center_square, crop_and_resize, decode
 from clipscale.data.evalset import FolderPictures, ShardPictures, batches
 from clipscale.data.source import open_source
+from clipscale.errors import UserError
 
 
 def view(data: bytes, side: int) -> torch.Tensor:

@@ -15,11 +15,11 @@ from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from shards import picture, write_shard, write_tar
 
-from clipscale.config import UserError
 from clipscale.data import index as index_module
 from clipscale.data.index import IMAGE_SUFFIXES, index_shard
 from clipscale.data.source import Source, open_source
 from clipscale.data.tar import list_members
+from clipscale.errors import UserError
 
 JPEG = picture(0, 16, 16)
 

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (  # from the bottom up; a unit is a file or a folder of clipscale/
-    ("__init__", "config", "config_load", "counter", "dist", "telemetry"),
+    ("__init__", "errors", "config_data", "config", "config_load", "counter", "dist", "telemetry"),
     ("data", "towers", "loss"),
     ("gradcache", "parallel", "optim", "checkpoint", "eval"),
     ("train", "evaluate", "cli", "__main__", "bench", "plan"),
@@ -66,7 +66,7 @@ def forbidden(module: str, code: str) -> list[str]:
 def allowed(unit: str, target: str) -> bool:
     if unit == target:
         return True
-    if target == "data_tools" or unit == "config":
+    if target == "data_tools" or unit == "errors":
         return False
     if unit == "data_tools":
         return target == "data" or layer_of(target) == GROUND
@@ -87,8 +87,8 @@ def test_imports_go_downwards_only():
 @pytest.mark.parametrize(
     ("module", "code"),
     [
-        ("clipscale.config", "from clipscale.counter import fold"),
-        ("clipscale.config", "from clipscale.config_load import load_config"),
+        ("clipscale.errors", "from clipscale.counter import fold"),
+        ("clipscale.config_data", "import clipscale.data.tar"),
         ("clipscale.counter", "import clipscale.data.tar"),
         ("clipscale.data.tar", "from clipscale.loss import contrastive_grads"),
         ("clipscale.towers", "def f():\n    from clipscale import data"),
@@ -108,12 +108,12 @@ def test_the_checker_catches(module, code):
 @pytest.mark.parametrize(
     ("module", "code"),
     [
-        ("clipscale.dist", "from clipscale.config import require"),
+        ("clipscale.dist", "from clipscale.errors import require"),
         ("clipscale.data.tar", "from clipscale.data.index import Shard\nfrom clipscale import __version__"),
         ("clipscale.gradcache", "from clipscale.loss import contrastive_grads"),
         ("clipscale.eval.suite", "from clipscale.eval.zeroshot import load_task\nfrom clipscale.data import source"),
         ("clipscale.cli", "from clipscale.train import train\nimport torch"),
-        ("data_tools.make_shards", "from clipscale.data.decode import decode\nfrom clipscale.config import Data"),
+        ("data_tools.make_shards", "from clipscale.data.decode import decode\nfrom clipscale.config_data import Data"),
     ],
 )
 def test_the_checker_lets_pass(module, code):

@@ -11,12 +11,13 @@ import pytest
 import torch
 from shards import picture, write_pairs, write_shard
 
-from clipscale.config import Data, Source, UserError
+from clipscale.config_data import Data, Source
 from clipscale.data import index as index_module
 from clipscale.data import source as source_module
 from clipscale.data.decode import decode
 from clipscale.data.loader import Loader, StepBatch
 from clipscale.data.pipeline import Pipeline, build_pipeline
+from clipscale.errors import UserError
 
 LENGTH = 24
 

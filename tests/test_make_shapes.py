@@ -15,11 +15,11 @@ import pytest
 import webdataset as wds
 from PIL import Image
 
-from clipscale.config import UserError
 from clipscale.data import shape_pictures, shapes
 from clipscale.data.shape_pictures import CLASS_NAMES, CLASSES, COLOURS, HELD_OUT, SEEN, SHAPES, draw_attributes
 from clipscale.data.shapes import make_shapes
 from clipscale.data.shard_writer import ShardWriter, shard_sizes
+from clipscale.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {"train_samples": 300, "validation_samples": 40, "test_samples": 128, "shards": 3}

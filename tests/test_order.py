@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipscale.config import UserError
 from clipscale.data.order import Mixture, Order, default_streams, rank_positions
+from clipscale.errors import UserError
 
 # --- Order: what it promises for every configuration ------------------------------------------------------------------
 

@@ -10,8 +10,9 @@ import torch
 from spawn import run_ranks
 from test_gradcache import make_batch, make_towers, worst_error
 
-from clipscale.config import Config, SharedError, Train
+from clipscale.config import Config, Train
 from clipscale.dist import World
+from clipscale.errors import SharedError
 from clipscale.gradcache import Chunks, gradcache_step
 from clipscale.loss import contrastive_grads
 from clipscale.parallel import broadcast_parameters, sum_gradients

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from shards import picture, write_pairs, write_shard
 
-from clipscale.config import UserError
 from clipscale.data.shards import cache_folder, expand_urls, is_local, local_path
 from clipscale.data.source import open_source
+from clipscale.errors import UserError
 
 # --- expand_urls ------------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from tiny import MODEL
 
-from clipscale.config import Model, UserError
+from clipscale.config import Model
+from clipscale.errors import UserError
 from clipscale.towers import build_towers
 
 CAPTIONS = ["a red circle", "the large blue star sits in the middle, on gravel", ""]

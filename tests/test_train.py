@@ -12,8 +12,8 @@ import torch
 from shards import write_pairs
 from tiny import tiny_config
 
-from clipscale.config import UserError
 from clipscale.dist import World
+from clipscale.errors import UserError
 from clipscale.loss import contrastive_grads
 from clipscale.train import Trainer, train
 

@@ -14,10 +14,11 @@ from shards import write_pairs
 from spawn import run_ranks
 from tiny import MODEL
 
-from clipscale.config import Loss, UserError, Validation
+from clipscale.config import Loss, Validation
 from clipscale.data.source import open_source
 from clipscale.data.tokenize import build_tokenizer
 from clipscale.dist import World
+from clipscale.errors import UserError
 from clipscale.eval.validation import ValidationResult, evaluate_validation
 from clipscale.towers import build_towers
 

@@ -14,9 +14,10 @@ from PIL import Image
 from shards import picture, write_shard
 from tiny import MODEL
 
-from clipscale.config import UserError, ZeroShot
+from clipscale.config import ZeroShot
 from clipscale.data.tokenize import build_tokenizer
 from clipscale.dist import World
+from clipscale.errors import UserError
 from clipscale.eval.zeroshot import ZeroShotResult, build_classifier, evaluate_zeroshot, load_task
 from clipscale.towers import Towers, build_towers
 

@@ -21,8 +21,8 @@ from clipscale.bench.plots import draw
 from clipscale.bench.report import text_table, write
 from clipscale.bench.stamp import device_name, package_version, stamp
 from clipscale.bench.team import Team
-from clipscale.config import SharedError, UserError, require
 from clipscale.dist import start_world
+from clipscale.errors import SharedError, UserError, require
 from clipscale.loss.precision import resolve_precision
 
 _BATCHES = {"cuda": tuple(4096 * 4**i for i in range(5)), "cpu": (1024, 2048, 4096)}

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from clipscale.config import UserError, require
+from clipscale.errors import UserError, require
 
 PRECISIONS = ("auto", "fp16", "bf16", "tf32", "fp32", "fp64")
 ENGINES = ("auto", "triton", "torch")

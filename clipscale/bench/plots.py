@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clipscale.bench.options import size_name
-from clipscale.config import UserError, require
+from clipscale.errors import UserError, require
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, each with a marker of its own.
 _STYLES = (

@@ -16,10 +16,10 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from clipscale.config import require
 from clipscale.data.decode import BadSample, center_square, crop_and_resize, decode
 from clipscale.data.index import IMAGE_SUFFIXES
 from clipscale.data.source import Source
+from clipscale.errors import require
 
 
 class Pictures(Protocol):

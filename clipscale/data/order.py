@@ -21,8 +21,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from clipscale.config import require
 from clipscale.counter import draw, fold, permuted, shuffled
+from clipscale.errors import require
 
 _SHARDS_PER_STREAM = 4
 _SAMPLES_PER_STREAM_AND_BATCH = 4

@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from clipscale.config import Data, UserError, require
+from clipscale.config_data import Data
 from clipscale.counter import fold
 from clipscale.data.order import Mixture, Order, default_streams
 from clipscale.data.source import Source, open_source
 from clipscale.data.tokenize import Tokenize
+from clipscale.errors import UserError, require
 
 
 @dataclass(frozen=True)

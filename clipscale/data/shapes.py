@@ -19,7 +19,6 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from clipscale.config import UserError
 from clipscale.data.shape_pictures import (
     CLASS_NAMES,
     HELD_OUT,
@@ -31,6 +30,7 @@ from clipscale.data.shape_pictures import (
     shuffled_captions,
 )
 from clipscale.data.shard_writer import ShardWriter, shard_sizes, write_file
+from clipscale.errors import UserError
 
 VERSION = 1  # raise it with every change that alters pixels, captions or files: older folders are then refused
 _PIXELS_PER_BATCH = 2**17  # 128 pictures of side 32: the working set stays in the cache

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-from clipscale.config import UserError
 from clipscale.data.decode import BadSample, decode, sniff
+from clipscale.errors import UserError
 
 LIST_FORMATS = {".csv": ",", ".tsv": "\t", ".jsonl": None, ".ndjson": None}
 # What counts as a picture in a folder; the ones that shards cannot hold are then refused by name and cause.

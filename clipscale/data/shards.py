@@ -20,7 +20,7 @@ from pathlib import Path
 import webdataset
 from webdataset.shardlists import expand_urls as expand_braces
 
-from clipscale.config import UserError, require
+from clipscale.errors import UserError, require
 
 
 def cache_folder(cache_dir: str | None) -> Path:

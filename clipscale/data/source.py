@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clipscale.config import UserError
 from clipscale.data.index import Need, Shard, Table, index_shard
 from clipscale.data.shards import expand_urls, local_path
+from clipscale.errors import UserError
 
 _MAX_OPEN_FILES = 64  # of each source; a process may have 1,024 in all on many systems
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import open_clip
 import torch
 
-from clipscale.config import UserError
+from clipscale.errors import UserError
 
 Tokenize = Callable[[list[str]], torch.Tensor]
 

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from clipscale.config import Loss, Validation, require
+from clipscale.config import Loss, Validation
 from clipscale.data.evalset import ShardPictures, batches
 from clipscale.data.source import Source
 from clipscale.data.tokenize import Tokenize
 from clipscale.dist import World
+from clipscale.errors import require
 from clipscale.loss import ContrastiveGrads, contrastive_grads
 from clipscale.towers import Towers
 

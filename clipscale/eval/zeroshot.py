@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipscale.config import UserError, ZeroShot, require
+from clipscale.config import ZeroShot
 from clipscale.data.evalset import FolderPictures, Pictures, ShardPictures, batches
 from clipscale.data.source import open_source
 from clipscale.data.tokenize import Tokenize
 from clipscale.dist import World
+from clipscale.errors import UserError, require
 from clipscale.towers import Towers
 
 

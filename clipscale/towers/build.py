@@ -24,7 +24,8 @@ from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from torch import nn
 
-from clipscale.config import Model, UserError, require
+from clipscale.config import Model
+from clipscale.errors import UserError, require
 from clipscale.towers.tower import Tower, normalise_pixels, token_ids
 
 _CLIP_TOKENS = 49_408  # in CLIP's BPE

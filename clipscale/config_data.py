@@ -1,0 +1,176 @@
+"""The settings of `data` and `replay`: which samples, in which order, read and decoded how, and where they wait."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from omegaconf import MISSING
+
+from clipscale.errors import require
+
+
+@dataclass(frozen=True)
+class Select:
+    """Which samples of a source are used: settled when its shards are indexed, so that an epoch is a known number."""
+
+    check: Literal["fast", "decode"] = "fast"  # decode: every picture is decoded to its end, once
+    min_side: int = 0  # pixels of a picture's shorter side
+    max_aspect: float | None = None  # longer side over shorter side
+    uids: str | None = None  # file of the samples to keep: one uid a line, or DataComp's .npy
+    uid_field: str = "uid"  # where a sample's JSON holds its uid
+    score_field: str | None = None  # a number in a sample's JSON, such as clip_b32_similarity_score
+    min_score: float | None = None
+    max_score: float | None = None
+
+    def __post_init__(self) -> None:
+        require(self.min_side >= 0, f"a source's select.min_side={self.min_side} must not be negative")
+        require(
+            self.max_aspect is None or self.max_aspect >= 1,
+            f"a source's select.max_aspect={self.max_aspect} is the longer side over the shorter one: at least 1",
+        )
+        bounded = self.min_score is not None or self.max_score is not None
+        require(
+            bounded == (self.score_field is not None),
+            f"a source's select.score_field={self.score_field} and its bounds select.min_score={self.min_score}, "
+            f"select.max_score={self.max_score} belong together; set the field and at least one bound, or none",
+        )
+
+
+@dataclass(frozen=True)
+class Source:
+    urls: str = MISSING  # shards: braces, globs, several joined by '::'
+    weight: float = 1.0  # share of the samples, relative to the other sources
+    caption: str = "txt"  # the member that holds the caption, by its suffix; 'json:<field>' for a field of the JSON
+    captions: Literal["whole", "first", "random"] = "whole"  # of a text with several lines, or a JSON list
+    counts: str | None = None  # samples of each remote shard, from a JSON file: sizes.json or {shard name: number}
+    select: Select = field(default_factory=Select)
+
+    def __post_init__(self) -> None:
+        require(self.weight >= 0, f"a source's weight={self.weight} must not be negative; 0 switches it off")
+        require(
+            self.caption != "" and self.caption != "json:",
+            f"a source's caption={self.caption!r} must be a member's suffix, such as txt, or json:<field>",
+        )
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The procedural picture set that the quickstart trains on; built before training where absent."""
+
+    dir: str = "runs/shapes"
+    train_samples: int = 20_000
+    validation_samples: int = 1_024
+    test_samples: int = 2_560
+    image_size: int = 32
+    seed: int = 0
+    shuffle_captions: bool = False  # the control experiment: captions say nothing about their pictures
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """How remote shards come into the local cache."""
+
+    stall_seconds: float = 30.0  # without a byte for so long, an attempt is given up
+    retries: int = 6  # further attempts, each after a longer pause
+    backoff_seconds: float = 1.0  # the first pause; each next one is twice as long, up to a minute
+    parallel: int = 4  # downloads at a time, of each rank
+
+    def __post_init__(self) -> None:
+        for name in ("stall_seconds", "backoff_seconds"):
+            value = getattr(self, name)
+            require(value > 0, f"data.fetch.{name}={value} must be above 0")
+        require(self.retries >= 0, f"data.fetch.retries={self.retries} must not be negative")
+        require(self.parallel >= 1, f"data.fetch.parallel={self.parallel} must be at least 1")
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Changes drawn for each position of the run, applied on the device that trains; the same in both passes."""
+
+    flip: float = 0.0  # share of the pictures that are mirrored left to right
+    color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # brightness, contrast, saturation, hue
+    color_jitter_prob: float = 0.8  # share of the pictures that are jittered
+    grayscale: float = 0.0  # share of the pictures that lose their colours
+
+    def __post_init__(self) -> None:
+        for name in ("flip", "color_jitter_prob", "grayscale"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"data.augment.{name}={value} must lie in [0, 1]")
+        *factors, hue = self.color_jitter
+        require(
+            min(factors) >= 0 and 0 <= hue <= 0.5,
+            f"data.augment.color_jitter={list(self.color_jitter)} must not be negative, and its hue at most 0.5",
+        )
+
+
+@dataclass(frozen=True)
+class Data:
+    sources: dict[str, Source] = field(default_factory=dict)
+    shapes: Shapes | None = None
+    index_dir: str | None = None  # where index sidecars go; default: beside each shard, else the cache folder
+    index_jobs: int | None = None  # processes that index shards; default: the cores
+    hash: Literal["crc32", "sha256"] = "crc32"  # of a shard's bytes, in its index
+    cache_dir: str | None = None  # copies of remote shards; default: the user's cache folder
+    cache_bytes: int | None = None  # bound of those copies; default: 80 % of what the disk has free at the start
+    fetch: Fetch = field(default_factory=Fetch)
+    allow_pipe: bool = False  # let 'pipe:' URLs run shell commands
+    sampling: Literal["epochs", "resampled"] = "epochs"  # each sample once an epoch, or shards drawn with replacement
+    streams: int | None = None  # V of the sample order; default: from the number of shards, recorded
+    block_shards: int | None = None  # K of the sample order; default: one block a stream
+    epoch_boundary: Literal["straddle", "drop"] = "straddle"  # a batch over two epochs, or the remainder left out
+    allow_repeats: bool = False  # an epoch shorter than the batch: the same pair several times in a batch
+    accept_changes: bool = False  # resume although shards, seed, crop or decoders differ from the checkpoint's
+    crop_scale: tuple[float, float] = (0.9, 1.0)  # share of the picture's area that the random crop keeps
+    crop_ratio: tuple[float, float] = (0.75, 4 / 3)
+    exif: Literal["ignore", "apply"] = "ignore"  # turn a JPEG as its EXIF says, or take its pixels as they lie
+    scaled_decode: bool = False  # decode JPEGs at 1/2, 1/4 or 1/8 where the crop is at least twice the side wanted
+    augment: Augment = field(default_factory=Augment)
+    max_pixels: int = 90_000_000  # a picture whose header promises more is refused
+    max_bad_fraction: float = 0.05  # more masked samples than this end the run
+    loader: Literal["process", "inline"] = "process"  # decode in a process of its own, or in threads of this one
+    threads: int = 2  # decode threads per rank
+    prefetch_steps: int = 1  # step batches decoded ahead of the one that is trained on
+    prefetch_bytes: int = 2**31  # bound of the pixels decoded ahead, per rank
+
+    def __post_init__(self) -> None:
+        low, high = self.crop_scale
+        require(0 < low <= high <= 1, f"data.crop_scale={list(self.crop_scale)} must be 0 < low <= high <= 1")
+        low, high = self.crop_ratio
+        require(0 < low <= high, f"data.crop_ratio={list(self.crop_ratio)} must be 0 < low <= high")
+        for name in ("threads", "max_pixels", "prefetch_steps", "prefetch_bytes"):
+            value = getattr(self, name)
+            require(value >= 1, f"data.{name}={value} must be at least 1")
+        require(0 <= self.max_bad_fraction <= 1, f"data.max_bad_fraction={self.max_bad_fraction} must lie in [0, 1]")
+        for name in ("streams", "block_shards", "index_jobs", "cache_bytes"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"data.{name}={value} must be at least 1, or null")
+        active = [name for name, source in self.sources.items() if source.weight > 0]
+        require(
+            bool(active) or not self.sources,
+            "every data source has weight 0; set data.sources.<name>.weight of at least one above 0",
+        )
+        require(
+            self.epoch_boundary == "straddle" or len(active) <= 1,
+            "data.epoch_boundary=drop needs a single source (each of a mixture has its own epochs); use straddle",
+        )
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Where a step's pixels wait for the second pass of gradient caching."""
+
+    kind: Literal["auto", "gpu", "host", "disk", "recompute"] = "auto"  # auto: the first of gpu, host, disk that fits
+    gpu_bytes: int | None = None  # of this rank's GPU; default: 5 % of its memory
+    host_bytes: int | None = None  # of this node's memory, over its ranks; default: half of what is available
+    disk_bytes: int | None = None  # of this node's replay.dir, over its ranks; default: 80 % of what is free
+    dir: str | None = None  # folder on a fast local disk, for kind=disk
+
+    def __post_init__(self) -> None:
+        for name in ("gpu_bytes", "host_bytes", "disk_bytes"):
+            value = getattr(self, name)
+            require(value is None or value >= 0, f"replay.{name}={value} must not be negative; null for the default")
+        require(
+            self.kind != "disk" or self.dir is not None,
+            "replay.kind=disk needs replay.dir, a folder on a fast local disk",
+        )
