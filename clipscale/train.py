@@ -29,6 +29,7 @@ from clipscale.checkpoint import (
     save_checkpoint,
 )
 from clipscale.config import Config
+from clipscale.config_data import Source
 from clipscale.config_load import changed_keys, dump_config
 from clipscale.counter import fold
 from clipscale.data.loader import Loader, StepBatch
@@ -391,11 +392,8 @@ class Trainer:
             shapes = dataclasses.asdict(data.shapes)
             with progress_bar("drawing the shapes set") as progress:
                 make_shapes(shapes.pop("dir"), **shapes, progress=progress)
-        wanted = [(name, source.urls, "pairs") for name, source in data.sources.items() if source.weight > 0]
-        wanted += [
-            ("validation", evaluation.validation.urls, "pairs"),
-            ("zeroshot", evaluation.zeroshot.urls, "labelled"),
-        ]
-        for name, urls, need in wanted:
-            if urls is not None:
-                open_source(name, urls, need=need, index_dir=data.index_dir, cache_dir=data.cache_dir, track=track)
+        wanted = [(name, source, "pairs") for name, source in data.sources.items() if source.weight > 0]
+        evaluations = (("validation", evaluation.validation, "pairs"), ("zeroshot", evaluation.zeroshot, "labelled"))
+        wanted += [(name, Source(kind.urls), need) for name, kind, need in evaluations if kind.urls is not None]
+        for name, source, need in wanted:
+            open_source(name, source, data, need=need, track=track)

@@ -1,4 +1,5 @@
 import dataclasses
+import gc
 import json
 import os
 import pickle
@@ -12,7 +13,6 @@ import torch
 from shards import picture, write_pairs, write_shard
 
 from clipscale.config_data import Data, Source
-from clipscale.data import index as index_module
 from clipscale.data import source as source_module
 from clipscale.data.decode import decode
 from clipscale.data.loader import Loader, StepBatch
@@ -191,16 +191,15 @@ def test_a_shard_that_goes_after_indexing_is_masked(tmp_path, fate):
     lost = [skip for skip in batch.skips if skip.cause == "cannot be read"]
     assert len(lost) == len(batch.skips) == (~batch.valid).sum()
     assert {skip.shard for skip in lost} == {str(victim)}
-    assert 5 < len(lost) < 15 if fate == "cut" else len(lost) == 20
+    assert len(lost) == 20
     assert all(40 <= int(skip.key) < 60 for skip in lost)
 
 
 @pytest.mark.parametrize("fate", ["deleted", "damaged"])
 def test_an_index_that_goes_while_running_is_masked(tmp_path, fate):
     pipe = pipeline(write_pairs(tmp_path, 2, 10), 20)
-    sidecar = tmp_path / "0001.tar.index.npz"
-    sidecar.unlink() if fate == "deleted" else sidecar.write_bytes(sidecar.read_bytes()[:300])
-    index_module._load_table.cache_clear()
+    sidecar = tmp_path / "0001.tar.index"
+    sidecar.unlink() if fate == "deleted" else sidecar.write_bytes(sidecar.read_bytes()[:30])
     batch = read(pipe, 1, 20)[0]
     assert len(batch.skips) == 10
     assert {(skip.cause, Path(skip.shard).name) for skip in batch.skips} == {("cannot be read", "0001.tar")}
@@ -210,7 +209,9 @@ def test_an_index_that_goes_while_running_is_masked(tmp_path, fate):
 def test_a_caption_that_changes_after_indexing_is_masked(tmp_path):
     pipe = pipeline(write_pairs(tmp_path, 1, 4), 4)
     shard = tmp_path / "0000.tar"
+    time_ns = shard.stat().st_mtime_ns
     shard.write_bytes(shard.read_bytes().replace(b"number 2 of", b"number \xff of"))
+    os.utime(shard, ns=(time_ns, time_ns))  # or the whole shard would count as another one
     batch = read(pipe, 1, 4)[0]
     assert [(skip.key, skip.cause) for skip in batch.skips] == [("000002", "caption is not UTF-8")]
 
@@ -365,10 +366,11 @@ def open_files() -> int:
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files by /proc")
 def test_open_files_are_bounded_and_threads_do_not_lose_them(urls, expected, monkeypatch):
     monkeypatch.setattr(source_module, "_MAX_OPEN_FILES", 2)
+    gc.collect()  # the sources of other tests let go of their files
     before = open_files()
     pipe = pipeline(urls, 96)
     assert_equal(read(pipe, 5, 96, threads=4), expected)  # descriptors are closed under the threads' hands
-    assert open_files() <= before + 2
+    assert open_files() <= before + 2 + 2  # shards and sidecars
     pipe.sources[0].close()
     assert open_files() == before
 

@@ -98,18 +98,7 @@ def build_pipeline(
     require(
         bool(active), "no training data: set data.sources.<name>.urls to your shards, e.g. 'shards/{0000..0099}.tar'"
     )
-    sources = [
-        open_source(
-            name,
-            source.urls,
-            need="pairs",
-            index_dir=data.index_dir,
-            cache_dir=data.cache_dir,
-            track=track,
-            warn=warn,
-        )
-        for name, source in active.items()
-    ]
+    sources = [open_source(name, source, data, need="pairs", track=track, warn=warn) for name, source in active.items()]
     mixture = Mixture([source.weight for source in active.values()], seed=seed)
     orders = []
     for source, quota in zip(sources, mixture.quota, strict=True):
