@@ -372,7 +372,7 @@ def test_open_files_are_bounded_and_threads_do_not_lose_them(urls, expected, mon
     assert_equal(read(pipe, 5, 96, threads=4), expected)  # descriptors are closed under the threads' hands
     assert open_files() <= before + 2 + 2  # shards and sidecars
     pipe.sources[0].close()
-    assert open_files() == before
+    assert open_files() <= before
 
 
 def test_buffers_are_used_again(urls):
