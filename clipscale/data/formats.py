@@ -5,7 +5,7 @@
     turn = orientation(data, kind)                 # 1 to 8, as EXIF counts; 1: as the pixels lie
     data = plain_png(data)                         # the same pixels without text, colour profiles and animation
 
-Hostile bytes make these raise ValueError or struct.error, never loop, never allocate more than the file.
+Hostile bytes make these raise ValueError, IndexError or struct.error; nothing loops or allocates more than the file.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 
 PNG_START = b"\x89PNG\r\n\x1a\n"
 _PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+_SOF0, _SOF1, _SOS, _APP1 = 0xC0, 0xC1, 0xDA, 0xE1  # markers of a JPEG: sequential frames, a scan, EXIF
 _ORIENTATION_TAG, _SHORT, _LONG = 0x0112, 3, 4
 
 
@@ -54,6 +55,17 @@ def webp_size(data: bytes) -> tuple[int, int]:
     raise ValueError("WebP without a header")
 
 
+def jpeg_scans(data: bytes) -> int:
+    """How often a decoder goes over the whole picture: once, or for progressive files as often as they ask."""
+    components = 0
+    for marker, start, _ in _jpeg_segments(data):
+        if marker in (_SOF0, _SOF1):
+            components = data[start + 5]
+        elif marker == _SOS and data[start] == components:  # all of them in the one scan of a sequential file
+            return 1
+    return data.count(b"\xff\xda")
+
+
 def plain_png(data: bytes) -> bytes:
     """Only the chunks that hold the pixels of the first picture, each with its checksum verified.
 
@@ -74,7 +86,7 @@ def orientation(data: bytes, kind: str) -> int:
     """What EXIF says of a JPEG, PNG or WebP: 1 to 8; 1 where there is no EXIF or no sense in it."""
     try:
         return _orientation(_exif(data, kind))
-    except (struct.error, ValueError):
+    except (struct.error, ValueError, IndexError):
         return 1
 
 
@@ -92,7 +104,8 @@ def turned(pixels_HWC: np.ndarray, orientation: int) -> np.ndarray:
 def _exif(data: bytes, kind: str) -> bytes:
     """The TIFF structure that holds the EXIF tags; empty if there is none."""
     if kind == "JPEG":
-        blocks = (data[start:end] for start, end in _jpeg_app1(data) if data[start : start + 6] == b"Exif\0\0")
+        segments = (data[start:end] for marker, start, end in _jpeg_segments(data) if marker == _APP1)
+        blocks = (segment for segment in segments if segment.startswith(b"Exif\0\0"))
     elif kind == "PNG":
         blocks = (data[start:end] for name, start, end in _png_chunks(data) if name == b"eXIf")
     else:
@@ -114,20 +127,19 @@ def _orientation(tiff: bytes) -> int:
     return 1
 
 
-def _jpeg_app1(data: bytes) -> Iterator[tuple[int, int]]:
-    """(start, end) of the payload of each APP1 segment before the first scan."""
-    at = 2
-    while data[at : at + 1] == b"\xff":
-        marker = data[at + 1 : at + 2]
-        if marker == b"\xff":  # fill byte
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """(marker, start of its content, end of its content) as far as the first scan's header."""
+    at, marker = 2, 0
+    while marker != _SOS:
+        fill, marker = data[at], data[at + 1]
+        if fill != 0xFF:
+            raise ValueError(f"JPEG without a marker at byte {at}")
+        if marker == 0xFF:
             at += 1
             continue
-        if marker == b"\xda":
-            return
-        (length,) = struct.unpack_from(">H", data, at + 2)
-        if marker == b"\xe1":
-            yield at + 4, at + 2 + length
-        at += 2 + max(length, 2)
+        end = at + 2 + (data[at + 2] << 8) + data[at + 3]
+        yield marker, at + 4, end
+        at = max(end, at + 4)
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
