@@ -28,6 +28,9 @@ def tokenize(captions: list[str]) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.int64)
 
 
+tokenize.name = "characters"
+
+
 def pipeline(urls: str | dict[str, tuple[str, float]], batch: int, **kwargs) -> Pipeline:
     sources = {"mine": (urls, 1.0)} if isinstance(urls, str) else urls
     recorded, side = kwargs.pop("recorded", None), kwargs.pop("image_size", 24)

@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipscale.data.order import Mixture, Order, default_streams, rank_positions
-from clipscale.errors import UserError
+from clipscale.data.order import Order, default_streams, rank_positions
 
 # --- Order: what it promises for every configuration ------------------------------------------------------------------
 
@@ -174,45 +173,3 @@ def test_four_hundred_million_samples_are_set_up_and_located_in_a_moment():
     assert (epoch == 0).all()
     assert (index < counts[shard]).all()
     assert len(np.unique(shard)) < 1500  # a rank's slice keeps to few of the 41,455 shards
-
-
-# --- Mixture ----------------------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    st.lists(st.just(0.0) | st.floats(0.1, 10), min_size=1, max_size=5).filter(any),
-    st.integers(500, 1000),
-    st.integers(0, 2**40),
-)
-def test_mixture_is_exact_in_every_cycle(weights, cycle, seed):
-    mixture = Mixture(weights, seed=seed, cycle=cycle)
-    assert mixture.quota.sum() == cycle
-    assert (abs(mixture.quota - cycle * np.array(weights) / sum(weights)) < 1).all()
-    source, ordinal = mixture.locate(np.arange(3 * cycle))
-    for c in range(3):
-        here = slice(c * cycle, (c + 1) * cycle)
-        assert np.bincount(source[here], minlength=len(weights)).tolist() == mixture.quota.tolist()
-    for i, weight in enumerate(weights):
-        assert (source == i).any() == (weight > 0)
-        assert sorted(ordinal[source == i]) == list(range(3 * mixture.quota[i]))  # every ordinal once, none left out
-    some = np.array([0, cycle - 1, cycle, 2 * cycle + 17])
-    for part, whole in zip(Mixture(weights, seed=seed, cycle=cycle).locate(some), (source, ordinal), strict=True):
-        np.testing.assert_array_equal(part, whole[some])
-
-
-def test_mixture_mixes_within_a_cycle_and_changes_between_cycles():
-    source, _ = Mixture([1, 3], seed=5, cycle=1000).locate(np.arange(2000))
-    assert 15 <= (source[:100] == 0).sum() <= 35
-    assert (source[:1000] != source[1000:]).sum() > 200
-
-
-def test_golden_mixture():
-    source, ordinal = Mixture([2, 1, 1], seed=9, cycle=8).locate(np.arange(16))
-    assert source.tolist() == [1, 0, 2, 0, 2, 0, 1, 0, 1, 0, 1, 0, 2, 0, 0, 2]
-    assert ordinal.tolist() == [0, 2, 0, 1, 1, 0, 1, 3, 2, 6, 3, 7, 2, 4, 5, 3]
-
-
-def test_a_weight_of_less_than_one_sample_a_cycle_is_refused():
-    with pytest.raises(UserError, match="weight=1e-06 is under one sample in 10,000"):
-        Mixture([1, 1e-6], seed=0)
