@@ -24,6 +24,9 @@ def tokenize(captions: list[str]) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.int64)
 
 
+tokenize.name = "characters"
+
+
 def pipeline(urls: str | dict[str, tuple[str, float]], batch: int, **kwargs) -> Pipeline:
     """Of the shards `urls`, or of several sources {name: (urls, weight)}; keywords are fields of `data`."""
     sources = {"mine": (urls, 1.0)} if isinstance(urls, str) else urls

@@ -11,9 +11,9 @@ from spawn import run_ranks
 from test_gradcache import make_batch, make_towers, worst_error
 
 from clipscale.config import Config, Train
+from clipscale.data.replay import Held
 from clipscale.dist import World
 from clipscale.errors import SharedError
-from clipscale.data.replay import Held
 from clipscale.gradcache import gradcache_step
 from clipscale.loss import contrastive_grads
 from clipscale.parallel import broadcast_parameters, sum_gradients

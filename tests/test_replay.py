@@ -121,6 +121,6 @@ def test_a_full_disk_is_an_error_at_once(tmp_path):
 
     free = os.statvfs(tmp_path)
     pictures = free.f_bavail * free.f_frsize // (3 * 224 * 224) * 2
-    with pytest.raises(OSError, match="No space left|File too large"):
+    with pytest.raises(OSError, match=r"No space left|File too large"):
         Disk(pictures, 224, 16, str(tmp_path), pin=False)
     assert not list(Path(tmp_path).iterdir())

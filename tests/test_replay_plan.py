@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -72,5 +74,12 @@ def test_budgets_default_to_shares_of_the_machine(tmp_path):
     assert 0.3 * available_bytes() < found.host < 0.7 * available_bytes()
     assert found.disk > 0
     assert budgets(Replay(host_bytes=3), cpu) == Budgets(None, 3, None)
-    total = int(next(line for line in open("/proc/meminfo") if line.startswith("MemTotal")).split()[1]) * 1024
+    total = (
+        int(
+            next(
+                line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal")
+            ).split()[1]
+        )
+        * 1024
+    )
     assert 0 < available_bytes() < total

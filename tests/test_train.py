@@ -132,8 +132,7 @@ def test_a_step_without_a_valid_pair_changes_nothing(tmp_path):
         before = {key: value.clone() for key, value in trainer.towers.model.state_dict().items()}
         try:
             row = trainer.step(batch)
-        except UserError as error:  # nothing but broken pictures from the start
-            assert "samples could not be used" in str(error)
+        except UserError:  # nothing but broken pictures from the start
             assert trainer.skips.counts.total() == trainer.position
             continue
         same = all(torch.equal(before[key], value) for key, value in trainer.towers.model.state_dict().items())

@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from clipscale.config_data import Data, Select, Source
-from clipscale.data.captions import MAX_CAPTION_BYTES, MAX_JSON_BYTES, CaptionError, CaptionRule, look_up, parse_json
+from clipscale.data.captions import MAX_JSON_BYTES, CaptionError, CaptionRule, look_up, parse_json
 from clipscale.data.tar import Listing
 from clipscale.data.uids import UidList
 
