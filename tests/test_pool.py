@@ -47,7 +47,7 @@ def test_an_exception_is_raised_here():
 
 
 def test_a_dead_process_is_an_error_and_not_a_hang():
-    with pytest.raises(UserError, match=r"worker process \d+ died \(exit code 3"):
+    with pytest.raises(UserError, match=r"worker process \d+ died with exit code 3"):
         list(map_in_processes(os._exit, [3], 2))
 
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from clipscale.errors import UserError
 
 _QUEUED = 2  # items sent to each process: the one it works on, and the next
-_AHEAD = 8  # items begun for each process, beyond the oldest that is not done
+_AHEAD = 4  # items begun for each process, beyond the oldest that is not done
 
 
 class _Worker(NamedTuple):
@@ -105,10 +105,9 @@ def _receive(worker: _Worker) -> tuple[Any, Exception | None]:
 
 def _died(worker: _Worker) -> UserError:
     worker.process.join(5)
-    return UserError(
-        f"worker process {worker.process.pid} died (exit code {worker.process.exitcode}; -9 is most often for want of "
-        "memory): use fewer processes"
-    )
+    code = worker.process.exitcode
+    fix = "most often for want of memory; use fewer processes" if code == -9 else "its own message stands above"
+    return UserError(f"worker process {worker.process.pid} died with exit code {code}: {fix}")
 
 
 def _end(workers: list[_Worker], at_once: bool) -> None:
