@@ -106,6 +106,11 @@ class Source:
         except CaptionError as error:
             raise BadSample(str(error)) from error
 
+    @property
+    def remote(self) -> bool:
+        """Whether any of its shards comes through the cache."""
+        return self._cache is not None
+
     def prefetch(self, shards: Iterable[int]) -> None:
         """Start to fetch those of the shards that are remote; returns at once."""
         urls = [url for shard in shards if not is_local(url := self.shards[shard].url)]
