@@ -65,7 +65,7 @@ def test_expansion(folder, pattern, names):
         ("s3:0.tar", "no host or bucket follows"),
         (
             "https://me:word@h/0.tar?t=abc::https://me:word@h/0.tar?t=abc",
-            r"'https://\*\*\*@h/0.tar\?t=\*\*\*' is named 2 ti",
+            r"\*@h/0.tar\?t=\*\*\*' is named 2 times",
         ),
         ("train-{00..01.tar", "is not a file|cannot expand"),
         ("${WDS_NO_SUCH_VARIABLE_", "is not a file|cannot expand"),
