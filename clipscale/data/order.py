@@ -81,7 +81,7 @@ class Order:
 
     def may_repeat(self, low: int, high: int) -> bool:
         """Whether a sample can come twice in positions [low, high): only if they lie in more than one epoch."""
-        return low // self.epoch_length != (high - 1) // self.epoch_length
+        return low // self.epoch_length < (high - 1) // self.epoch_length
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Positions [P] -> epoch [P], shard [P], index within the shard [P]."""
