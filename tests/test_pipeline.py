@@ -147,6 +147,12 @@ def test_a_source_that_comes_back_has_its_own_order_again(urls):
     assert added.identity()["streams"] == {"a": 2, "b": 2, "c": 5}
 
 
+def test_streams_of_a_mixture_need_not_divide_its_share_of_a_batch(tmp_path):
+    many = {name: Source(urls=write_pairs(tmp_path / name, 24, 1, size=8)) for name in ("m", "n")}
+    assert build(many, 46, allow_repeats=True).identity()["streams"] == {"m": 5, "n": 5}  # 23 // 4
+    assert build({"m": many["m"]}, 23).identity()["streams"] == {"m": 1}
+
+
 def test_batches_of_ranks_keep_to_few_streams(urls):
     pipe = build(weighted(urls, a=1, b=2), 120, streams=4, allow_repeats=True)
     for world in (1, 2, 3, 5, 8):
@@ -273,10 +279,10 @@ def test_repeats_equal_brute_force(urls, sampling, weights):
 
 @pytest.mark.parametrize("weights", [{"b": 1.0}, {"a": 1.0, "b": 1.0}])
 def test_repeats_are_not_searched_for_where_there_can_be_none(urls, monkeypatch, weights):
-    pipe, starts = build(weighted(urls, **weights), 10), range(0, 600, 10)
+    pipe, starts = build(weighted(urls, **weights), 14), range(0, 840, 14)
     straddling = []
     for start in starts:
-        epochs = {(name, epoch) for name, epoch, _, _ in places(pipe, start, start + 10)}
+        epochs = {(name, epoch) for name, epoch, _, _ in places(pipe, start, start + 14)}
         straddling += [start] * (len(epochs) > len({name for name, _ in epochs}))
     searched = []
 
@@ -286,7 +292,7 @@ def test_repeats_are_not_searched_for_where_there_can_be_none(urls, monkeypatch,
 
     monkeypatch.setattr(Pipeline, "locate", locate)
     for start in starts:
-        pipe.repeats(start, 10)
+        pipe.repeats(start, 14)
     assert searched == straddling
     assert 0 < len(searched) < 40
 
@@ -325,7 +331,7 @@ def test_refusals(urls):
 
 def test_resampled_sources_are_recorded_with_their_blocks(urls):
     recorded = saved(build(weighted(urls, a=1), sampling="resampled"))
-    assert (recorded["sampling"], recorded["block_shards"]) == ("resampled", 4)
+    assert (recorded["sampling"], recorded["block_shards"]) == ("resampled", 8)
     again = build(weighted(urls, a=1), sampling="resampled", position=80, recorded=recorded, block_shards=2)
     assert saved(again) == recorded
     with pytest.raises(UserError, match="sampling: resampled -> epochs"):

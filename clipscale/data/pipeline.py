@@ -209,7 +209,7 @@ def _order(
     if recorded is not None and source.name in recorded["streams"]:
         streams = recorded["streams"][source.name]
     else:  # V of one source, from its own shards and its own share of a batch
-        streams = data.streams or default_streams(len(source.shards), per_batch)
+        streams = data.streams or default_streams(len(source.shards), per_batch, divides=len(mixture.names) == 1)
     layout = partial(
         Order if data.sampling == "epochs" else Resampled,
         source.counts,
