@@ -1,18 +1,24 @@
 """data_tools/make_shards.py and clipscale/data/shard_inputs.py."""
 
 import csv
+import hashlib
 import importlib.util
 import io
 import json
+import re
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import webdataset as wds
-from PIL import Image
+from PIL import Image, ImageOps
+
+from clipscale.data.index import index_shard
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = ROOT / "data_tools" / "make_shards.py"
@@ -82,7 +88,7 @@ def test_csv_to_shards_and_back(tool, pictures, tmp_path, capsys):
     rows.append(["zwölf\nZeilen", str(pictures / "pic8.jpg"), -1])  # absolute path, quoted line break
     source = write_csv(tmp_path / "list.csv", ["caption", "filepath", "label"], rows)
     out = tmp_path / "out"
-    command = [str(source), "--output", str(out), "--samples-per-shard", "4", "--label-key", "label", "--workers", "3"]
+    command = [str(source), "--output", str(out), "--samples-per-shard", "4", "--label-key", "label", "--jobs", "3"]
     assert tool.main(command) == 0
     assert "9 samples in 3 shards, train-0000.tar to train-0002.tar" in capsys.readouterr().out
     assert refused(out) == []
@@ -99,10 +105,17 @@ def test_csv_to_shards_and_back(tool, pictures, tmp_path, capsys):
         assert sample[extension] == (pictures / f"pic{index}.jpg").read_bytes()
         assert sample["txt"].decode() == caption
         assert int(sample["cls"]) == label
-        assert json.loads(sample["json"]) == {"key": sample["__key__"], "filepath": path, "width": 20, "height": 16}
+        facts = json.loads(sample["json"])
+        assert re.fullmatch("[0-9a-f]{32}", facts.pop("uid"))
+        assert facts == {
+            "key": sample["__key__"],
+            "filepath": path,
+            "sha256": hashlib.sha256(sample[extension]).hexdigest(),
+            **{"width": 20, "height": 16, "original_width": 20, "original_height": 16},
+        }
 
 
-def test_order_follows_the_seed_and_not_the_threads(tool, pictures, tmp_path):
+def test_order_follows_the_seed_and_not_the_processes(tool, pictures, tmp_path):
     source = write_csv(
         tmp_path / "list.csv", ["filepath", "caption"], [[f"pics/pic{i}.jpg", f"c{i}"] for i in range(9)]
     )
@@ -111,8 +124,8 @@ def test_order_follows_the_seed_and_not_the_threads(tool, pictures, tmp_path):
         assert tool.main([str(source), "--output", str(tmp_path / name), *options]) == 0
         return (tmp_path / name / "train-0000.tar").read_bytes(), [s["txt"] for s in read(tmp_path / name)]
 
-    first, order = build("a", "--workers=1")
-    assert build("b", "--workers=5")[0] == first
+    first, order = build("a", "--jobs=1")
+    assert build("b", "--jobs=3")[0] == first
     assert build("c", "--seed=1")[1] != order
     assert build("d", "--no-shuffle")[1] == [f"c{i}".encode() for i in range(9)]
 
@@ -274,6 +287,155 @@ def test_folder_with_captions_beside(tool, tmp_path):
             name: f"caption of {name}" for name in ("a/one.jpg", "a/b/two.PNG", "three.webp", "c.d/four.x.jpeg")
         }
     assert sorted(path.name for path in out.iterdir()) == ["refused.jsonl", "validation-0000.tar"]
+
+
+# --- pictures made smaller --------------------------------------------------------------------------------------------
+
+
+def smooth(kind: str, size: tuple[int, int], mode: str = "RGB", **options) -> bytes:
+    """A picture without sharp edges: a corner of its own for each colour."""
+    coarse = Image.fromarray(np.random.default_rng(7).integers(0, 256, (3, 3, 3), dtype=np.uint8))
+    buffer = io.BytesIO()
+    coarse.resize(size, Image.Resampling.BICUBIC).convert(mode).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def pack_pictures(tool, folder: Path, files: dict[str, bytes], *options: str) -> dict[str, tuple[str, bytes, dict]]:
+    """Name -> (extension, picture, its JSON) after make_shards of a folder."""
+    (folder / "pics").mkdir(parents=True)
+    for name, data in files.items():
+        (folder / "pics" / name).write_bytes(data)
+        (folder / "pics" / name).with_suffix(".txt").write_text(name)
+    assert tool.main([str(folder / "pics"), "--output", str(folder / "out"), "--jobs=1", *options]) == 0
+    found = {}
+    for sample in read(folder / "out"):
+        extension = next(name for name in ("jpg", "png", "webp") if name in sample)
+        found[sample["txt"].decode()] = (extension, sample[extension], json.loads(sample["json"]))
+    return found
+
+
+def test_resize_is_pillows_bicubic_upright_and_keeps_the_kind(tool, tmp_path):
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    files = {
+        "wide.jpg": smooth("JPEG", (301, 200), quality=95),
+        "tall.png": smooth("PNG", (200, 300)),
+        "web.webp": smooth("WEBP", (200, 300), lossless=True),
+        "cmyk.jpg": smooth("JPEG", (300, 200), "CMYK", quality=95),
+        "small.jpg": smooth("JPEG", (99, 64)),
+        "turned.jpg": smooth("JPEG", (300, 200), quality=95, exif=turned),
+        "turned-small.jpg": smooth("JPEG", (99, 64), quality=95, exif=turned),
+    }
+    found = pack_pictures(tool, tmp_path, files, "--resize=100")
+    sizes = {name: (facts["width"], facts["height"]) for name, (_, _, facts) in found.items()}
+    assert sizes == {
+        "wide.jpg": (150, 100),
+        "tall.png": (100, 150),
+        "web.webp": (100, 150),
+        "cmyk.jpg": (150, 100),
+        "small.jpg": (99, 64),
+        "turned.jpg": (100, 150),
+        "turned-small.jpg": (64, 99),
+    }
+    assert found["small.jpg"][1] == files["small.jpg"]
+    for name, (extension, data, facts) in found.items():
+        assert extension == name.partition(".")[2]
+        assert facts["sha256"] == hashlib.sha256(files[name]).hexdigest()  # of the original, as img2dataset's
+        original = Image.open(io.BytesIO(files[name]))
+        assert (facts["original_width"], facts["original_height"]) == original.size
+        upright = ImageOps.exif_transpose(original).convert("RGB").resize(sizes[name], Image.Resampling.BICUBIC)
+        result = Image.open(io.BytesIO(data))
+        assert result.size == sizes[name]
+        assert name == "small.jpg" or not result.getexif()
+        difference = np.abs(np.asarray(result.convert("RGB")).astype(int) - np.asarray(upright).astype(int)).mean()
+        assert difference < (0.6 if extension == "png" else 2.5), (name, difference)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_exif_orientation(tool, tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = smooth("PNG", (90, 60), exif=exif)
+    _, packed, _ = pack_pictures(tool, tmp_path, {"a.png": data}, "--resize=60")["a.png"]
+    np.testing.assert_array_equal(
+        np.asarray(Image.open(io.BytesIO(packed))), np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+    )
+
+
+def test_without_resize_bytes_stay_and_formats_convert_where_asked(tool, tmp_path):
+    turned = Image.Exif()
+    turned[0x0112] = 3
+    files = {"a.jpg": smooth("JPEG", (50, 40)), "b.png": smooth("PNG", (50, 40)), "c.webp": smooth("WEBP", (50, 40))}
+    files["turned.jpg"] = smooth("JPEG", (50, 40), exif=turned)
+    kept = pack_pictures(tool, tmp_path / "keep", files)
+    assert {name: data for name, (_, data, _) in kept.items()} == files
+    for format in ("jpg", "webp"):
+        found = pack_pictures(tool, tmp_path / format, files, f"--format={format}", "--quality=80")
+        assert {extension for extension, _, _ in found.values()} == {format}
+        same = next(name for name in files if name.endswith(format))
+        assert found[same][1] == files[same]
+        assert found["turned.jpg"][1] != files["turned.jpg"]
+        for name, (_, data, _) in found.items():
+            decoded = Image.open(io.BytesIO(data))
+            assert decoded.format == {"jpg": "JPEG", "webp": "WEBP"}[format], name
+
+
+def test_enlarge(tool, tmp_path):
+    files = {"a.png": smooth("PNG", (50, 40))}
+    assert pack_pictures(tool, tmp_path / "no", files, "--resize=80")["a.png"][1] == files["a.png"]
+    assert Image.open(
+        io.BytesIO(pack_pictures(tool, tmp_path / "yes", files, "--resize=80", "--enlarge")["a.png"][1])
+    ).size == (100, 80)
+
+
+def test_bytes_do_not_depend_on_the_processes(tool, tmp_path):
+    folder = tmp_path / "pics"
+    folder.mkdir()
+    for number in range(100):
+        data = picture(seed=number, size=(120 + number, 100))
+        (folder / f"{number:03}.jpg").write_bytes(data if number % 7 else data[:300])
+        (folder / f"{number:03}.txt").write_text(f"caption {number}")
+    shards = []
+    for jobs in (1, 2, 3):
+        out = tmp_path / f"out{jobs}"
+        command = [str(folder), "--output", str(out), "--resize=64", "--samples-per-shard=30", f"--jobs={jobs}"]
+        assert tool.main(command) == 0
+        shards.append([path.read_bytes() for path in sorted(out.iterdir())])
+        assert causes(out) == {"broken picture": 15}
+    assert len(shards[0]) == 4
+    assert shards[0] == shards[1] == shards[2]
+
+
+def test_names_without_prefix_are_img2datasets_and_the_index_reads_them(tool, pictures, tmp_path):
+    source = write_csv(
+        tmp_path / "list.csv", ["filepath", "caption"], [[f"pics/pic{i}.jpg", f"c{i}"] for i in range(9)]
+    )
+    command = [str(source), "--output", str(tmp_path / "out"), "--prefix=", "--samples-per-shard=4"]
+    assert tool.main(command) == 0
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == ["00000.tar", "00001.tar", "00002.tar"]
+    assert [index_shard(str(path)).pairs for path in sorted((tmp_path / "out").glob("*.tar"))] == [4, 4, 1]
+    assert tool.main(command) == 2
+    assert tool.main([*command, "--overwrite", "--samples-per-shard=9"]) == 0
+    assert [path.name for path in (tmp_path / "out").glob("*.tar")] == ["00000.tar"]
+
+
+def test_ctrl_c_adds_no_shard(tmp_path):
+    folder = tmp_path / "pics"
+    folder.mkdir()
+    data = picture(size=(1000, 900))
+    for number in range(400):
+        (folder / f"{number:03}.jpg").write_bytes(data)
+        (folder / f"{number:03}.txt").write_text("x")
+    command = [sys.executable, TOOL, folder, "--output", tmp_path / "out", "--samples-per-shard=5", "--jobs=2"]
+    done = subprocess.Popen([*map(str, command), "--resize=100"], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("out/.train.building/*.tar")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    done.send_signal(signal.SIGINT)
+    assert "interrupted, no shard was added" in done.communicate(timeout=60)[1]
+    assert done.returncode == 130
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 # --- wrong input: one line, exit status 2 -----------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """clipscale/data/pipeline.py: what a position means, what may change at a resume, and what is refused at the start."""
 
-import dataclasses
 import json
 import pickle
 import shutil
@@ -254,9 +253,11 @@ def test_another_seed_that_is_accepted_takes_the_journal_along(urls):
     assert len(places(other, 2000, 5000)) == 3000
 
 
-def test_orders_mixture_and_tokenizer_go_to_another_process(urls):
-    pipe = dataclasses.replace(build(weighted(urls, a=1, b=3)), sources=[])
+def test_a_pipeline_goes_to_another_process(urls):
+    pipe = build(weighted(urls, a=1, b=3))
     again = pickle.loads(pickle.dumps(pipe))
+    assert again.identity() == pipe.identity()
+    assert again.sources[1].read(2, 3) == pipe.sources[1].read(2, 3)
     for mine, theirs in zip(pipe.locate(np.arange(500)), again.locate(np.arange(500)), strict=True):
         np.testing.assert_array_equal(mine, theirs)
     assert again.tokenize(["a cat"]).tolist() == pipe.tokenize(["a cat"]).tolist()

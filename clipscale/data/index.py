@@ -1,217 +1,164 @@
-"""The shard index: one sidecar per tar with where each sample's picture, caption and label lie.
+"""The shard index: one sidecar per tar with where each usable sample's picture and note (caption or label) lie.
 
-    shard = index_shard("train-0000.tar")            # reads the sidecar, or walks the tar's headers and writes it
-    shard.count("pairs"), shard.refused               # 9998, {'no caption': 2}
-    table = shard.table()                              # the offsets, loaded when first asked for
+    index = Index(Rules(), index_dir=None, cache_dir=None)
+    shard = index.known("train-0000.tar")               # from its sidecar; None where there is no current one
+    shard = index.build("train-0000.tar")               # walks the tar's headers and writes the sidecar
+    shard.samples, shard.refused                        # 9998, {'no caption': 2}
 
-Selection happens here, so that counts are final and an epoch is a number. A sample is the run of members that share a
-key (everything up to the basename's first dot), as webdataset groups them. A sidecar lies beside its shard
-(`train-0000.tar.index.npz`), in `index_dir` when one is given, or in the cache folder where the shard's cannot be
-written. A shard whose size or time changed is indexed again.
+Selection happens here (select.py), so that counts are final and an epoch is a number. A sidecar lies beside its shard
+(`train-0000.tar.index`; `train-0000.tar.<rules>.index` for rules other than the usual), in `index_dir` when one is
+given, or in the cache folder for remote shards and where the shard's folder cannot be written. A shard whose size or
+time changed is indexed again; whether its bytes changed too is told.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import os
-import re
-import tempfile
 import zlib
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal
+from urllib.parse import urlsplit
 
-import numpy as np
+from clipscale.data import sidecar
+from clipscale.data.select import Rules, choose
+from clipscale.data.shards import cache_folder, is_local
+from clipscale.data.tar import list_members, mapped
 
-from clipscale.data.shards import cache_folder
-from clipscale.data.tar import Listing, Member, list_members, mapped
-
-VERSION = 2
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-_MAX_CAPTION_BYTES = 1 << 16
-_META = re.compile(r"__[^/]*__($|/)")  # webdataset's `skip_meta`
-Need = Literal["pairs", "labelled"]
-
-
-class Table(NamedTuple):
-    """Where the usable samples of a shard lie; n samples. Offsets and sizes in bytes, -1 where a sample has none."""
-
-    keys: list[str]
-    image: np.ndarray  # int64 [n, 2]: offset, size
-    text: np.ndarray  # int64 [n, 2]
-    label: np.ndarray  # int64 [n, 2]
-
-    def rows(self, need: Need) -> np.ndarray:
-        """The samples that have a picture and what is needed beside it, int64."""
-        return np.flatnonzero((self.text if need == "pairs" else self.label)[:, 0] >= 0)
+_READ_BYTES = 1 << 20
+Hash = Literal["crc32", "sha256"]
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What is known of one shard without its table."""
+    """What is known of one shard without its records."""
 
-    path: str
-    sidecar: str
-    bytes: int
-    crc32: int
-    pairs: int  # samples with a picture and a caption
-    labelled: int  # samples with a picture and a label
-    refused: dict[str, int]  # samples left out, by cause
-    cut: str  # why the archive ends early; empty: it does not
+    url: str  # or path
+    sidecar: str  # empty: its number of samples was declared, and it is indexed when it is first read
+    samples: int  # usable, or declared
+    identity: int  # of the shard's bytes and of which samples of them are used; or of what was declared
+    bytes: int = 0
+    mtime_ns: int | None = None  # of a local shard
+    crc32: int = 0
+    sha256: str | None = None
+    refused: dict[str, int] = field(default_factory=dict)  # samples left out, by cause
+    not_read: dict[str, int] = field(default_factory=dict)  # members whose suffix is not on the allow-list, by suffix
+    cut: str = ""  # why the archive ends early; empty: it does not
+    changed: str = ""  # how its bytes differ from those indexed before; empty: they do not
 
-    def count(self, need: Need) -> int:
-        return self.pairs if need == "pairs" else self.labelled
-
-    def table(self) -> Table:
-        return _load_table(self.sidecar, self.crc32)
-
-
-def index_shard(path: str, index_dir: str | None = None, cache_dir: str | None = None) -> Shard:
-    """The index of one local shard, from its sidecar where that is current.
-
-    Raises:
-        OSError: the shard cannot be read.
-    """
-    stat = os.stat(path)
-    stamp = {"version": VERSION, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-    places = _sidecar_places(path, index_dir, cache_dir)
-    for place in places:
-        meta = _load_meta(place)
-        if stamp.items() <= meta.items():
-            return _shard(path, place, meta)
-    return _build(path, places, stamp)
+    @classmethod
+    def declared(cls, url: str, samples: int) -> Shard:
+        return cls(url, "", samples, sidecar.identity_of("declared", basename(url), samples))
 
 
-def _build(path: str, places: list[Path], stamp: dict[str, int]) -> Shard:
-    with mapped(path) as tar:
-        listing = list_members(tar)
-        refused: Counter[str] = Counter()
-        table = _select(listing, tar, refused)
-        crc32 = zlib.crc32(tar)
-    meta = stamp | {
-        "crc32": crc32,
-        "pairs": len(table.rows("pairs")),
-        "labelled": len(table.rows("labelled")),
-        "refused": dict(refused),
-        "cut": listing.cut,
-    }
-    for place in places:
-        with contextlib.suppress(OSError):
-            _write(place, meta, table)
-            return _shard(path, place, meta)
-    raise OSError(f"cannot write the index of {path!r} to any of {[str(place) for place in places]}")
+@dataclass(frozen=True)
+class Index:
+    """Sidecars of one set of rules. `lazily`: of shards whose counts were declared, not taken from here."""
+
+    rules: Rules = field(default_factory=Rules)
+    index_dir: str | None = None
+    cache_dir: str | None = None
+    hash: Hash = "crc32"
+    lazily: bool = False
+
+    def known(self, url: str) -> Shard | None:
+        """The shard as its sidecar has it; None where there is none, or one of other bytes.
+
+        Raises:
+            OSError: a local shard that cannot be read.
+        """
+        stamp = _stamp(url, url) if is_local(url) else {}
+        for place in self._places(url, self._tag):
+            facts = sidecar.read_facts(place)
+            if facts and stamp.items() <= facts.items() and (self.hash == "crc32" or facts["sha256"] is not None):
+                return _shard(url, place, facts)
+        return None
+
+    def build(self, url: str, file: str | int | None = None) -> Shard:
+        """Index the shard and write its sidecar. `file`: path or descriptor of its bytes, where `url` is remote.
+
+        Raises:
+            OSError: the shard cannot be read, or changes meanwhile, or there is no place for the sidecar.
+            UserError: a uid file that cannot be used.
+        """
+        file = _path(url) if file is None else file
+        stamp = _stamp(url, file)
+        before = [facts for tag in (self._tag, "") for p in self._places(url, tag) if (facts := sidecar.read_facts(p))]
+        hashes = self._hashes(file, stamp, before)
+        with mapped(file) as tar:
+            listing = list_members(tar)
+            chosen = choose(tar, listing, self.rules)
+        if _stamp(url, file) != stamp:
+            raise OSError("it was written to while it was indexed")
+        facts = stamp | hashes | {"refused": chosen.refused, "not_read": chosen.not_read, "cut": listing.cut}
+        places = self._places(url, self._tag)
+        for place in places:
+            try:
+                facts = sidecar.write(place, facts, chosen.spans, chosen.keys)
+                return _shard(url, place, facts, _change(before, facts))
+            except OSError as error:
+                cause = error
+        raise OSError(f"cannot write the index to any of {[str(place) for place in places]} ({cause})") from cause
+
+    @cached_property
+    def _tag(self) -> str:
+        return ".".join(filter(None, [self.rules.tag, "declared" if self.lazily else ""]))
+
+    def _hashes(self, file: str | int, stamp: dict[str, int], before: list[dict[str, Any]]) -> dict[str, Any]:
+        """From a sidecar of the same bytes where there is one, so that other rules do not read it again."""
+        for facts in before:
+            if "mtime_ns" in stamp and stamp.items() <= facts.items() and (self.hash == "crc32" or facts["sha256"]):
+                return {"crc32": facts["crc32"], "sha256": facts["sha256"]}
+        return _hash(file, self.hash)
+
+    def _places(self, url: str, tag: str) -> list[Path]:
+        name = ".".join(filter(None, [basename(url), tag, "index"]))
+        where = os.path.abspath(_path(url)) if is_local(url) else url
+        tagged = f"{hashlib.sha1(where.encode()).hexdigest()[:16]}-{name[-200:]}"
+        if self.index_dir is not None:
+            return [Path(self.index_dir) / tagged]
+        in_cache = cache_folder(self.cache_dir) / "index" / tagged
+        return [Path(_path(url)).with_name(name), in_cache] if is_local(url) else [in_cache]
 
 
-def _select(listing: Listing, tar: bytes, refused: Counter[str]) -> Table:
-    keys, image, text, label = [], [], [], []
-    for key, members in _samples(listing.members):
-        picture = next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), None)
-        if picture is None:
-            refused["no picture"] += 1
-            continue
-        caption = members.get("txt")
-        cause = _caption_fault(tar, caption)
-        if cause:
-            refused[cause] += 1
-            caption = None
-        keys.append(key)
-        image.append(_span(picture))
-        text.append(_span(caption))
-        label.append(_span(members.get("cls")))
-    return Table(keys, *(np.array(spans, np.int64).reshape(-1, 2) for spans in (image, text, label)))
+def basename(url: str) -> str:
+    """The last part of a path or URL, without a query."""
+    return os.path.basename(_path(url) if is_local(url) else urlsplit(url).path) or "shard"
 
 
-def _caption_fault(tar: bytes, caption: Member | None) -> str:
-    """Why this caption cannot be used; empty: it can."""
-    if caption is None:
-        return "no caption"
-    if caption.size > _MAX_CAPTION_BYTES:
-        return "caption above 64 KiB"
-    try:
-        text = tar[caption.offset : caption.offset + caption.size].decode()
-    except UnicodeDecodeError:
-        return "caption is not UTF-8"
-    return "" if text.strip() else "empty caption"
+def _path(url: str) -> str:
+    return url.removeprefix("file:")
 
 
-def _samples(members: list[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
-    """Runs of members that share a key, as suffix -> member; webdataset's grouping (`tariterators.group_by_keys`).
-
-    Where webdataset raises, at a suffix that the sample has already, a sample of the same key begins.
-    """
-    current, sample = None, {}
-    for member in members:
-        folder, _, base = member.name.rpartition("/")
-        stem, dot, suffix = base.partition(".")
-        if not dot or not stem or _META.match(member.name):
-            continue
-        key = f"{folder}/{stem}" if folder or member.name.startswith("/") else stem
-        suffix = suffix.lower()
-        if key != current or suffix in sample:
-            if sample:
-                yield current, sample
-            current, sample = key, {}
-        sample[suffix] = member
-    if sample:
-        yield current, sample
+def _stamp(url: str, file: str | int) -> dict[str, int]:
+    """By what a change of the shard is noticed without reading it; the time of a remote shard's copy says nothing."""
+    stat = os.stat(_path(file) if isinstance(file, str) else file)
+    return {"bytes": stat.st_size} | ({"mtime_ns": stat.st_mtime_ns} if is_local(url) else {})
 
 
-def _span(member: Member | None) -> tuple[int, int]:
-    return (-1, -1) if member is None else (member.offset, member.size)
+def _hash(file: str | int, kind: Hash) -> dict[str, Any]:
+    """Read through a buffer that fits a processor's cache, not the map, whose pages would count as this process's."""
+    crc32, sha256, done, buffer = 0, hashlib.sha256(), 0, memoryview(bytearray(_READ_BYTES))
+    with open(file, "rb", buffering=0, closefd=isinstance(file, str)) as opened:
+        while size := os.preadv(opened.fileno(), [buffer], done):
+            crc32, done = zlib.crc32(buffer[:size], crc32), done + size
+            if kind == "sha256":
+                sha256.update(buffer[:size])
+    return {"crc32": crc32, "sha256": sha256.hexdigest() if kind == "sha256" else None}
 
 
-def _sidecar_places(path: str, index_dir: str | None, cache_dir: str | None) -> list[Path]:
-    name = os.path.basename(path) + ".index.npz"
-    tag = hashlib.sha1(os.path.abspath(path).encode()).hexdigest()[:12]
-    if index_dir is not None:
-        return [Path(index_dir) / f"{tag}-{name}"]
-    return [Path(path).with_name(name), cache_folder(cache_dir) / "index" / f"{tag}-{name}"]
+def _change(before: list[dict[str, Any]], now: dict[str, Any]) -> str:
+    """How the shard differs from what the first of its former sidecars says."""
+    if not before or (before[0]["bytes"], before[0]["crc32"]) == (now["bytes"], now["crc32"]):
+        return ""
+    old, new = (f"{facts['bytes']} bytes, crc32 {facts['crc32']:08x}" for facts in (before[0], now))
+    return f"{old} -> {new}"
 
 
-def _write(place: Path, meta: dict, table: Table) -> None:
-    """Atomically: a reader sees the whole sidecar or none."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    arrays = {"image": table.image, "text": table.text, "label": table.label}
-    arrays["keys"] = np.frombuffer(json.dumps(table.keys).encode(), np.uint8)
-    arrays["meta"] = np.frombuffer(json.dumps(meta).encode(), np.uint8)
-    with tempfile.NamedTemporaryFile(dir=place.parent, prefix=f".{place.name}.", delete=False) as file:
-        try:
-            np.savez(file, **arrays)
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, place)
-        except BaseException:
-            os.unlink(file.name)
-            raise
-
-
-def _load_meta(place: Path) -> dict:
-    """Empty where there is no whole sidecar: it is built again."""
-    try:
-        with np.load(place, allow_pickle=False) as arrays:
-            return dict(json.loads(arrays["meta"].tobytes()))
-    except Exception:  # damaged zip and npy headers raise kinds without number
-        return {}
-
-
-@lru_cache(maxsize=4096)
-def _load_table(sidecar: str, crc32: int) -> Table:
-    try:
-        with np.load(sidecar, allow_pickle=False) as arrays:
-            found = json.loads(arrays["meta"].tobytes())["crc32"]
-            keys = json.loads(arrays["keys"].tobytes())
-            table = Table(keys, arrays["image"], arrays["text"], arrays["label"])
-    except Exception as error:  # damaged zip and npy headers raise kinds without number
-        raise OSError(f"index {sidecar!r} is damaged ({error}); delete it, the next run builds it again") from error
-    if found != crc32:
-        raise OSError(f"index {sidecar!r} was built again while this run was using it: the shard has changed")
-    return table
-
-
-def _shard(path: str, place: Path, meta: dict) -> Shard:
-    facts = {key: meta[key] for key in ("bytes", "crc32", "pairs", "labelled", "refused", "cut")}
-    return Shard(path=path, sidecar=str(place), **facts)
+def _shard(url: str, place: Path, facts: dict[str, Any], changed: str = "") -> Shard:
+    names = ("samples", "identity", "bytes", "crc32", "sha256", "refused", "not_read", "cut")
+    return Shard(
+        url, str(place), mtime_ns=facts.get("mtime_ns"), changed=changed, **{name: facts[name] for name in names}
+    )

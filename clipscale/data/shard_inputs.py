@@ -2,11 +2,9 @@
 
     for row in read_source(Path("captions.csv"), Keys(image=None, caption=None, label="label")):
         ...                                        # Row(name, path, caption, label, place) or Refusal(name, cause, ...)
-    for row, picture in read_pictures(rows, max_pixels=90_000_000, workers=8):
-        ...                                        # Picture(extension, data, width, height) or Refusal
 
-A picture passes if the loader's own decoder takes it, so what is packed here is not masked in training. Whatever cannot
-be used comes back as a `Refusal` that says what, where and why; nothing is dropped in silence.
+Whatever cannot be used comes back as a `Refusal` that says what, where and why; nothing is dropped in silence. The
+pictures themselves are read by clipscale/data/pictures.py.
 """
 
 from __future__ import annotations
@@ -15,20 +13,16 @@ import csv
 import json
 import os
 import re
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import TextIO
 
-from clipscale.data.decode import BadSample, decode, sniff
 from clipscale.errors import UserError
 
 LIST_FORMATS = {".csv": ",", ".tsv": "\t", ".jsonl": None, ".ndjson": None}
 # What counts as a picture in a folder; the ones that shards cannot hold are then refused by name and cause.
 PICTURE_NAME = re.compile(r".*\.(jpg|jpeg|jpe|jfif|png|webp|gif|bmp|tif|tiff|avif|heic|heif|jp2|jxl|ppm|pgm)", re.I)
-EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # in the shard, whatever the file is called
 
 
 @dataclass(frozen=True)
@@ -37,9 +31,12 @@ class Row:
 
     name: str
     path: str
-    caption: str
+    caption: str | None
     label: int | None
     place: str
+    offset: int = 0  # of the picture in the file, bytes
+    size: int | None = None  # bytes; None: the whole file
+    facts: dict[str, str] = field(default_factory=dict)  # more that its JSON shall hold
 
 
 @dataclass(frozen=True)
@@ -48,13 +45,6 @@ class Refusal:
     cause: str
     place: str = ""
     detail: str = ""
-
-
-class Picture(NamedTuple):
-    extension: str  # jpg, png or webp
-    data: bytes  # the file, unchanged
-    width: int
-    height: int
 
 
 @dataclass(frozen=True)
@@ -235,39 +225,3 @@ def read_folder(source: Path) -> Iterator[Row | Refusal]:
             yield Refusal(shown, "missing file", detail="a caption without a picture")
     for error in unreadable:
         yield Refusal(os.path.relpath(error.filename, source), "unreadable folder", detail=error.strerror)
-
-
-# --- pictures ---------------------------------------------------------------------------------------------------------
-
-
-def read_picture(row: Row, max_pixels: int) -> Picture | Refusal:
-    """A picture that the loader can decode to its end. The header decides on the size first."""
-    try:
-        data = Path(row.path).read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return Refusal(row.name, "missing file", row.place)
-    except (OSError, ValueError) as error:  # a folder, no permission, a name with a null byte
-        return Refusal(row.name, "unreadable file", row.place, str(error))
-    try:
-        height, width, _ = decode(data, max_pixels).shape
-    except BadSample as bad:
-        return Refusal(row.name, bad.cause, row.place, str(bad))
-    return Picture(EXTENSIONS[sniff(data)], data, width, height)
-
-
-def read_pictures(rows: Iterable[Row], max_pixels: int, workers: int) -> Iterator[tuple[Row, Picture | Refusal]]:
-    """(row, what read_picture says) in the order of `rows`, read and decoded by threads that stay a little ahead."""
-    with ThreadPoolExecutor(workers) as pool:
-        ahead = deque()
-        try:
-            for row in rows:
-                ahead.append((row, pool.submit(read_picture, row, max_pixels)))
-                if len(ahead) >= 8 * workers:
-                    row, future = ahead.popleft()
-                    yield row, future.result()
-            while ahead:
-                row, future = ahead.popleft()
-                yield row, future.result()
-        finally:
-            for _, future in ahead:
-                future.cancel()

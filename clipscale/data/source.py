@@ -1,92 +1,228 @@
-"""A source: the usable samples of a list of shards, read by (shard, index) through their tables.
+"""A source: the usable samples of a list of shards, read by (shard, index) through their sidecars.
 
-    source = open_source("shapes", "runs/shapes/train-*.tar", need="pairs")
+    source = open_source("shapes", config.data.sources["shapes"], config.data, need="pairs")
     sample = source.read(shard=3, index=17)        # Sample(key, image bytes, caption or label bytes)
+    text = source.caption(sample.note, draw)       # by the source's caption rule
 
-Samples are read with `pread` on files that stay open: no seek, no lock, any thread.
+Samples are read with `pread` on files that stay open: no seek, no lock held meanwhile, any thread. Nothing is kept for
+each sample, only for each shard. A source can be pickled: its copy opens files of its own.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import threading
+import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from clipscale.data.index import Need, Shard, Table, index_shard
-from clipscale.data.shards import expand_urls, local_path
+from clipscale import config_data
+from clipscale.data.captions import MAX_JSON_BYTES, CaptionError, CaptionRule
+from clipscale.data.counts import declared_counts
+from clipscale.data.decode import CAUSES as BAD_CAUSES
+from clipscale.data.decode import BadSample
+from clipscale.data.index import Index, Shard
+from clipscale.data.indexing import Track, index_shards
+from clipscale.data.select import MAX_PICTURE_BYTES, Need, Rules
+from clipscale.data.shards import expand_urls, is_local
+from clipscale.data.sidecar import Records, Row
 from clipscale.errors import UserError
 
-_MAX_OPEN_FILES = 64  # of each source; a process may have 1,024 in all on many systems
+_MAX_OPEN_FILES = 64  # shards, and as many sidecars, of each source; a process may have 1,024 in all on many systems
+_NEIGHBOUR_BYTES = 4096  # a picture and its note no further apart than this are read at once
 
 
 class Sample(NamedTuple):
     key: str
     image: bytes
-    note: bytes  # the caption (UTF-8), or the label
+    note: bytes  # the member that holds the caption, or the label
 
 
 class Source:
-    """Samples of several shards. `counts` [S]: usable samples of each shard."""
+    """Samples of several shards. `counts` [S]: usable samples of each shard, or those declared."""
 
-    def __init__(self, name: str, shards: list[Shard], need: Need) -> None:
-        self.name, self.shards, self.need = name, shards, need
-        self.counts = np.array([shard.count(need) for shard in shards], np.int64)
+    def __init__(self, name: str, shards: list[Shard], index: Index, caption: CaptionRule, cache: Any = None) -> None:
+        self.name, self.shards, self.need = name, shards, index.rules.need
+        self.counts = np.array([shard.samples for shard in shards], np.int64)
         self.samples = int(self.counts.sum())
-        self._files: OrderedDict[str, int] = OrderedDict()
-        self._lock = threading.Lock()
+        self._index, self._caption, self._cache = index, caption, cache
+        self._found: dict[int, Shard] = {}  # declared shards that were indexed since
+        self._prepare()
+
+    def _prepare(self) -> None:
+        self._tars: _OpenFiles[_File] = _OpenFiles(self._open_tar)
+        self._sidecars: _OpenFiles[_OpenSidecar] = _OpenFiles(self._open_sidecar)
+        self._indexing = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_tars", "_sidecars", "_indexing")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._prepare()
 
     def fingerprint(self) -> str:
-        """Changes with the content of any shard or with which samples of it are used, not with where shards lie."""
-        facts = [(shard.bytes, shard.crc32, shard.count(self.need)) for shard in self.shards]
-        return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+        """Changes with the content of any shard, with which samples of it are used and with what of them is the
+        caption; not with where shards lie. Of declared shards, names and numbers of samples are all that counts."""
+        facts = [(shard.identity, shard.samples) for shard in self.shards]
+        caption = self._caption if self.need == "pairs" else None
+        return hashlib.sha256(repr((facts, caption)).encode()).hexdigest()[:16]
 
     def read(self, shard: int, index: int) -> Sample:
         """One sample's bytes.
 
         Raises:
-            OSError: the file is gone or shorter than its index says, or the index is damaged.
+            OSError: the file is gone, shorter than its index says or another one, the index is damaged, or fewer
+                samples are usable than were declared. The message names the shard and the key.
         """
-        table, row = self._row(shard, index)
-        image, note = table.image[row], (table.text if self.need == "pairs" else table.label)[row]
-        file = self._open(self.shards[shard].path)
+        key = f"number {index}"
         try:
-            return Sample(table.keys[row], _read_exactly(file, *image), _read_exactly(file, *note))
-        finally:
-            os.close(file)
+            row = self._sidecars.get(shard).row(index, self._shard(shard))
+            key = row.key
+            tar = self._tars.get(shard)  # held by name: another thread may drop it from the open ones meanwhile
+            return Sample(key, *_read_pair(tar.number, row))
+        except OSError as error:
+            raise OSError(f"shard {self.shards[shard].url}, {key}: {error}") from error
 
     def where(self, shard: int, index: int) -> tuple[str, str]:
-        """(shard path, key), for messages; a number stands for the key where the index cannot be read."""
+        """(shard path or URL, key), for messages; a number stands for the key where the index cannot be read."""
         try:
-            table, row = self._row(shard, index)
+            key = self._sidecars.get(shard).row(index, self._shard(shard)).key
         except OSError:
-            return self.shards[shard].path, f"number {index}"
-        return self.shards[shard].path, table.keys[row]
+            key = f"number {index}"
+        return self.shards[shard].url, key
+
+    def caption(self, note: bytes, draw: int = 0) -> str:
+        """The caption in a sample's note; `draw` (64 bits) chooses where the source's `captions` is random.
+
+        Raises:
+            BadSample: there is none.
+        """
+        try:
+            return self._caption.pick(note, draw)
+        except CaptionError as error:
+            cause = str(error)
+            raise BadSample(cause if cause in BAD_CAUSES else "caption cannot be used", cause) from error
+
+    def refused(self) -> Counter[str]:
+        """Samples left out when the shards were indexed, by cause."""
+        return sum((Counter(shard.refused) for shard in self.shards), Counter())
+
+    def not_read(self) -> Counter[str]:
+        """Members whose suffix is not on the allow-list, by suffix."""
+        return sum((Counter(shard.not_read) for shard in self.shards), Counter())
+
+    @property
+    def remote(self) -> bool:
+        """Whether any of its shards comes through the cache."""
+        return self._cache is not None
+
+    def prefetch(self, shards: Iterable[int]) -> None:
+        """Start to fetch those of the shards that are remote; returns at once."""
+        urls = [url for shard in shards if not is_local(url := self.shards[shard].url)]
+        if urls:
+            self._cache.prefetch(urls)
 
     def close(self) -> None:
         """Let go of the open files; a later read opens them again."""
-        with self._lock:
-            while self._files:
-                os.close(self._files.popitem()[1])
+        self._tars.clear()
+        self._sidecars.clear()
+        if self._cache is not None:
+            self._cache.close()
 
-    def _row(self, shard: int, index: int) -> tuple[Table, int]:
-        table = self.shards[shard].table()
-        all_usable = len(table.keys) == self.counts[shard]
-        return table, index if all_usable else table.rows(self.need)[index]
+    def _shard(self, shard: int) -> Shard:
+        return self._found.get(shard, self.shards[shard])
 
-    def _open(self, path: str) -> int:
-        """A descriptor of one's own (a duplicate), so that evicting the shared one cannot pull it away."""
+    def _open_tar(self, shard: int) -> _File:
+        known = self._shard(shard)
+        if not is_local(known.url):
+            return _File(self._cache.open(known.url, expect=_expected(known)))
+        file = _File(os.open(known.url, os.O_RDONLY | os.O_CLOEXEC))
+        stat = os.fstat(file.number)
+        if (stat.st_size, stat.st_mtime_ns) != (known.bytes, known.mtime_ns):
+            raise OSError("the shard changed since this run began (its size or time)")
+        return file
+
+    def _open_sidecar(self, shard: int) -> _OpenSidecar:
+        known = self._shard(shard)
+        if not known.sidecar:
+            known = self._found[shard] = self._index_declared(known)
+        file = _File(os.open(known.sidecar, os.O_RDONLY | os.O_CLOEXEC))
+        try:
+            return _OpenSidecar(file, Records.of(file.number, known.identity))
+        except OSError as error:
+            raise OSError(f"{error} ({known.sidecar})") from error
+
+    def _index_declared(self, declared: Shard) -> Shard:
+        file = _File(self._cache.open(declared.url))
+        lazily = dataclasses.replace(self._index, lazily=True)
+        with self._indexing:
+            shard = lazily.known(declared.url) or lazily.build(declared.url, file.number)
+        if shard.samples > declared.samples:
+            warnings.warn(_surplus(shard, declared), stacklevel=2)
+        return shard
+
+
+class _File:
+    """A descriptor that is closed with its last user."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        os.close(self.number)
+
+
+class _OpenSidecar(NamedTuple):
+    file: _File
+    records: Records
+
+    def row(self, index: int, shard: Shard) -> Row:
+        if index >= self.records.samples:
+            raise OSError(f"{self.records.samples} samples are usable, not the number declared")
+        return self.records.read(index)
+
+
+class _OpenFiles:
+    """The files used last, by shard. One that is dropped while a thread reads it stays open until it has done so."""
+
+    def __init__(self, open_one: Callable[[int], Any]) -> None:
+        self._open_one = open_one
+        self._files: OrderedDict[int, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, shard: int) -> Any:
         with self._lock:
-            if path not in self._files:
-                self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                if len(self._files) > _MAX_OPEN_FILES:
-                    os.close(self._files.popitem(last=False)[1])
-            self._files.move_to_end(path)
-            return os.dup(self._files[path])
+            if shard in self._files:
+                self._files.move_to_end(shard)
+                return self._files[shard]
+        file = self._open_one(shard)  # may wait for a download
+        with self._lock:
+            self._files[shard] = file
+            while len(self._files) > _MAX_OPEN_FILES:
+                self._files.popitem(last=False)
+        return file
+
+    def clear(self) -> None:
+        with self._lock:
+            self._files.clear()
+
+
+def _read_pair(file: int, row: Row) -> tuple[bytes, bytes]:
+    """Picture and note, by one read where they are neighbours."""
+    _, image, image_size, note, note_size = row
+    if image_size > MAX_PICTURE_BYTES or note_size > MAX_JSON_BYTES:
+        raise OSError(f"its index claims a picture of {image_size} bytes and a note of {note_size}")
+    start, end = min(image, note), max(image + image_size, note + note_size)
+    if end - start - image_size - note_size > _NEIGHBOUR_BYTES:
+        return _read_exactly(file, image, image_size), _read_exactly(file, note, note_size)
+    both = _read_exactly(file, start, end - start)
+    return both[image - start :][:image_size], both[note - start :][:note_size]
 
 
 def _read_exactly(file: int, offset: int, size: int) -> bytes:
@@ -96,56 +232,76 @@ def _read_exactly(file: int, offset: int, size: int) -> bytes:
     return data
 
 
+def _expected(shard: Shard) -> Any:
+    from clipscale.data.cache import Expected
+
+    return Expected(shard.bytes, shard.crc32, shard.sha256) if shard.sidecar else None
+
+
+def _surplus(shard: Shard, declared: Shard) -> str:
+    more = shard.samples - declared.samples
+    return f"shard {shard.url!r} declared {declared.samples} samples: the last {more} of the usable ones are not used"
+
+
 def open_source(
     name: str,
-    urls: str,
+    source: config_data.Source,
+    data: config_data.Data,
     *,
     need: Need,
-    index_dir: str | None = None,
-    cache_dir: str | None = None,
-    track: Callable[[Iterable[str], str], Iterable[str]] | None = None,
+    track: Track | None = None,
     warn: Callable[[str], None] | None = None,
+    ahead: bool = False,
 ) -> Source:
     """Expand, fetch and index the shards of one source.
 
     Args:
-        track: wraps the list of shards for a progress bar: track(shards, label) -> the same shards.
-        warn: told in one line of each shard that is cut short, and of refused samples by cause.
+        need: a caption ("pairs") or a label beside each picture.
+        track: wraps a list of shards for a progress bar: track(shards, label) -> the same shards.
+        warn: told in one line of each shard that is cut short or changed, and of refused samples by cause.
+        ahead: index remote shards now although their numbers of samples are declared.
 
     Raises:
         UserError: a shard that is not there or cannot be read, or no usable sample in any.
     """
-    paths = expand_urls(urls)
-    shards = []
-    for url in track(paths, f"indexing {name}") if track else paths:
-        try:
-            shards.append(index_shard(local_path(url, cache_dir), index_dir, cache_dir))
-        except OSError as error:
-            raise UserError(f"shard {url!r}: {error}") from error
-    source = Source(name, shards, need)
-    refused = refusals(shards, need)
-    table = ", ".join(f"{cause}: {count}" for cause, count in refused.most_common())
-    if source.samples == 0:
-        wanted = "a picture and a caption (.txt)" if need == "pairs" else "a picture and a label (.cls)"
-        causes = "; ".join(filter(None, [table, *(f"{s.path} {s.cut}" for s in shards[:3] if s.cut)]))
-        raise UserError(
-            f"source {name!r}: none of its {len(shards)} shards ({urls}) holds a sample with {wanted}; "
-            f"found: {causes or 'empty archives'}"
-        )
-    if warn:
-        for shard in shards:
-            if shard.cut:
-                warn(f"source {name!r}: {shard.path} is damaged, {shard.count(need)} samples are usable: {shard.cut}")
-        if refused:
-            warn(f"source {name!r}: {refused.total()} samples refused ({table}); {source.samples} are usable")
-    return source
+    urls = expand_urls(source.urls)
+    index = Index(Rules.of(source, data, need), data.index_dir, data.cache_dir, data.hash)
+    cache = None
+    if not all(map(is_local, urls)):
+        from clipscale.data.cache import ShardCache
+
+        cache = ShardCache(data.cache_dir, data.cache_bytes, data.fetch, data.allow_pipe)
+    declared = {} if ahead else declared_counts(urls, source.counts, index, cache)
+    wanted = [url for url in urls if url not in declared]
+    indexed = index_shards(wanted, index, cache, jobs=data.index_jobs, track=track, label=f"indexing {name}")
+    shards = {shard.url: shard for shard in indexed}
+    shards |= {url: Shard.declared(url, count) for url, count in declared.items()}
+    opened = Source(name, [shards[url] for url in urls], index, CaptionRule.of(source.caption, source.captions), cache)
+    _require_samples(opened, source.urls)
+    for line in _findings(opened) if warn else ():
+        warn(line)
+    return opened
 
 
-def refusals(shards: list[Shard], need: Need) -> Counter[str]:
-    """Samples left out, by cause. Captions do not matter to labelled pictures."""
-    counts: Counter[str] = Counter()
-    for shard in shards:
-        counts.update(shard.refused)
-    if need == "labelled":
-        counts = Counter({cause: n for cause, n in counts.items() if "caption" not in cause})
-    return counts
+def _require_samples(source: Source, urls: str) -> None:
+    if source.samples:
+        return
+    wanted = "a picture and a caption" if source.need == "pairs" else "a picture and a label (.cls)"
+    table = ", ".join(f"{cause}: {count}" for cause, count in source.refused().most_common())
+    causes = "; ".join(filter(None, [table, *(f"{s.url} {s.cut}" for s in source.shards if s.cut)][:4]))
+    raise UserError(
+        f"source {source.name!r}: none of its {len(source.shards)} shards ({urls}) holds a sample with {wanted}; "
+        f"found: {causes or 'empty archives'}"
+    )
+
+
+def _findings(source: Source) -> Iterable[str]:
+    for shard in source.shards:
+        if shard.changed:
+            yield f"source {source.name!r}: {shard.url} changed since it was indexed last: {shard.changed}"
+        if shard.cut:
+            yield f"source {source.name!r}: {shard.url} is damaged, {shard.samples} samples are usable: {shard.cut}"
+    refused = source.refused()
+    if refused:
+        table = ", ".join(f"{cause}: {count}" for cause, count in refused.most_common())
+        yield f"source {source.name!r}: {refused.total()} samples refused ({table}); {source.samples} are usable"
