@@ -202,7 +202,7 @@ def _decode_jpeg(data: bytes, header: _Header, reduction: int, layout: str) -> n
     assert pixels.shape[:2] == size
     if cmyk:  # written inverted, as Adobe does and Pillow expects
         inks = Image.frombuffer("CMYK", size[::-1], pixels, "raw", "CMYK;I", 0, 1)
-        return np.asarray(inks.convert("RGB"))
+        return np.array(inks.convert("RGB"))
     return pixels
 
 
@@ -236,7 +236,7 @@ def _on_white(image: Image.Image) -> np.ndarray:
     if image.mode in ("RGBA", "LA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.asarray(image.convert("RGB"))
+    return np.array(image.convert("RGB"))
 
 
 def _reduction(have: tuple[int, int], want: tuple[int, int]) -> int:
