@@ -3,8 +3,8 @@
     python data_tools/inspect_shard.py data/train-0000.tar --output sheet.png
     python data_tools/inspect_shard.py https://host/set/00000.tar --output sheet.html --samples 100 --seed 1
 
-Keys and captions may be hostile: in HTML everything is escaped, pictures are encoded anew, and the page may load and run
-nothing. A picture that the loader cannot decode is a grey tile with the cause.
+Keys and captions may be hostile: in HTML everything is escaped, pictures are encoded anew, and the page may load and
+run nothing. A picture that the loader cannot decode is a grey tile with the cause.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from clipscale.config_data import Data, Fetch
 from clipscale.data.cache import ShardCache
 from clipscale.data.captions import CaptionError, CaptionRule
 from clipscale.data.commands import natural, positive, run, shown
-from clipscale.data.decode import BadSample, decode
+from clipscale.data.decode import BadSample, decode, picture_size
 from clipscale.data.select import IMAGE_SUFFIXES, MAX_LABEL_BYTES, MAX_PICTURE_BYTES, group
 from clipscale.data.shard_checks import opened
 from clipscale.data.shard_writer import whole_file
@@ -39,8 +39,8 @@ examples:
       100 drawn at random; one file that any browser shows, whatever the language of the captions
   python data_tools/inspect_shard.py data/train-0000.tar --output sheet.png --start 5000 --samples 8 --columns 4
 
-PNG letters are DejaVu Sans where the system has it, else Pillow's own: letters that the font lacks (Chinese, Devanagari,
-emoji, ...) show as boxes. HTML shows them all.
+PNG letters are DejaVu Sans where the system has it, else Pillow's own: letters that the font lacks (Chinese,
+Devanagari, emoji, ...) show as boxes. HTML shows them all.
 exit status: 0 the sheet was written; 2 wrong arguments, or a shard that cannot be read.
 """
 GREY, MARGIN, LINES, LINE_PIXELS, LETTER_PIXELS = (128, 128, 128), 8, 4, 16, 7
@@ -94,10 +94,9 @@ def read_tile(tar: bytes, listing: Listing, key: str, sample: dict[str, int], ar
         pixels = decode(data or b"", arguments.max_pixels, at_least=(arguments.tile, arguments.tile))
     except BadSample as bad:
         return Tile(key, text, None, str(bad) if data else "no picture", "")
-    picture = Image.fromarray(pixels)
-    size = f"{picture.width} x {picture.height}"
+    picture, (height, width, _) = Image.fromarray(pixels), picture_size(data)
     picture.thumbnail((arguments.tile, arguments.tile))
-    return Tile(key, text, picture, "", size)
+    return Tile(key, text, picture, "", f"{width} x {height}")
 
 
 # --- PNG --------------------------------------------------------------------------------------------------------------
@@ -181,9 +180,9 @@ def figure(tile: Tile) -> str:
         tile.picture.save(buffer, "JPEG", quality=85)
         data = base64.b64encode(buffer.getvalue()).decode()
         picture = f'<div class="picture"><img alt="" src="data:image/jpeg;base64,{data}"></div>'
-    key = html.escape(shown(f"{tile.key} {tile.size}", 300))
-    # Direction marks of a caption end with its element.
-    return f'<figure>{picture}<figcaption><div class="key">{key}</div><bdi>{html.escape(tile.text)}</bdi></figcaption></figure>'
+    key, text = html.escape(shown(f"{tile.key} {tile.size}", 300)), html.escape(tile.text)
+    caption = f'<div class="key">{key}</div><bdi>{text}</bdi>'  # bdi: direction marks of a text end with it
+    return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
 
 
 # --- command line -----------------------------------------------------------------------------------------------------

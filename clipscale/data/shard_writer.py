@@ -169,7 +169,7 @@ def encode(value: bytes | str | int | dict) -> bytes:
 
 @contextmanager
 def whole_file(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO]:
-    """A file to write to, text in UTF-8 or bytes, under a temporary name; it has its own, synced, once all is written."""
+    """A file to write to, text in UTF-8 or bytes: under a temporary name, until all is written and synced."""
     partial = path.with_name(path.name + ".partial")
     try:
         with open(partial, mode, encoding=None if mode == "wb" else "utf-8") as file:
