@@ -18,7 +18,8 @@ import pytest
 import webdataset as wds
 from PIL import Image, ImageOps
 
-from clipscale.data.index import index_shard
+from clipscale import config_data
+from clipscale.data.source import open_source
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = ROOT / "data_tools" / "make_shards.py"
@@ -413,7 +414,10 @@ def test_names_without_prefix_are_img2datasets_and_the_index_reads_them(tool, pi
     command = [str(source), "--output", str(tmp_path / "out"), "--prefix=", "--samples-per-shard=4"]
     assert tool.main(command) == 0
     assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == ["00000.tar", "00001.tar", "00002.tar"]
-    assert [index_shard(str(path)).pairs for path in sorted((tmp_path / "out").glob("*.tar"))] == [4, 4, 1]
+    indexed = open_source("x", config_data.Source(f"{tmp_path}/out/*.tar"), config_data.Data(), need="pairs")
+    assert indexed.counts.tolist() == [4, 4, 1]
+    assert {indexed.caption(indexed.read(shard, 0).note) for shard in range(3)} <= {f"c{i}" for i in range(9)}
+    indexed.close()
     assert tool.main(command) == 2
     assert tool.main([*command, "--overwrite", "--samples-per-shard=9"]) == 0
     assert [path.name for path in (tmp_path / "out").glob("*.tar")] == ["00000.tar"]
