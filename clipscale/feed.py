@@ -20,6 +20,7 @@ import torch
 
 from clipscale.config import Config
 from clipscale.config_data import Augment as AugmentSettings
+from clipscale.config_data import Source
 from clipscale.data.augment import Augment
 from clipscale.data.fill import Share
 from clipscale.data.loader import Loader, Setup, StepBatch
@@ -44,11 +45,11 @@ def prepare_files(config: Config) -> None:
         shapes = dataclasses.asdict(data.shapes)
         with progress_bar("drawing the shapes set") as progress:
             make_shapes(shapes.pop("dir"), **shapes, progress=progress)
-    wanted = [(name, source.urls, "pairs") for name, source in data.sources.items() if source.weight > 0]
-    wanted += [("validation", evaluation.validation.urls, "pairs"), ("zeroshot", evaluation.zeroshot.urls, "labelled")]
-    for name, urls, need in wanted:
-        if urls is not None:
-            open_source(name, urls, need=need, index_dir=data.index_dir, cache_dir=data.cache_dir, track=track)
+    wanted = [(name, source, "pairs") for name, source in data.sources.items() if source.weight > 0]
+    evaluations = (("validation", evaluation.validation, "pairs"), ("zeroshot", evaluation.zeroshot, "labelled"))
+    wanted += [(name, Source(kind.urls), need) for name, kind, need in evaluations if kind.urls is not None]
+    for name, source, need in wanted:
+        open_source(name, source, data, need=need, track=track)
 
 
 class Feed:
@@ -73,6 +74,7 @@ class Feed:
             context_length=towers.context_length,
             seed=config.seed,
             global_batch=self.global_batch,
+            position=position,
             recorded=recorded,
             warn=log.line,
         )

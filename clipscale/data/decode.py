@@ -32,7 +32,14 @@ from PIL.WebPImagePlugin import WebPImageFile
 from clipscale.config_data import Data
 from clipscale.data.formats import jpeg_scans, orientation, plain_png, png_size, sniff, turned, webp_size
 
-CAUSES = ("cannot be read", "not JPEG, PNG or WebP", "broken picture", "too many pixels", "caption is not UTF-8")
+CAUSES = (
+    "cannot be read",
+    "not JPEG, PNG or WebP",
+    "broken picture",
+    "too many pixels",
+    "caption is not UTF-8",
+    "caption cannot be used",
+)
 CROP_TRIES = 10
 DRAWS_PER_SAMPLE = 4 * CROP_TRIES
 MAX_SCANS = 500  # of a progressive JPEG; each goes over the whole picture, and ten are usual

@@ -77,6 +77,7 @@ class Filler:
     def __init__(self, pipeline: Pipeline, share: Share, blocks: Blocks, threads: int) -> None:
         self.pipeline, self.blocks = pipeline, blocks
         self._decoding = Decoding.of(pipeline.data)
+        self._horizon = pipeline.horizon() if any(source.remote for source in pipeline.sources) else 0
         self._pool = ThreadPoolExecutor(threads, "decode", initializer=torch.set_num_threads, initargs=(1,))
         self._positions = lru_cache(maxsize=4)(partial(share.positions, streams=pipeline.streams))  # once for all jobs
         blocks.fault_in(self._pool)
@@ -94,12 +95,14 @@ class Filler:
         part = slice(job.offset, job.offset + len(positions))
         images, valid = self.blocks.images[job.block, part], self.blocks.valid[job.block, part]
         valid.fill_(True)
-        keys = draw(fold(pipe.seed, "crop"), positions)
-        draws = uniform(keys[:, None], np.arange(DRAWS_PER_SAMPLE)[None, :])
+        if self._horizon:
+            self._fetch_ahead(positions)
+        crops = uniform(draw(fold(pipe.seed, "crop"), positions)[:, None], np.arange(DRAWS_PER_SAMPLE)[None, :])
+        choices = draw(fold(pipe.seed, "caption"), positions)
         for slot, (source_id, _, shard, index) in enumerate(zip(*pipe.locate(positions), strict=True)):
             source = pipe.sources[source_id]
             try:
-                captions.append(self._fill_slot(images[slot], source, shard, index, draws[slot]))
+                captions.append(self._fill_slot(images[slot], source, shard, index, crops[slot], choices[slot]))
             except BadSample as bad:
                 where, key = source.where(shard, index)
                 skips.append(Skip(int(positions[slot]), source.name, where, key, bad.cause, str(bad)[:200]))
@@ -109,18 +112,23 @@ class Filler:
         self.blocks.tokens[job.block, part] = pipe.tokenize(captions).to(torch.int32)
         return Done(job.number, skips, checksum(images))
 
-    def _fill_slot(self, out_3SS: torch.Tensor, source: Source, shard: int, index: int, draws: np.ndarray) -> str:
+    def _fill_slot(
+        self, out_3SS: torch.Tensor, source: Source, shard: int, index: int, crop: np.ndarray, choice: np.uint64
+    ) -> str:
         """Write one picture; returns its caption."""
         try:
             sample = source.read(shard, index)
         except OSError as error:
             raise BadSample("cannot be read", str(error)) from error
-        try:
-            caption = sample.note.decode()
-        except UnicodeDecodeError as error:
-            raise BadSample("caption is not UTF-8", str(error)) from error
-        load_picture(sample.image, draws, self._decoding, self.pipeline.image_size, out_3SS)
-        return caption.strip()
+        caption = source.caption(sample.note, int(choice))
+        load_picture(sample.image, crop, self._decoding, self.pipeline.image_size, out_3SS)
+        return caption
+
+    def _fetch_ahead(self, positions: np.ndarray) -> None:
+        """Start to download the shards that these slots' streams come to next."""
+        source, _, shard, _ = self.pipeline.locate(positions + self._horizon)
+        for i in np.unique(source):
+            self.pipeline.sources[i].prefetch(np.unique(shard[source == i]).tolist())
 
 
 def checksum(pixels: torch.Tensor) -> int:

@@ -57,7 +57,7 @@ class Shard:
 class Index:
     """Sidecars of one set of rules. `lazily`: of shards whose counts were declared, not taken from here."""
 
-    rules: Rules = Rules()
+    rules: Rules = field(default_factory=Rules)
     index_dir: str | None = None
     cache_dir: str | None = None
     hash: Hash = "crc32"
@@ -107,7 +107,7 @@ class Index:
         return ".".join(filter(None, [self.rules.tag, "declared" if self.lazily else ""]))
 
     def _hashes(self, file: str | int, stamp: dict[str, int], before: list[dict[str, Any]]) -> dict[str, Any]:
-        """From a sidecar of the same bytes where there is one, so that other rules do not read the whole shard again."""
+        """From a sidecar of the same bytes where there is one, so that other rules do not read it again."""
         for facts in before:
             if "mtime_ns" in stamp and stamp.items() <= facts.items() and (self.hash == "crc32" or facts["sha256"]):
                 return {"crc32": facts["crc32"], "sha256": facts["sha256"]}

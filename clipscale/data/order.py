@@ -25,6 +25,7 @@ from clipscale.counter import draw, fold, permuted, shuffled
 
 _SHARDS_PER_STREAM = 4
 _SAMPLES_PER_STREAM_AND_BATCH = 4
+_LINES_KEPT = 4  # a batch lies in two epochs, unless repeats are allowed; shards are fetched for the next one
 
 
 def default_streams(shards: int, global_batch: int) -> int:
@@ -83,6 +84,12 @@ class Order:
         """Whether a sample can come twice in positions [low, high): only if they lie in more than one epoch."""
         return low // self.epoch_length != (high - 1) // self.epoch_length
 
+    def block_samples(self) -> int:
+        """About how many positions it takes until every stream has come to its next block."""
+        if self.block_shards is None:
+            return self.samples
+        return min(self.samples, self.streams * self.block_shards * self.samples // len(self.counts))
+
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Positions [P] -> epoch [P], shard [P], index within the shard [P]."""
         epoch = positions // self.epoch_length
@@ -124,19 +131,23 @@ class Order:
         return block, start, stop
 
     def _line(self, epoch: int) -> _Line:
-        if epoch not in self._lines:
-            while len(self._lines) >= 2:  # a batch lies in two epochs at most, unless repeats are allowed
-                del self._lines[min(self._lines)]
-            shards = shuffled(fold(self.seed, "shards", epoch), len(self.counts))
-            shards = shards[self.counts[shards] > 0]
-            head = int(draw(fold(self.seed, "head", epoch), np.zeros(1))[0] % np.uint64(self.counts[shards[0]]))
-            lengths = np.concatenate([self.counts[shards], [head]])
-            lengths[0] -= head
-            first = np.zeros_like(lengths)
-            first[0] = head
-            cum = np.concatenate([[0], np.cumsum(lengths)])
-            self._lines[epoch] = _Line(np.append(shards, shards[0]), first, cum)
-        return self._lines[epoch]
+        """The epochs used last are kept. Threads may race: each makes the same line, and puts a whole dict in place."""
+        line = self._lines.get(epoch)
+        if line is None:
+            line = self._make_line(epoch)
+            self._lines = dict([*self._lines.items()][1 - _LINES_KEPT :]) | {epoch: line}
+        return line
+
+    def _make_line(self, epoch: int) -> _Line:
+        shards = shuffled(fold(self.seed, "shards", epoch), len(self.counts))
+        shards = shards[self.counts[shards] > 0]
+        head = int(draw(fold(self.seed, "head", epoch), np.zeros(1))[0] % np.uint64(self.counts[shards[0]]))
+        lengths = np.concatenate([self.counts[shards], [head]])
+        lengths[0] -= head
+        first = np.zeros_like(lengths)
+        first[0] = head
+        cum = np.concatenate([[0], np.cumsum(lengths)])
+        return _Line(np.append(shards, shards[0]), first, cum)
 
 
 class Resampled:
@@ -173,6 +184,10 @@ class Resampled:
     def may_repeat(self, low: int, high: int) -> bool:
         """Whether a sample can come twice in positions [low, high)."""
         return high - low > 1
+
+    def block_samples(self) -> int:
+        """How many positions it takes until every stream has come to its next block."""
+        return self.streams * self._block_length
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Positions [P] -> epoch [P], shard [P], index within the shard [P]."""

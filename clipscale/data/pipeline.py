@@ -76,6 +76,15 @@ class Pipeline:
         first_sample = np.cumsum(np.concatenate([[0], *sizes]))
         return global_batch - len(np.unique(first_sample[first_shard + shard] + index))
 
+    def horizon(self) -> int:
+        """How many positions ahead every stream is half a block further: when to fetch the shards it comes to then."""
+        cycle = sum(self.mixture.quota.values())
+        blocks = [
+            order.block_samples() * cycle // self.mixture.quota[source.name]
+            for source, order in zip(self.sources, self.orders, strict=True)
+        ]
+        return max(1, min(blocks) // 2)
+
     def identity(self) -> dict[str, Any]:
         """Everything that decides which pixels and tokens a position stands for. JSON."""
         data, pairs = self.data, list(zip(self.sources, self.orders, strict=True))
@@ -134,16 +143,7 @@ def build_pipeline(
     recorded = recorded and _in_full(recorded)
     mixture = _mixture(data, seed, position, recorded, warn)
     sources = [
-        open_source(
-            name,
-            data.sources[name].urls,
-            need="pairs",
-            index_dir=data.index_dir,
-            cache_dir=data.cache_dir,
-            track=track,
-            warn=warn,
-        )
-        for name in mixture.quota
+        open_source(name, data.sources[name], data, need="pairs", track=track, warn=warn) for name in mixture.quota
     ]
     orders = [_order(source, data, mixture, seed, global_batch, recorded) for source in sources]
     dropped = {

@@ -24,6 +24,7 @@ import numpy as np
 from clipscale import config_data
 from clipscale.data.captions import MAX_JSON_BYTES, CaptionError, CaptionRule
 from clipscale.data.counts import declared_counts
+from clipscale.data.decode import CAUSES as BAD_CAUSES
 from clipscale.data.decode import BadSample
 from clipscale.data.index import Index, Shard
 from clipscale.data.indexing import Track, index_shards
@@ -104,7 +105,21 @@ class Source:
         try:
             return self._caption.pick(note, draw)
         except CaptionError as error:
-            raise BadSample(str(error)) from error
+            cause = str(error)
+            raise BadSample(cause if cause in BAD_CAUSES else "caption cannot be used", cause) from error
+
+    def refused(self) -> Counter[str]:
+        """Samples left out when the shards were indexed, by cause."""
+        return sum((Counter(shard.refused) for shard in self.shards), Counter())
+
+    def not_read(self) -> Counter[str]:
+        """Members whose suffix is not on the allow-list, by suffix."""
+        return sum((Counter(shard.not_read) for shard in self.shards), Counter())
+
+    @property
+    def remote(self) -> bool:
+        """Whether any of its shards comes through the cache."""
+        return self._cache is not None
 
     def prefetch(self, shards: Iterable[int]) -> None:
         """Start to fetch those of the shards that are remote; returns at once."""
@@ -271,7 +286,7 @@ def _require_samples(source: Source, urls: str) -> None:
     if source.samples:
         return
     wanted = "a picture and a caption" if source.need == "pairs" else "a picture and a label (.cls)"
-    table = ", ".join(f"{cause}: {count}" for cause, count in refusals(source.shards).most_common())
+    table = ", ".join(f"{cause}: {count}" for cause, count in source.refused().most_common())
     causes = "; ".join(filter(None, [table, *(f"{s.url} {s.cut}" for s in source.shards if s.cut)][:4]))
     raise UserError(
         f"source {source.name!r}: none of its {len(source.shards)} shards ({urls}) holds a sample with {wanted}; "
@@ -285,23 +300,7 @@ def _findings(source: Source) -> Iterable[str]:
             yield f"source {source.name!r}: {shard.url} changed since it was indexed last: {shard.changed}"
         if shard.cut:
             yield f"source {source.name!r}: {shard.url} is damaged, {shard.samples} samples are usable: {shard.cut}"
-    refused = refusals(source.shards)
+    refused = source.refused()
     if refused:
         table = ", ".join(f"{cause}: {count}" for cause, count in refused.most_common())
         yield f"source {source.name!r}: {refused.total()} samples refused ({table}); {source.samples} are usable"
-
-
-def refusals(shards: list[Shard]) -> Counter[str]:
-    """Samples left out, by cause."""
-    counts: Counter[str] = Counter()
-    for shard in shards:
-        counts.update(shard.refused)
-    return counts
-
-
-def not_read(shards: list[Shard]) -> Counter[str]:
-    """Members whose suffix is not on the allow-list, by suffix."""
-    counts: Counter[str] = Counter()
-    for shard in shards:
-        counts.update(shard.not_read)
-    return counts
