@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from clipscale.bench.measure import Spread
-from clipscale.bench.ours import MODES, Mode, open_loader, receive
+from clipscale.bench.ours import MODES, STEP, Mode, open_loader, receive
 from clipscale.bench.processes import cores
 from clipscale.bench.recipe import Recipe, recipe
 from clipscale.bench.turns import Contestant, Turn, take_turns
@@ -22,7 +22,6 @@ from clipscale.data.pipeline import Pipeline
 
 RECIPE, RECIPE_UINT8 = "open_clip recipe", "open_clip recipe, uint8"
 OURS = {"process": "clipscale", "inline": "clipscale, inline"}
-STEP = 2048  # pictures of a step of ours
 _READY_BATCHES = 2  # that a DataLoader keeps ready for each worker
 _PER_TURN: dict[str, Callable[[Turn], float]] = {
     "images_per_second": lambda turn: turn.items / turn.wall_seconds,
@@ -67,7 +66,7 @@ def _recipe(name: str, urls: list[str], settings: Recipe) -> Contestant:
 
 
 def _ours(pipeline: Pipeline, mode: Mode, threads: int) -> Contestant:
-    loader = open_loader(pipeline, mode=mode, threads=threads, global_batch=STEP)
+    loader = open_loader(pipeline, mode=mode, threads=threads)
     where = "a loader process" if mode == "process" else "the training process"
     return Contestant(
         OURS[mode],
