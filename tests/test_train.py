@@ -167,7 +167,7 @@ def test_sources_are_mixed_by_weight(tmp_path, urls):
     summary = trainer.run()
     trainer.close()
     assert "64 samples seen" in summary[0]
-    assert trainer.feed.pipeline.mixture.quota.tolist() == [2500, 7500]
+    assert trainer.feed.pipeline.mixture.quota == {"mine": 2500, "more": 7500}
 
 
 def test_starting_from_a_path_then_from_ones_own(tmp_path, urls):

@@ -16,6 +16,7 @@ from loading import CPU, open_loader, pipeline, read, take, tokenize
 from shards import write_pairs
 
 from clipscale.data import workers
+from clipscale.data.loader import Loader
 from clipscale.data.workers import LoaderError
 
 TESTS = Path(__file__).parent
@@ -43,6 +44,12 @@ def wait_until_gone(pid: int, seconds: float) -> None:
         time.sleep(0.05)
 
 
+def take_several(loader: Loader) -> None:
+    """More than were filled already."""
+    for _ in range(10):
+        take(loader)
+
+
 def test_the_same_batches_as_inline_and_a_clean_end(urls):
     expected = read(pipeline(urls, 40), 5, 40)
     loader = open_loader(pipeline(urls, 40), 40, mode="process", threads=3, block=7)
@@ -61,8 +68,7 @@ def test_a_loader_that_is_killed_is_an_error_within_seconds(urls, when):
     os.kill(loader.workers.pid, signal.SIGKILL)
     begin = time.monotonic()
     with pytest.raises(LoaderError, match=r"the loader \(process \d+\) was killed by SIGKILL; .* out of memory"):
-        for _ in range(10):
-            take(loader)
+        take_several(loader)
     assert time.monotonic() - begin < 10
     loader.close()
 
@@ -87,8 +93,7 @@ def test_a_loader_that_is_silent_is_an_error(urls, monkeypatch):
     take(loader)
     os.kill(loader.workers.pid, signal.SIGSTOP)
     with pytest.raises(LoaderError, match=r"has been silent for 8 s"):
-        for _ in range(10):
-            take(loader)
+        take_several(loader)
     loader.close()
     wait_until_gone(loader.workers.pid, 0)
 

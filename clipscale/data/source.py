@@ -84,7 +84,8 @@ class Source:
         try:
             row = self._sidecars.get(shard).row(index, self._shard(shard))
             key = row.key
-            return Sample(key, *_read_pair(self._tars.get(shard).number, row))
+            tar = self._tars.get(shard)  # held by name: another thread may drop it from the open ones meanwhile
+            return Sample(key, *_read_pair(tar.number, row))
         except OSError as error:
             raise OSError(f"shard {self.shards[shard].url}, {key}: {error}") from error
 
