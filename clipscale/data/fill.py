@@ -25,6 +25,8 @@ from clipscale.data.order import rank_positions
 from clipscale.data.pipeline import Pipeline
 from clipscale.data.source import Source
 
+_DETAIL_CHARACTERS = 400
+
 
 class Job(NamedTuple):
     """Slots [start, stop) of this rank's part of the step batch at `position`, into a block from `offset` on."""
@@ -105,7 +107,9 @@ class Filler:
                 captions.append(self._fill_slot(images[slot], source, shard, index, crops[slot], choices[slot]))
             except BadSample as bad:
                 where, key = source.where(shard, index)
-                skips.append(Skip(int(positions[slot]), source.name, where, key, bad.cause, str(bad)[:200]))
+                skips.append(
+                    Skip(int(positions[slot]), source.name, where, key, bad.cause, str(bad)[:_DETAIL_CHARACTERS])
+                )
                 captions.append("")
                 valid[slot] = False
                 images[slot] = 0

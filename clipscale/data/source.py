@@ -121,6 +121,11 @@ class Source:
         """Members whose suffix is not on the allow-list, by suffix."""
         return sum((Counter(shard.not_read) for shard in self.shards), Counter())
 
+    @property
+    def remote(self) -> bool:
+        """Whether any of its shards comes through the cache."""
+        return self._cache is not None
+
     def prefetch(self, shards: Iterable[int]) -> None:
         """Start to fetch those of the shards that are remote; returns at once."""
         urls = [url for shard in shards if not is_local(url := self.shards[shard].url)]
