@@ -385,3 +385,27 @@ def test_close_gives_up_what_is_not_decoded(urls):
     start = time.monotonic()
     loader.close()
     assert time.monotonic() - start < 5
+
+
+# --- little data, many ranks ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("shards", "per_shard", "world"), [(1, 12, 4), (2, 6, 4), (1, 1, 1), (1, 1, 4), (3, 1, 4), (5, 7, 2)]
+)
+def test_fewer_shards_or_samples_than_ranks(tmp_path, shards, per_shard, world):
+    """Batches of twelve; what is short of that comes several times in each."""
+    pipe = pipeline(write_pairs(tmp_path, shards, per_shard, size=28), 12, allow_repeats=True)
+    parts = [read(pipe, 3, 12, world=world, rank=rank) for rank in range(world)]
+    keys = [key for _, (key, *_) in sorted(by_position([b for part in parts for b in part]).items())]
+    assert len(keys) == 36
+    samples = shards * per_shard
+    for epoch in range(36 // samples):
+        assert len(set(keys[epoch * samples : (epoch + 1) * samples])) == samples
+
+
+@pytest.mark.timeout(60)
+def test_a_source_of_weight_0_is_not_even_opened(tmp_path):
+    sources = {"mine": (write_pairs(tmp_path, 1, 8, size=28), 1.0), "off": ("no-such.tar", 0.0)}
+    assert len(read(pipeline(sources, 8), 1, 8)[0].keys) == 8
