@@ -12,8 +12,10 @@ import sys
 import textwrap
 
 from clipscale import __version__
+from clipscale.bench.data_options import add_data_arguments, data_options
 from clipscale.bench.options import add_loss_arguments, loss_options
 from clipscale.config_load import dump_config, load_config
+from clipscale.data.index_command import add_index_arguments, index_settings, print_report
 from clipscale.errors import SharedError, UserError
 
 _TRAIN_EXAMPLES = """\
@@ -35,7 +37,9 @@ examples:
 _INDEX_EXAMPLES = """\
 examples:
   clipscale index 'shards/{0000..0999}.tar'
-  clipscale index 'cc3m/*.tar' 'cc12m/*.tar' --index-dir index
+  clipscale index 'cc3m/*.tar' 'cc12m/*.tar' --index-dir index --check decode --jobs 16
+  clipscale index 'laion/{00000..41454}.tar' --caption json:caption --min-side 128 --max-aspect 3
+  clipscale index 'datacomp/*.tar' --score-field clip_l14_similarity_score --min-score 0.3
 """
 _RESUMES = "the same command resumes from the newest checkpoint"
 _BENCH_EXAMPLES = """\
@@ -44,6 +48,8 @@ examples:
   clipscale bench loss --peers --batches 16k,64k,256k --widths 768 --precisions fp16,bf16
   clipscale bench loss --ranks 4 --batches 64k
   torchrun --nproc-per-node 8 -m clipscale bench loss --batches 256k,1m
+  clipscale bench data --check
+  clipscale bench data --urls 'shards/{0000..0009}.tar' --parts speed,stages --model-rate vit-b32=3000
   clipscale bench plot docs/benchmarks/loss.json
 """
 
@@ -69,15 +75,14 @@ def build_parser() -> argparse.ArgumentParser:
     zeroshot.add_argument("settings", nargs="*", metavar="key=value", help="changes to the checkpoint's own config")
 
     index = _command(commands, "index", "index shards ahead of training, and count what is usable", _INDEX_EXAMPLES)
-    index.add_argument("shards", nargs="+", metavar="SHARDS", help="paths, globs, braces or URLs")
-    index.add_argument("--index-dir", help="where the sidecars go; default: beside each shard")
-    index.add_argument("--cache-dir", help="where copies of remote shards go; default: the user's cache folder")
+    add_index_arguments(index)
 
     bench = _command(commands, "bench", "measure speed, memory and exactness on this machine", _BENCH_EXAMPLES)
     subjects = bench.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
     add_loss_arguments(_command(subjects, "loss", "the contrastive loss alone, beside its peers", _BENCH_EXAMPLES))
+    add_data_arguments(_command(subjects, "data", "the way of pictures to the training process", _BENCH_EXAMPLES))
     plot = _command(subjects, "plot", "draw the pictures of a result again", _BENCH_EXAMPLES)
-    plot.add_argument("result", metavar="RESULT.json", help="what clipscale bench loss wrote")
+    plot.add_argument("result", metavar="RESULT.json", help="what clipscale bench loss or data wrote")
     return parser
 
 
@@ -138,32 +143,25 @@ def _zeroshot(arguments: argparse.Namespace) -> int:
 
 
 def _index(arguments: argparse.Namespace) -> int:
-    from clipscale.data.source import open_source, refusals
+    source, data, need = index_settings(arguments)
+    from clipscale.data.source import open_source
     from clipscale.telemetry import track
 
-    source = open_source(
-        "index",
-        "::".join(arguments.shards),
-        need="pairs",
-        index_dir=arguments.index_dir,
-        cache_dir=arguments.cache_dir,
-        track=track,
-    )
-    for shard in source.shards:
-        if shard.cut:
-            print(f"{shard.path}: {shard.pairs} pairs usable: {shard.cut}")
-    for cause, count in refusals(source.shards, "pairs").most_common():
-        print(f"refused, {cause}: {count}")
-    print(f"{len(source.shards)} shards, {source.samples} usable pairs, fingerprint {source.fingerprint()}")
+    print_report(open_source("index", source, data, need=need, track=track, ahead=True))
     return 0
 
 
 def _bench(arguments: argparse.Namespace, words: list[str]) -> int:
     if arguments.subject == "plot":
-        from clipscale.bench.plots import redraw
+        from clipscale.bench.redraw import redraw
 
         print(*redraw(arguments.result))
         return 0
+    if arguments.subject == "data":
+        chosen = data_options(arguments)
+        from clipscale.bench.data import bench_data
+
+        return bench_data(chosen, shlex.join(["clipscale", *words]))
     options = loss_options(arguments)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     start = ["torchrun", "--nproc-per-node", str(ranks), "-m"] if ranks > 1 else []

@@ -1,6 +1,6 @@
 """The step under gradient caching (Gao et al., arXiv 2101.06983): memory for a chunk, not for the batch.
 
-    result = gradcache_step(towers, batch.images, batch.tokens, batch.valid, ...)
+    result = gradcache_step(towers, batch.images, Held(batch.tokens, size=1024), batch.valid, ...)
     sum_gradients(towers.encoder_parameters(), world)      # parallel.py: once a step, then the optimizer
 
 Three movements: embed every chunk without grad; take the loss and its gradients on all embeddings of all ranks at once
@@ -17,26 +17,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from clipscale.counter import fold
-from clipscale.data.replay import chunks
+from clipscale.data.replay import Inputs
 from clipscale.loss import ContrastiveGrads
 from clipscale.towers import Tower, Towers
 
 LossAndGrads = Callable[..., ContrastiveGrads]
-
-
-@dataclass(frozen=True)
-class Chunks:
-    """How many samples a tower takes at once; need not divide the batch."""
-
-    image: int
-    text: int
 
 
 class StepResult(NamedTuple):
@@ -51,11 +42,10 @@ class StepResult(NamedTuple):
 
 def gradcache_step(
     towers: Towers,
-    images: Tensor,
-    tokens: Tensor,
+    images: Inputs,
+    tokens: Inputs,
     valid: Tensor,
     *,
-    chunk: Chunks,
     loss_and_grads: LossAndGrads,
     key: int,
     grad_scale: float = 1.0,
@@ -65,9 +55,9 @@ def gradcache_step(
     The towers' parameters get this rank's share: sum them over the ranks. `logit_scale.grad` is complete on every rank.
 
     Args:
-        images: uint8 [N, 3, S, S], host memory.
-        tokens: int64 [N, L].
-        valid: bool [N]; the other slots run through the towers but have no part in the loss.
+        images: uint8 [N, 3, S, S], in chunks; walked first.
+        tokens: int64 [N, L], in chunks; may be filled in while the images are walked.
+        valid: bool [N], like the tokens; the other slots run through the towers but have no part in the loss.
         loss_and_grads: (image [V, D], text [V, D], s, image_grad=, text_grad=) -> ContrastiveGrads over all ranks, for
             the global mean. The side of a tower in which nothing learns is not wanted; that tower is not replayed.
         key: of this step and rank, for the towers' randomness.
@@ -76,18 +66,19 @@ def gradcache_step(
     Raises:
         Whatever `loss_and_grads` raises, on embeddings that are not finite for one.
     """
-    inputs = ((towers.image, images, chunk.image), (towers.text, tokens, chunk.text))
+    inputs = ((towers.image, images), (towers.text, tokens))
+    image_ND, text_ND = (embed(tower, batch, key) for tower, batch in inputs)
     slots = valid.nonzero().squeeze(1).to(towers.image.device)
-    image_VD, text_VD = (embed(tower, batch, size, key)[slots] for tower, batch, size in inputs)
+    image_VD, text_VD = image_ND[slots], text_ND[slots]
     logit_scale = towers.logit_scale()
     grads = loss_and_grads(
         image_VD, text_VD, logit_scale, image_grad=_learns(towers.image), text_grad=_learns(towers.text)
     )
     if grads.pairs > 0:
-        for (tower, batch, size), d_VD in zip(inputs, (grads.d_image_ND, grads.d_text_ND), strict=True):
+        for (tower, batch), d_VD in zip(inputs, (grads.d_image_ND, grads.d_text_ND), strict=True):
             if d_VD is not None:
                 d_ND = d_VD.new_zeros(len(batch), d_VD.shape[1]).index_copy_(0, slots, d_VD * grad_scale)
-                replay_backward(tower, batch, d_ND, size, key)
+                replay_backward(tower, batch, d_ND, key)
         _add_logit_scale_grad(towers, grads.d_logit_scale * (logit_scale * grad_scale))
     return StepResult(grads.loss.item(), grads.pairs, grads.image_accuracy, grads.text_accuracy, logit_scale)
 
@@ -96,22 +87,22 @@ def _learns(tower: Tower) -> bool:
     return any(parameter.requires_grad for parameter in tower.encoder.parameters())
 
 
-def embed(tower: Tower, inputs: Tensor, size: int, key: int) -> Tensor:
+def embed(tower: Tower, inputs: Inputs, key: int) -> Tensor:
     """Pass 1: [N, ...] -> embeddings [N, D], chunk by chunk, no activation kept."""
     out = []
     with torch.no_grad():
-        for start, chunk in chunks(inputs, size, tower.device):
+        for start, chunk in inputs.first(tower.device):
             with chunk_randomness(key, tower, start):
                 out.append(tower(chunk))
     return torch.cat(out)
 
 
-def replay_backward(tower: Tower, inputs: Tensor, d_embeddings_ND: Tensor, size: int, key: int) -> None:
+def replay_backward(tower: Tower, inputs: Inputs, d_embeddings_ND: Tensor, key: int) -> None:
     """Pass 2: the same chunks with grad and the same randomness; parameters' `.grad` gather."""
-    for start, chunk in chunks(inputs, size, tower.device):
+    for start, chunk in inputs.again(tower.device):
         with chunk_randomness(key, tower, start):
             embeddings = tower(chunk)
-        embeddings.backward(d_embeddings_ND[start : start + size].to(embeddings.dtype))
+        embeddings.backward(d_embeddings_ND[start : start + len(chunk)].to(embeddings.dtype))
 
 
 @contextmanager

@@ -8,10 +8,8 @@ and its position alone, so a run that was killed and started again goes the way 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
-from collections import Counter
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -31,24 +29,19 @@ from clipscale.checkpoint import (
 from clipscale.config import Config
 from clipscale.config_load import changed_keys, dump_config
 from clipscale.counter import fold
-from clipscale.data.loader import Loader, StepBatch
-from clipscale.data.pipeline import build_pipeline
-from clipscale.data.shapes import make_shapes
-from clipscale.data.source import open_source
-from clipscale.data.tokenize import build_tokenizer
+from clipscale.data.loader import StepBatch
+from clipscale.data.replay import Held
 from clipscale.dist import World, start_world
 from clipscale.errors import SharedError, UserError, require
 from clipscale.eval.suite import EvalSuite
-from clipscale.gradcache import Chunks, StepResult, gradcache_step
+from clipscale.feed import Feed, Skips, prepare_files
+from clipscale.gradcache import StepResult, gradcache_step
 from clipscale.loss import ContrastiveGrads, contrastive_grads
 from clipscale.loss.engines import adopt_shapes, check_engine, tuned_shapes
 from clipscale.optim import build_optimizer, learning_rate, restore_optimizer, set_lr, total_steps
 from clipscale.parallel import broadcast_parameters, sum_gradients
-from clipscale.telemetry import Pace, RunLog, append_rows, duration, keep_rows, memory, progress_bar, track
+from clipscale.telemetry import Pace, RunLog, duration, memory
 from clipscale.towers import autocast_dtype, build_towers
-
-_NAMED_SKIPS = 20  # masked samples with a log line of their own; skipped.jsonl has every one
-_BAD_FRACTION_AFTER = 1000  # samples seen before data.max_bad_fraction is applied
 
 
 def train(config: Config) -> list[str]:
@@ -95,13 +88,13 @@ class Trainer:
         self.steps_done = snapshot.step if snapshot else 0
         self.position = snapshot.position if snapshot else 0
         state = snapshot.state if snapshot else {"skips": {}, "last_row": {}, "order": None, "scaler": {}}
-        self.skips = Counter(state["skips"])  # masked samples of all ranks, by cause
         self.last_row: dict[str, Any] = state["last_row"]
         adopt_shapes(state.get("kernels", {}))
         self.nonfinite_in_a_row = 0
         self.last_step = self.steps_done + total_steps(config, self.position)
         self.log = RunLog(config.run.dir, is_main=world.is_main)
         self._resources.callback(self.log.close)
+        self.skips = Skips(config, state["skips"], world, self.log)
         self._tell_start(found, snapshot)
         self._build_towers(snapshot, state["scaler"])
         if self.steps_done < self.last_step:
@@ -116,10 +109,10 @@ class Trainer:
         self.towers.model.train()
         first, pace = self.steps_done, Pace()
         while self.steps_done < self.last_step:
-            begin = time.perf_counter()
-            batch = next(self.loader)
-            waited = time.perf_counter() - begin
-            row = self.step(batch)
+            begin, loader = time.perf_counter(), self.feed.loader
+            waited = loader.waited_seconds
+            row = self.step(next(loader))
+            waited = loader.waited_seconds - waited
             row |= pace.add(config.train.global_batch, waited, time.perf_counter() - begin)
             row |= self._evaluate_if_due()
             self.log.metrics(row)
@@ -143,7 +136,7 @@ class Trainer:
         grad_norm = self._update() if result.pairs else 0.0
         self.steps_done += 1
         self.position += config.train.global_batch
-        self._account_for_skips(batch, result)
+        self.skips.account(batch, masked=result.pairs < config.train.global_batch, seen=self.position)
         self.towers.clamp_logit_scale()
         return {
             "step": self.steps_done,
@@ -154,8 +147,8 @@ class Trainer:
             "lr": lr,
             "image_accuracy": result.image_accuracy,
             "text_accuracy": result.text_accuracy,
-            "masked_samples": self.skips.total(),
-            "repeated_pairs": self._repeats(batch.position),
+            "masked_samples": self.skips.counts.total(),
+            **self.feed.repeats(batch),
             **memory(),
         }
 
@@ -167,13 +160,11 @@ class Trainer:
 
     def _gradients(self, batch: StepBatch) -> StepResult:
         """Gradients of the mean over the whole step's valid pairs, summed over the ranks."""
-        chunk = Chunks(self.config.gradcache.image_chunk, self.config.gradcache.text_chunk)
         result = gradcache_step(
             self.towers,
             batch.images,
-            batch.tokens,
+            Held(batch.tokens, self.config.gradcache.text_chunk),
             batch.valid,
-            chunk=chunk,
             loss_and_grads=self._loss,
             key=fold(self.config.seed, "towers", self.steps_done, self.world.rank),
             grad_scale=self.scaler.scale(torch.ones((), device=self.world.device)).item(),
@@ -181,10 +172,6 @@ class Trainer:
         if result.pairs:
             sum_gradients(self.towers.encoder_parameters(), self.world)
         return result
-
-    def _repeats(self, position: int) -> int:
-        """Pairs that the batch holds twice; only the main rank's row is written, so only it counts."""
-        return self.pipeline.repeats(position, self.config.train.global_batch) if self.world.is_main else 0
 
     def _loss(self, image_VD: Tensor, text_VD: Tensor, logit_scale: float, **wanted: bool) -> ContrastiveGrads:
         """The tiled loss of the whole step; embeddings that are not finite end the run, naming side and row."""
@@ -214,27 +201,6 @@ class Trainer:
             )
         self.scaler.update()
         return grad_norm
-
-    def _account_for_skips(self, batch: StepBatch, result: StepResult) -> None:
-        """Count, log and bound the masked samples of all ranks."""
-        if result.pairs < self.config.train.global_batch:
-            skips = sorted(skip for part in self.world.gather(batch.skips) for skip in part)
-            for number, skip in enumerate(skips, self.skips.total()):
-                if number < _NAMED_SKIPS:
-                    self.log.line(
-                        f"masked sample {skip.key} of {skip.shard} at position {skip.position}: {skip.detail}"
-                    )
-            if self.world.is_main:
-                append_rows(self._skip_file, (skip._asdict() for skip in skips))
-            self.skips.update(skip.cause for skip in skips)
-        bad, seen, bound = self.skips.total(), self.position, self.config.data.max_bad_fraction
-        enough_seen = seen >= min(_BAD_FRACTION_AFTER, self.config.train.samples)
-        if bad == seen or (enough_seen and bad > bound * seen):
-            causes = ", ".join(f"{cause}: {count}" for cause, count in self.skips.most_common())
-            raise SharedError(
-                f"{bad} of {seen} samples could not be used ({causes}), more than data.max_bad_fraction={bound}; "
-                f"see {self._skip_file}, mend the shards or raise the bound"
-            )
 
     # --- evaluation, telling, saving ----------------------------------------------------------------------------------
 
@@ -277,8 +243,8 @@ class Trainer:
             model=self.towers.model.state_dict(),
             optimizer=self.optimizer.state_dict(),
             state={
-                "order": self.pipeline.identity(),
-                "skips": dict(self.skips),
+                "order": self.feed.pipeline.identity(),
+                "skips": dict(self.skips.counts),
                 "scaler": self.scaler.state_dict(),
                 "last_row": self.last_row,
                 "kernels": tuned_shapes(),  # the main rank's: on equal machines, everyone's
@@ -346,56 +312,14 @@ class Trainer:
 
     def _build_data(self, recorded: dict[str, Any] | None) -> None:
         """Sources and evaluation sets. The first rank of a node writes what is missing, then all ranks read it."""
-        config, data = self.config, self.config.data
-        self.world.lead(self._prepare_files, on_each_node=True)
-        self.pipeline = build_pipeline(
-            data,
-            build_tokenizer(self.towers.tokenizer_name, self.towers.context_length),
-            image_size=self.towers.image_size,
-            context_length=self.towers.context_length,
-            seed=config.seed,
-            global_batch=config.train.global_batch,
-            recorded=recorded,
-            warn=self.log.line,
-        )
-        for source in self.pipeline.sources:
-            self._resources.callback(source.close)
-        self.evaluations = EvalSuite(config, self.towers, self.pipeline.tokenize, self.world)
-        self.log.line(
-            "data: " + ", ".join(f"{source.name} {source.samples:,} pairs" for source in self.pipeline.sources)
-        )
-        self.loader = Loader(
-            self.pipeline,
-            start=self.position,
-            global_batch=config.train.global_batch,
-            world=self.world.size,
-            rank=self.world.rank,
-            threads=data.threads,
-            prefetch=data.prefetch_steps,
-            device=self.world.device,
-        )
-        self._resources.callback(self.loader.close)
+        self.world.lead(partial(prepare_files, self.config), on_each_node=True)
+        self.feed = Feed(self.config, self.towers, self.world, recorded=recorded, position=self.position, log=self.log)
+        self._resources.callback(self.feed.close)
+        self.evaluations = EvalSuite(self.config, self.towers, self.feed.pipeline.tokenize, self.world)
 
     def _begin(self) -> None:
         """Only now does the run's folder change: a run that is refused leaves it as it was."""
         self.log.begin(self.steps_done, self.last_step)
-        self._skip_file = Path(self.config.run.dir, "skipped.jsonl")
+        self.skips.begin(self.position)
         if self.world.is_main:
             Path(self.config.run.dir, "config.yaml").write_text(dump_config(self.config))
-            keep_rows(self._skip_file, lambda row: row["position"] < self.position)
-
-    def _prepare_files(self) -> None:
-        """Draw the shapes set if the config asks for it, and index every shard that has no index."""
-        data, evaluation = self.config.data, self.config.eval
-        if data.shapes is not None:
-            shapes = dataclasses.asdict(data.shapes)
-            with progress_bar("drawing the shapes set") as progress:
-                make_shapes(shapes.pop("dir"), **shapes, progress=progress)
-        wanted = [(name, source.urls, "pairs") for name, source in data.sources.items() if source.weight > 0]
-        wanted += [
-            ("validation", evaluation.validation.urls, "pairs"),
-            ("zeroshot", evaluation.zeroshot.urls, "labelled"),
-        ]
-        for name, urls, need in wanted:
-            if urls is not None:
-                open_source(name, urls, need=need, index_dir=data.index_dir, cache_dir=data.cache_dir, track=track)

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import torch
+from loading import keys_of
 from shards import write_pairs
 
 from clipscale.config_load import load_config
@@ -29,7 +30,7 @@ model:
   embed_dim: 16
   vision: {{image_size: 16, patch_size: 4, width: 32, layers: 1, head_width: 16, patch_dropout: {dropout}}}
   text: {{context_length: 12, width: 32, heads: 2, layers: 1}}
-data: {{sources: {{s: {{urls: "{urls}"}}}}, threads: 3, max_bad_fraction: 0.5}}
+data: {{sources: {{s: {{urls: "{urls}"}}}}, threads: 3, loader: inline, max_bad_fraction: 0.5}}
 train: {{global_batch: 8, samples: 96}}
 optim: {{lr: 1.0e-2, warmup_steps: 3, kind: {kind}}}
 gradcache: {{image_chunk: 3, text_chunk: 5}}
@@ -52,9 +53,10 @@ def train_rank(config_path: Path, rank: int, world: int, port: int, kill_at: int
     seen = open(config_path.with_name(f"seen-{rank}.jsonl"), "a")  # noqa: SIM115
 
     def recorded_step(self, batch):
+        keys = keys_of(self.feed.pipeline, batch.positions)
         row = {
             "step": self.steps_done + 1,
-            "slots": [list(pair) for pair in zip(batch.positions.tolist(), batch.keys, strict=True)],
+            "slots": [list(pair) for pair in zip(batch.positions.tolist(), keys, strict=True)],
         }
         seen.write(json.dumps(row) + "\n")
         seen.flush()

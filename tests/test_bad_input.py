@@ -164,7 +164,7 @@ def test_a_cut_tar_trains_on_what_is_left_and_is_named(capsys, cut):
 def test_only_broken_pictures(capsys):
     urls = write_pairs(Path("shards"), 1, 16, size=16, broken=range(16))
     message = refused(capsys, train(urls, "data.max_bad_fraction=0.9"))
-    assert "8 of 8 samples could not be used (broken picture: 8), more than data.max_bad_fraction=0.9" in message
+    assert "8 of 8 samples could not be used (mine: broken picture: 8), more than data.max_bad_fraction=0.9" in message
     assert "mend the shards or raise the bound" in message
     assert not rows()  # no step was taken on nothing
 
@@ -180,13 +180,17 @@ def test_some_broken_pictures_are_masked_counted_and_named(capsys):
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("masked sample 000009 of")]
     assert len(told) == 2
     assert "shards/0001.tar at position" in told[0]
-    assert json.loads(next(Path().glob("run/checkpoints/*/state.json")).read_text())["skips"] == {"broken picture": 4}
+    assert json.loads(next(Path().glob("run/checkpoints/*/state.json")).read_text())["skips"] == {
+        "mine: broken picture": 4
+    }
 
 
 def test_more_broken_pictures_than_the_bound_end_the_run(capsys):
     urls = write_pairs(Path("shards"), 2, 8, size=16, broken=[3, 9])
     message = refused(capsys, train(urls))
-    assert "4 of 32 samples could not be used (broken picture: 4), more than data.max_bad_fraction=0.05" in message
+    assert (
+        "4 of 32 samples could not be used (mine: broken picture: 4), more than data.max_bad_fraction=0.05" in message
+    )
 
 
 def test_a_batch_larger_than_the_data(capsys, good):

@@ -11,7 +11,8 @@ from torch import nn
 
 from clipscale import gradcache
 from clipscale.config import Model
-from clipscale.gradcache import Chunks, chunk_randomness, gradcache_step
+from clipscale.data.replay import Held
+from clipscale.gradcache import chunk_randomness, gradcache_step
 from clipscale.loss import contrastive_grads
 from clipscale.towers import Towers, build_towers
 
@@ -51,10 +52,9 @@ def run_step(
 ):
     return gradcache_step(
         towers,
-        images,
-        tokens,
+        Held(images, image),
+        Held(tokens, text),
         valid,
-        chunk=Chunks(image, text),
         loss_and_grads=partial(contrastive_grads, precision="auto", tile=tile),
         key=KEY,
     )
@@ -225,10 +225,10 @@ def test_catches_randomness_that_is_not_replayed(monkeypatch):
 def test_catches_a_dropped_chunk(monkeypatch):
     real = gradcache.replay_backward
 
-    def drop_the_second(tower, inputs, d_embeddings, size, key):
+    def drop_the_second(tower, inputs, d_embeddings, key):
         d_embeddings = d_embeddings.clone()
-        d_embeddings[size : 2 * size] = 0
-        real(tower, inputs, d_embeddings, size, key)
+        d_embeddings[inputs.size : 2 * inputs.size] = 0
+        real(tower, inputs, d_embeddings, key)
 
     monkeypatch.setattr(gradcache, "replay_backward", drop_the_second)
     error, _, _ = parity(torch.float64, 13, 4, 5)
@@ -251,9 +251,8 @@ def test_every_gradient_equals_the_dense_one_on_a_gpu(chunk):
     towers = make_towers(torch.float32, dropout=True)
     towers.model.cuda()
     step = partial(contrastive_grads, precision="fp32", tile=5)
-    gradcache_step(
-        towers, images.pin_memory(), tokens.pin_memory(), valid, chunk=Chunks(chunk, 4), loss_and_grads=step, key=KEY
-    )
+    inputs = Held(images.pin_memory(), chunk), Held(tokens.pin_memory(), 4)
+    gradcache_step(towers, *inputs, valid, loss_and_grads=step, key=KEY)
     found = {name: grad.cpu() for name, grad in gradients(towers).items()}
     towers.model.zero_grad()
     dense_step(towers, images.cuda(), tokens.cuda(), valid.cuda(), chunk, 4)

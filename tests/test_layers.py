@@ -16,7 +16,7 @@ LAYERS = (  # from the bottom up; a unit is a file or a folder of clipscale/
     ("__init__", "errors", "config_data", "config", "config_load", "counter", "dist", "telemetry"),
     ("data", "towers", "loss"),
     ("gradcache", "parallel", "optim", "checkpoint", "eval"),
-    ("train", "evaluate", "cli", "__main__", "bench", "plan"),
+    ("train", "feed", "evaluate", "cli", "__main__", "bench", "plan"),
 )
 GROUND, TOP = 0, len(LAYERS) - 1
 FOLDERS = {"clipscale", "configs", "data_tools", "tests", "slurm", "docs", ".ci", ".github"}

@@ -205,7 +205,7 @@ def test_an_interrupted_build_leaves_nothing_and_is_rebuilt(small, tmp_path):
 
     # A half-written folder, as a copy that was cut short leaves it: other bytes, a shard too many, no shapes.json.
     (tmp_path / "set").mkdir()
-    for name in ("train-0000.tar", "train-0009.tar", "train-0009.tar.index.npz", "classnames.txt"):
+    for name in ("train-0000.tar", "train-0009.tar", "train-0009.tar.index", "classnames.txt"):
         (tmp_path / "set" / name).write_bytes(b"half")
     calls = []
     make_shapes(tmp_path / "set", **SMALL, progress=lambda done, total: calls.append((done, total)))

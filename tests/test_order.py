@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipscale.data.order import Mixture, Order, default_streams, rank_positions
-from clipscale.errors import UserError
+from clipscale.counter import draw, fold
+from clipscale.data.order import Order, Resampled, default_streams, rank_positions
 
 # --- Order: what it promises for every configuration ------------------------------------------------------------------
 
@@ -98,7 +98,7 @@ def test_epochs_and_seeds_differ():
 def test_epochs_gone_by_take_no_memory():
     order = Order([5] * 8, seed=1)
     order.locate(np.arange(100 * 40))
-    assert len(order._lines) <= 2
+    assert len(order._lines) <= 4
 
 
 def test_the_samples_left_out_change_from_epoch_to_epoch():
@@ -107,6 +107,22 @@ def test_the_samples_left_out_change_from_epoch_to_epoch():
     used = np.bincount(identify(shard, index), minlength=8000).reshape(8, 1000)[:, :25]
     assert used.min() >= 8  # 16 of 20 epochs in the mean
     assert used.max() <= 20
+
+
+@pytest.mark.parametrize("kind", [Order, Resampled])
+@pytest.mark.parametrize("counts", [[1], [0, 1, 0], [1] * 9, [5, 0, 0, 300], [7, 1, 0, 2, 90, 1]])
+def test_ranks_read_what_one_rank_reads(kind, counts):
+    """Shards fewer than ranks, fewer than streams, of one sample, empty; an epoch's end within the batch."""
+    streams, batch = 12, 120
+    order = kind(counts, seed=4, streams=streams)
+    for start in (0, order.samples - order.samples % batch, 10**9):
+        alone = np.stack(order.locate(np.arange(start, start + batch)))
+        for world in (1, 2, 3, 5, 8):
+            found = np.full_like(alone, -1)
+            for rank in range(world):
+                positions = rank_positions(start, batch, world=world, rank=rank, streams=streams)
+                found[:, positions - start] = np.stack(kind(counts, seed=4, streams=streams).locate(positions))
+            np.testing.assert_array_equal(found, alone)
 
 
 # --- tar neighbours: near-duplicates lie side by side in a shard; they must not be kept apart, nor together -----------
@@ -155,9 +171,10 @@ def test_small_blocks_would_keep_neighbours_together():
 
 @given(st.integers(1, 10**6), st.integers(1, 2**24))
 def test_default_streams_divide_the_batch_and_leave_blocks_of_four_shards(shards, batch):
-    streams = default_streams(shards, batch)
-    assert batch % streams == 0
-    assert streams == 1 or (shards / streams >= 4 and batch / streams >= 4)
+    for divides in (True, False):
+        streams = default_streams(shards, batch, divides=divides)
+        assert batch % streams == 0 or not divides
+        assert streams == 1 or (shards / streams >= 4 and batch / streams >= 4)
 
 
 # --- at scale ---------------------------------------------------------------------------------------------------------
@@ -176,43 +193,122 @@ def test_four_hundred_million_samples_are_set_up_and_located_in_a_moment():
     assert len(np.unique(shard)) < 1500  # a rank's slice keeps to few of the 41,455 shards
 
 
-# --- Mixture ----------------------------------------------------------------------------------------------------------
+# --- Resampled --------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def resampled(draw):
+    counts = draw(st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any))
+    return {
+        "counts": counts,
+        "seed": draw(st.integers(0, 2**63)),
+        "streams": draw(st.integers(1, 24)),
+        "block_shards": draw(st.none() | st.integers(1, 5)),
+    }
+
+
+@settings(max_examples=150, deadline=None)
+@given(resampled(), st.data())
+def test_a_draw_depends_on_its_position_alone(kwargs, data):
+    order, counts = Resampled(**kwargs), np.array(kwargs["counts"])
+    positions = np.array(data.draw(st.lists(st.integers(0, 5000), min_size=1, max_size=20)))
+    together = order.locate(positions)
+    assert (together[0] == positions // sum(counts)).all()
+    assert (together[2] >= 0).all()
+    assert (together[2] < counts[together[1]]).all()
+    for number, position in enumerate(positions):
+        alone = Resampled(**kwargs).locate(np.array([position]))
+        assert [int(a[0]) for a in alone] == [int(t[number]) for t in together]
+    everything = order.locate(np.arange(5001))
+    for part, whole in zip(together, everything, strict=True):
+        np.testing.assert_array_equal(part, whole[positions])
 
 
 @settings(max_examples=100, deadline=None)
-@given(
-    st.lists(st.just(0.0) | st.floats(0.1, 10), min_size=1, max_size=5).filter(any),
-    st.integers(500, 1000),
-    st.integers(0, 2**40),
+@given(resampled())
+def test_a_block_takes_no_sample_twice_before_its_bin_is_used_up(kwargs):
+    order, counts = Resampled(**kwargs), np.array(kwargs["counts"])
+    blocks = 3
+    positions = np.arange((blocks + 1) * order._block_length) * order.streams  # those of stream 0
+    row = int(draw(fold(order.seed, "stagger"), np.zeros(1))[0] % np.uint64(order._block_length))
+    _, shard, index = order.locate(positions)
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    bin = np.searchsorted(order._edges, starts[shard] + index, side="right") - 1
+    size = np.diff(order._edges)
+    assert size.min() >= order._per_bin
+    for block in range(1, blocks + 1):
+        here = slice(block * order._block_length - row, (block + 1) * order._block_length - row)
+        for b in np.unique(bin[here]):
+            times = np.unique(identify(shard[here], index[here])[bin[here] == b], return_counts=True)[1]
+            taken = times.sum()
+            assert taken % order._per_bin == 0
+            assert times.max() == -(-taken // size[b])
+            assert len(times) == min(taken, size[b])
+
+
+@pytest.mark.parametrize(
+    ("counts", "streams", "block_shards"),
+    [
+        ([100] * 40, 8, None),
+        ([37, 0, 120, 1, 64, 64, 3, 200, 90, 15], 5, 3),  # small shards share a bin, an empty one has no part
+        ([1] * 50, 4, 7),
+        ([250], 3, None),
+    ],
 )
-def test_mixture_is_exact_in_every_cycle(weights, cycle, seed):
-    mixture = Mixture(weights, seed=seed, cycle=cycle)
-    assert mixture.quota.sum() == cycle
-    assert (abs(mixture.quota - cycle * np.array(weights) / sum(weights)) < 1).all()
-    source, ordinal = mixture.locate(np.arange(3 * cycle))
-    for c in range(3):
-        here = slice(c * cycle, (c + 1) * cycle)
-        assert np.bincount(source[here], minlength=len(weights)).tolist() == mixture.quota.tolist()
-    for i, weight in enumerate(weights):
-        assert (source == i).any() == (weight > 0)
-        assert sorted(ordinal[source == i]) == list(range(3 * mixture.quota[i]))  # every ordinal once, none left out
-    some = np.array([0, cycle - 1, cycle, 2 * cycle + 17])
-    for part, whole in zip(Mixture(weights, seed=seed, cycle=cycle).locate(some), (source, ordinal), strict=True):
-        np.testing.assert_array_equal(part, whole[some])
+def test_every_sample_is_drawn_as_often_as_any_other(counts, streams, block_shards):
+    """Chi-square over shards and over samples, of one slot of each block: those are drawn independently."""
+    order = Resampled(counts, seed=11, streams=streams, block_shards=block_shards)
+    samples, counts = sum(counts), np.array(counts)
+    block, stream = np.divmod(np.arange(6000 * streams), streams)
+    _, shard, index = order.locate((block * order._block_length + 5) * streams + stream)
+    expected = len(shard) / samples
+    assert chi_square_score(np.bincount(shard, minlength=len(counts))[counts > 0], counts[counts > 0] * expected) < 5
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    assert chi_square_score(np.bincount(starts[shard] + index, minlength=samples), np.full(samples, expected)) < 5
 
 
-def test_mixture_mixes_within_a_cycle_and_changes_between_cycles():
-    source, _ = Mixture([1, 3], seed=5, cycle=1000).locate(np.arange(2000))
-    assert 15 <= (source[:100] == 0).sum() <= 35
-    assert (source[:1000] != source[1000:]).sum() > 200
+def chi_square_score(found: np.ndarray, expected: np.ndarray) -> float:
+    """How many standard deviations chi-square lies above its mean; Wilson and Hilferty's normal approximation."""
+    freedom = len(found) - 1
+    if freedom == 0:
+        return float((found != expected).any()) * 99
+    chi_square = ((found - expected) ** 2 / expected).sum()
+    third = 2 / (9 * freedom)
+    return float(((chi_square / freedom) ** (1 / 3) - (1 - third)) / third**0.5)
 
 
-def test_golden_mixture():
-    source, ordinal = Mixture([2, 1, 1], seed=9, cycle=8).locate(np.arange(16))
-    assert source.tolist() == [1, 0, 2, 0, 2, 0, 1, 0, 1, 0, 1, 0, 2, 0, 0, 2]
-    assert ordinal.tolist() == [0, 2, 0, 1, 1, 0, 1, 3, 2, 6, 3, 7, 2, 4, 5, 3]
+def test_the_score_finds_a_sample_that_is_drawn_too_often():
+    rng, often = np.random.default_rng(0), np.full(100, 0.01)
+    assert chi_square_score(rng.multinomial(100_000, often), np.full(100, 1000.0)) < 5
+    often[3] *= 1.5
+    assert chi_square_score(rng.multinomial(100_000, often / often.sum()), np.full(100, 1000.0)) > 5
 
 
-def test_a_weight_of_less_than_one_sample_a_cycle_is_refused():
-    with pytest.raises(UserError, match="weight=1e-06 is under one sample in 10,000"):
-        Mixture([1, 1e-6], seed=0)
+def test_draws_of_streams_blocks_and_seeds_are_independent():
+    kwargs = {"counts": [50] * 20, "streams": 4}
+    order = Resampled(**kwargs, seed=1)
+    length = order._block_length * 4
+    _, shard, index = order.locate(np.arange(8 * length))
+    runs = [*identify(shard, index).reshape(8, length)]
+    runs.append(identify(*Resampled(**kwargs, seed=2).locate(np.arange(length))[1:]))
+    for i in range(len(runs)):
+        for j in range(i):
+            assert (runs[i] == runs[j]).sum() < 10  # 0.8 by chance
+
+
+def test_golden_draws():
+    """A resume by another version must go on with the same samples."""
+    _, shard, index = Resampled([3, 0, 5, 1, 4], seed=7, streams=2, block_shards=2).locate(np.arange(12))
+    assert shard.tolist() == [2, 0, 2, 4, 2, 2, 4, 2, 0, 2, 0, 4]
+    assert index.tolist() == [4, 0, 3, 0, 3, 1, 1, 3, 1, 2, 0, 1]
+
+
+def test_tar_neighbours_share_a_resampled_batch_about_as_often_as_chance():
+    order = Resampled([200] * 40, seed=3, streams=default_streams(40, 512))
+    together = 0
+    for step in range(200):
+        _, shard, index = order.locate(np.arange(step * 512, (step + 1) * 512))
+        number = np.unique(shard * 200 + index)
+        together += ((np.diff(number) == 1) & (number[1:] % 200 > 0)).sum()
+    chance = 200 * 40 * 199 * (512 / 8000) ** 2
+    assert 0.5 < together / chance < 2

@@ -11,9 +11,10 @@ from spawn import run_ranks
 from test_gradcache import make_batch, make_towers, worst_error
 
 from clipscale.config import Config, Train
+from clipscale.data.replay import Held
 from clipscale.dist import World
 from clipscale.errors import SharedError
-from clipscale.gradcache import Chunks, gradcache_step
+from clipscale.gradcache import gradcache_step
 from clipscale.loss import contrastive_grads
 from clipscale.parallel import broadcast_parameters, sum_gradients
 from clipscale.train import Trainer
@@ -47,10 +48,9 @@ def five_steps(rank: int, size: int, masked: tuple[int, ...], dtype: torch.dtype
         optimizer.zero_grad()
         result = gradcache_step(
             towers,
-            images[share],
-            tokens[share],
+            Held(images[share], 3),
+            Held(tokens[share], 5),
             valid[share],
-            chunk=Chunks(3, 5),
             loss_and_grads=partial(contrastive_grads, tile=4),
             key=step,
         )
@@ -94,9 +94,8 @@ def missing_reduction(rank: int, size: int) -> float:
     images, tokens = make_batch(SLOTS)
     share = slice(rank * SLOTS // size, (rank + 1) * SLOTS // size)
     valid = torch.ones(SLOTS // size, dtype=torch.bool)
-    gradcache_step(
-        towers, images[share], tokens[share], valid, chunk=Chunks(3, 5), loss_and_grads=contrastive_grads, key=0
-    )
+    inputs = Held(images[share], 3), Held(tokens[share], 5)
+    gradcache_step(towers, *inputs, valid, loss_and_grads=contrastive_grads, key=0)
     found = {name: p.grad.clone() for name, p in towers.model.named_parameters()}
     sum_gradients(towers.encoder_parameters(), World(rank, size, rank, torch.device("cpu")))
     return worst_error(found, {name: p.grad for name, p in towers.model.named_parameters()})

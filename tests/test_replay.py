@@ -1,33 +1,126 @@
+import os
+from pathlib import Path
+
 import pytest
 import torch
+from loading import CPU, open_loader, pipeline, read, take
+from shards import write_pairs
 
-from clipscale.data.replay import chunks, pin
+from clipscale.data.replay import Held
+from clipscale.data.workers import LoaderError
 
-CPU = torch.device("cpu")
+
+@pytest.fixture(scope="module")
+def urls(tmp_path_factory) -> str:
+    """4 shards of 25 pairs, one of them broken."""
+    return write_pairs(tmp_path_factory.mktemp("pairs"), 4, 25, size=28, broken={33})
+
+
+# --- inputs that are there already ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 10, 11, 100])
 def test_chunks_are_the_inputs_in_order(size):
     inputs = torch.arange(20).view(10, 2)
-    found = list(chunks(inputs, size, CPU))
-    assert [start for start, _ in found] == list(range(0, 10, size))
-    assert torch.equal(torch.cat([chunk for _, chunk in found]), inputs)
-    assert all(len(chunk) == size for _, chunk in found[:-1])
+    for walk in (Held(inputs, size).first, Held(inputs, size).again):
+        found = list(walk(CPU))
+        assert [start for start, _ in found] == list(range(0, 10, size))
+        assert torch.equal(torch.cat([chunk for _, chunk in found]), inputs)
+        assert all(len(chunk) == size for _, chunk in found[:-1])
 
 
 def test_no_inputs_no_chunks():
-    assert list(chunks(torch.empty(0, 3), 4, CPU)) == []
-
-
-def test_without_a_gpu_nothing_is_pinned():
-    tensor = torch.zeros(3)
-    assert pin(tensor, None) is tensor
-    assert pin(tensor, CPU) is tensor
+    assert list(Held(torch.empty(0, 3), 4).first(CPU)) == []
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_chunks_come_from_pinned_memory():
+@pytest.mark.parametrize("size", [64, 333, 1000, 4000])
+def test_on_a_gpu_chunks_come_from_pinned_memory(size):
     device = torch.device("cuda")
-    inputs = pin(torch.arange(1000, dtype=torch.uint8), device)
-    assert inputs.is_pinned()
-    assert torch.equal(torch.cat([chunk for _, chunk in chunks(inputs, 64, device)]).cpu(), inputs)
+    inputs = torch.randint(0, 256, (1000, 3, 16, 16), dtype=torch.uint8).pin_memory()
+    for walk in (Held(inputs, size).first, Held(inputs, size).again):
+        kept = []
+        for start, chunk in walk(device):
+            torch.cuda._sleep(1_000_000)  # the consumer is slow, and still nothing is overwritten under its hands
+            kept.append((start, chunk.clone()))
+        assert torch.equal(torch.cat([chunk for _, chunk in kept]).cpu(), inputs)
+
+
+# --- the tiers --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tier", ["host", "disk", "recompute"])
+@pytest.mark.parametrize(("block", "ahead"), [(100, 3), (9, 3), (1, 5)])
+def test_every_tier_shows_the_same_pictures_twice(urls, tmp_path, tier, block, ahead):
+    """`read` walks both passes and compares them."""
+    expected = read(pipeline(urls, 40), 4, 40)
+    found = read(pipeline(urls, 40), 4, 40, tier=tier, folder=str(tmp_path), block=block, ahead=ahead)
+    assert [batch.chain() for batch in found] == [batch.chain() for batch in expected]
+    assert sum(len(batch.skips) for batch in found) == sum(len(batch.skips) for batch in expected) == 2
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.gpu
+def test_the_gpu_tier_and_the_others_on_a_gpu(urls, tmp_path):
+    device, expected = torch.device("cuda"), read(pipeline(urls, 40), 4, 40)
+    for tier in ("gpu", "host", "disk", "recompute"):
+        loader = open_loader(pipeline(urls, 40), 40, tier=tier, folder=str(tmp_path), block=9, device=device)
+        for wanted in expected:
+            batch = next(loader)
+            for walk in (batch.images.first, batch.images.again):
+                images = torch.cat([images.clone() for _, images in walk(device)])
+                assert torch.equal(images.cpu(), wanted.images)
+        loader.close()
+
+
+def test_the_disk_tier_writes_what_it_is_given_and_reads_that(urls, tmp_path, monkeypatch):
+    """A byte that flips on the disk is seen in pass 2: nothing is kept in memory beside the file."""
+    loader = open_loader(pipeline(urls, 40), 40, tier="disk", folder=str(tmp_path), block=9)
+    batch = next(loader)
+    first = torch.cat([images.clone() for _, images in batch.images.first(CPU)])
+    file = loader.tier._file.fileno()
+    os.pwrite(file, bytes([os.pread(file, 1, 17)[0] ^ 255]), 17)
+    again = torch.cat([images.clone() for _, images in batch.images.again(CPU)])
+    assert (first != again).sum() == 1
+    assert os.fstat(file).st_size == first.numel()
+    loader.close()
+
+
+def test_recomputing_notices_a_shard_that_changed_between_the_passes(tmp_path):
+    loader = open_loader(pipeline(write_pairs(tmp_path, 1, 40), 40), 40, tier="recompute", block=8, ahead=3)
+    batch = next(loader)
+    for _ in batch.images.first(CPU):
+        pass
+    shard = tmp_path / "0000.tar"
+    os.truncate(shard, shard.stat().st_size // 2)
+    with pytest.raises(
+        LoaderError, match=r"replay.kind=recompute: slots .* cannot be read a second time \(cannot be re"
+    ):
+        for _ in batch.images.again(CPU):
+            pass
+    loader.close()
+
+
+@pytest.mark.parametrize("tier", ["host", "disk", "recompute"])
+def test_a_second_pass_that_is_not_walked_holds_nothing_up(urls, tmp_path, tier):
+    expected = read(pipeline(urls, 40), 4, 40)
+    loader = open_loader(pipeline(urls, 40), 40, tier=tier, folder=str(tmp_path), block=9)
+    for _ in next(loader).images.first(CPU):
+        pass
+    partly = next(loader).images
+    for _ in partly.first(CPU):
+        pass
+    next(partly.again(CPU))
+    next(loader)
+    assert take(loader).chain() == expected[3].chain()
+    loader.close()
+
+
+def test_a_full_disk_is_an_error_at_once(tmp_path):
+    from clipscale.data.replay import Disk
+
+    free = os.statvfs(tmp_path)
+    pictures = free.f_bavail * free.f_frsize // (3 * 224 * 224) * 2
+    with pytest.raises(OSError, match=r"No space left|File too large"):
+        Disk(pictures, 224, 16, str(tmp_path), pin=False)
+    assert not list(Path(tmp_path).iterdir())

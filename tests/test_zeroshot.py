@@ -15,6 +15,7 @@ from shards import picture, write_shard
 from tiny import MODEL
 
 from clipscale.config import ZeroShot
+from clipscale.config_data import Data
 from clipscale.data.tokenize import build_tokenizer
 from clipscale.dist import World
 from clipscale.errors import UserError
@@ -61,7 +62,7 @@ def settings(places: Path, **changes) -> ZeroShot:
 
 def classify(towers: Towers, config: ZeroShot, world: World = ALONE, **changes) -> ZeroShotResult:
     reading = {"batch": 8, "text_chunk": 5, "threads": 2, "max_pixels": 10_000} | changes
-    return evaluate_zeroshot(towers, load_task(config), TOKENIZE, world, **reading)
+    return evaluate_zeroshot(towers, load_task(config, Data()), TOKENIZE, world, **reading)
 
 
 def similarity(towers: Towers, names: Sequence[str] = NAMES) -> torch.Tensor:
@@ -99,11 +100,11 @@ class Pictures(torch.utils.data.Dataset):
 
 def test_the_classifier_is_open_clips(towers, places):
     towers.model.eval()
-    ours = build_classifier(towers, load_task(settings(places)), TOKENIZE, chunk=4)
+    ours = build_classifier(towers, load_task(settings(places), Data()), TOKENIZE, chunk=4)
     theirs = open_clip.build_zero_shot_classifier(Encoder(towers), TOKENIZE, NAMES, lambdas()).T
     assert ours.shape == (7, 16)
     torch.testing.assert_close(ours, theirs)
-    torch.testing.assert_close(ours, build_classifier(towers, load_task(settings(places)), TOKENIZE, chunk=100))
+    torch.testing.assert_close(ours, build_classifier(towers, load_task(settings(places), Data()), TOKENIZE, chunk=100))
 
 
 class Encoder:
@@ -212,7 +213,7 @@ def test_broken_pictures_are_counted_and_left_out(towers, places, tmp_path):
 
 
 def test_imagenet_is_open_clips(places):
-    task = load_task(settings(places, classnames="imagenet", templates="imagenet"))
+    task = load_task(settings(places, classnames="imagenet", templates="imagenet"), Data())
     assert task.classnames == list(open_clip.IMAGENET_CLASSNAMES)
     assert (len(task.classnames), len(task.templates)) == (1000, 80)
     filled = [template.replace("{}", "tench") for template in task.templates]
@@ -220,7 +221,7 @@ def test_imagenet_is_open_clips(places):
 
 
 def test_names_and_templates_from_files(places):
-    task = load_task(settings(places))
+    task = load_task(settings(places), Data())
     assert (task.classnames, task.templates) == (NAMES, TEMPLATES)
 
 
@@ -258,5 +259,5 @@ def test_what_cannot_be_used_is_told_in_a_line(places, tmp_path, monkeypatch, ch
     Path("tree").symlink_to(places / "tree")
     write_shard(Path("unlabelled.tar"), [("a", {"png": picture(0, 16, 16, "PNG"), "txt": b"a"})])
     with pytest.raises(UserError, match=said) as error:
-        load_task(settings(places, **changes))
+        load_task(settings(places, **changes), Data())
     assert "\n" not in str(error.value)

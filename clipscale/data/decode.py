@@ -32,7 +32,14 @@ from PIL.WebPImagePlugin import WebPImageFile
 from clipscale.config_data import Data
 from clipscale.data.formats import jpeg_scans, orientation, plain_png, png_size, sniff, turned, webp_size
 
-CAUSES = ("cannot be read", "not JPEG, PNG or WebP", "broken picture", "too many pixels", "caption is not UTF-8")
+CAUSES = (
+    "cannot be read",
+    "not JPEG, PNG or WebP",
+    "broken picture",
+    "too many pixels",
+    "caption is not UTF-8",
+    "caption cannot be used",
+)
 CROP_TRIES = 10
 DRAWS_PER_SAMPLE = 4 * CROP_TRIES
 MAX_SCANS = 500  # of a progressive JPEG; each goes over the whole picture, and ten are usual
@@ -195,7 +202,7 @@ def _decode_jpeg(data: bytes, header: _Header, reduction: int, layout: str) -> n
     assert pixels.shape[:2] == size
     if cmyk:  # written inverted, as Adobe does and Pillow expects
         inks = Image.frombuffer("CMYK", size[::-1], pixels, "raw", "CMYK;I", 0, 1)
-        return np.asarray(inks.convert("RGB"))
+        return np.array(inks.convert("RGB"))
     return pixels
 
 
@@ -229,7 +236,7 @@ def _on_white(image: Image.Image) -> np.ndarray:
     if image.mode in ("RGBA", "LA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.asarray(image.convert("RGB"))
+    return np.array(image.convert("RGB"))
 
 
 def _reduction(have: tuple[int, int], want: tuple[int, int]) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from clipscale.data.decode import BadSample, center_square, crop_and_resize, decode
-from clipscale.data.index import IMAGE_SUFFIXES
+from clipscale.data.select import IMAGE_SUFFIXES
 from clipscale.data.source import Source
 from clipscale.errors import require
 

@@ -1,160 +1,231 @@
 """Step batches, decoded in the background: position -> source -> shard -> sample -> uint8 pixels and tokens.
 
-    loader = Loader(pipeline, start=0, global_batch=4096, world=4, rank=1, threads=8)
-    batch = next(loader)           # StepBatch: this rank's 1024 slots of positions 0..4095
-    batch = next(loader)           # positions 4096..8191
+    loader = Loader(pipeline, Share(global_batch=4096, world=4, rank=1), setup, start=0)
+    batch = next(loader)                                     # this rank's 1024 slots of positions 0..4095
+    for start, images in batch.images.first(device): ...     # pass 1: blocks as they arrive; tokens and valid fill up
+    for start, images in batch.images.again(device): ...     # pass 2: the same pictures
+    batch = next(loader)                                     # positions 4096..8191
 
-What a slot holds depends on its position alone: which sample (order.py), which crop (a counter hash of the position).
-Threads, ranks and restarts cannot change it. A sample that cannot be used leaves its slot masked: never replaced, never
-silent. Decode threads release the GIL inside simplejpeg and torch.
+Blocks of shared memory circulate: the loader gives a free one to the workers with the next slots of the run to fill
+(fill.py, workers.py), takes it back filled, and frees it when the replay tier (replay.py) needs it no more. That is all
+the back-pressure there is: no free block, no new work.
 
-Shapes: G global batch, N slots of this rank (G / world), S side of a picture, L tokens of a caption.
+Shapes: N slots of this rank, M slots of a block, S side of a picture, L tokens of a caption.
 """
 
 from __future__ import annotations
 
-import queue
+import time
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from itertools import count
+from typing import Literal
 
 import numpy as np
 import torch
 
-from clipscale.counter import draw, fold, uniform
-from clipscale.data.decode import DRAWS_PER_SAMPLE, BadSample, crop_and_resize, decode, random_crop
-from clipscale.data.order import rank_positions
+from clipscale.data.blocks import Blocks, Layout
+from clipscale.data.fill import Done, Job, Share, Skip
 from clipscale.data.pipeline import Pipeline
-from clipscale.data.replay import pin
-from clipscale.data.source import Source
+from clipscale.data.replay import Block
+from clipscale.data.replay_plan import Tier
+from clipscale.data.workers import InlineWorkers, LoaderError, LoaderProcess
 
-_SLOTS_PER_TASK = 64
+_SLOTS_PER_JOB = 64
+Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (uint8 [M, 3, S, S], positions [M]) -> [M, 3, S, S]
 
 
-class Skip(NamedTuple):
-    """A masked slot."""
+@dataclass(frozen=True)
+class Setup:
+    """How a loader works; nothing here changes what it yields."""
 
-    position: int
-    source: str
-    shard: str
-    key: str
-    cause: str  # one of decode.CAUSES
-    detail: str
+    block: int  # M: slots of a block
+    blocks: int  # R: how many there are; in the host tier a whole step's and some more
+    mode: Literal["process", "inline"] = "process"
+    threads: int = 2
+    pin: bool = False  # page-lock the blocks, for copies to a GPU
 
 
 @dataclass
 class StepBatch:
-    """This rank's slots of one step. A masked slot holds a black picture and no words."""
+    """This rank's slots of one step. A masked slot holds a black picture and no words.
+
+    `tokens`, `valid` and `skips` are complete once `images.first` has been walked to its end.
+    """
 
     position: int  # of the global batch's first slot
     positions: np.ndarray  # int64 [N]
-    keys: list[str]  # [N]
-    images: torch.Tensor  # uint8 [N, 3, S, S]
+    images: Pictures  # uint8 [N, 3, S, S], block by block
     tokens: torch.Tensor  # int64 [N, L]
     valid: torch.Tensor  # bool [N]
     skips: list[Skip]
 
 
 class Loader(Iterator[StepBatch]):
-    """An endless iterator of step batches, `prefetch` of them decoded ahead.
+    """An endless iterator of step batches. Taking the next one ends the one before.
 
-    Taking the next batch overwrites the tensors of the one before.
+    Raises (from `next` and from walking the images):
+        LoaderError: the loader's process has ended or failed, or pass 2 reads other pixels than pass 1 did.
     """
 
     def __init__(
-        self,
-        pipeline: Pipeline,
-        *,
-        start: int,
-        global_batch: int,
-        world: int = 1,
-        rank: int = 0,
-        threads: int = 2,
-        prefetch: int = 1,
-        device: torch.device | None = None,
+        self, pipeline: Pipeline, share: Share, setup: Setup, tier: Tier, *, start: int, change: Change | None = None
     ) -> None:
-        self.pipeline, self.global_batch, self.world, self.rank = pipeline, global_batch, world, rank
-        self._position = start
-        self._pool = ThreadPoolExecutor(threads, "decode", initializer=torch.set_num_threads, initargs=(1,))
-        self._free: queue.SimpleQueue[tuple[torch.Tensor, torch.Tensor]] = queue.SimpleQueue()
-        slots, side = global_batch // world, pipeline.image_size
-        for _ in range(prefetch + 1):
-            images = pin(torch.zeros(slots, 3, side, side, dtype=torch.uint8), device)
-            self._free.put((images, pin(torch.zeros(slots, pipeline.context_length, dtype=torch.int64), device)))
-        self._ahead: deque[tuple[StepBatch, list[Future]]] = deque()
-        self._taken: StepBatch | None = None
-        for _ in range(prefetch):
-            self._submit()
+        self.pipeline, self.share, self.setup, self.tier, self.change = pipeline, share, setup, tier, change
+        self.waited_seconds = 0.0  # in all, for blocks that were not filled yet
+        self._next_position = start
+        layout = Layout(setup.blocks, setup.block, pipeline.image_size, pipeline.context_length)
+        self._blocks = Blocks.make(layout)
+        if setup.pin:
+            self._blocks.pin()
+        work = {"process": LoaderProcess, "inline": InlineWorkers}[setup.mode]
+        self.workers = work(pipeline, share, self._blocks, setup.threads)
+        tokens = torch.zeros(share.slots, pipeline.context_length, dtype=torch.int64)
+        self._tokens = tokens.pin_memory() if setup.pin else tokens
+        self._valid = torch.zeros(share.slots, dtype=torch.bool)
+        self._plan = _planned(start, share, setup.block, passes=1 + tier.asks_twice)
+        self._numbers = count()
+        self._free = deque(range(setup.blocks))
+        self._coming: deque[_Coming] = deque()
+        self._feed: _Feed | None = None
+        self._submit()
 
     def __next__(self) -> StepBatch:
-        if self._taken is not None:
-            self._free.put((self._taken.images, self._taken.tokens))
-        self._submit()
-        batch, tasks = self._ahead.popleft()
-        for task in tasks:
-            batch.skips.extend(task.result())
-        self._taken = batch
-        return batch
+        if self._feed is not None:
+            self._feed.finish()
+        position = self._next_position
+        positions = self.share.positions(position, streams=self.pipeline.streams)
+        self._next_position += self.share.global_batch
+        feed = self._feed = _Feed(self, position, self._tokens, self._valid)
+        images = Pictures(feed, self.tier, positions, self.change)
+        return StepBatch(position, positions, images, feed.tokens, feed.valid, feed.skips)
 
     def close(self) -> None:
-        """Stop the threads; slots not yet decoded are given up."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """Stop the workers; slots not yet decoded are given up."""
+        self.workers.close()
+        self.tier.close()
+        if self.setup.pin:
+            self._blocks.unpin()
+        self._blocks.close()
+        self._feed = None  # which holds on to this loader
 
     def _submit(self) -> None:
-        images, tokens = self._free.get_nowait()
-        positions = rank_positions(
-            self._position, self.global_batch, world=self.world, rank=self.rank, streams=self.pipeline.streams
-        )
-        n = len(positions)
-        batch = StepBatch(self._position, positions, [""] * n, images, tokens, torch.ones(n, dtype=torch.bool), [])
-        located = self.pipeline.locate(positions)
-        tasks = [
-            self._pool.submit(_fill, self.pipeline, batch, located, slice(i, min(i + _SLOTS_PER_TASK, n)))
-            for i in range(0, n, _SLOTS_PER_TASK)
-        ]
-        self._ahead.append((batch, tasks))
-        self._position += self.global_batch
+        """Every free block is put to work."""
+        while self._free:
+            block = self._free.popleft()
+            position, start, stop = next(self._plan)
+            numbers = []
+            for first in range(start, stop, _SLOTS_PER_JOB):
+                last = min(first + _SLOTS_PER_JOB, stop)
+                numbers.append(next(self._numbers))
+                self.workers.submit(Job(numbers[-1], block, first - start, position, first, last))
+            self._coming.append(_Coming(block, start, stop, numbers))
+
+    def _take(self) -> tuple[_Coming, list[Done]]:
+        """The next block, once it is filled."""
+        coming, begin = self._coming.popleft(), time.perf_counter()
+        done = [self.workers.wait(number) for number in coming.numbers]
+        self.waited_seconds += time.perf_counter() - begin
+        return coming, done
+
+    def _release(self, block: int) -> None:
+        self._free.append(block)
+        self._submit()
 
 
-def _fill(pipe: Pipeline, batch: StepBatch, located: tuple[np.ndarray, ...], part: slice) -> list[Skip]:
-    """Read, decode, crop and tokenize the slots of `part`; the masked ones come back."""
-    skips: list[Skip] = []
-    captions = []
-    keys = draw(fold(pipe.seed, "crop"), batch.positions[part])
-    draws = uniform(keys[:, None], np.arange(DRAWS_PER_SAMPLE)[None, :])
-    for row, slot in enumerate(range(part.start, part.stop)):
-        source_id, _, shard, index = (int(column[slot]) for column in located)
-        source = pipe.sources[source_id]
-        try:
-            batch.keys[slot], caption = _fill_slot(pipe, batch.images[slot], source, shard, index, draws[row])
-            captions.append(caption)
-        except BadSample as bad:
-            path, batch.keys[slot] = source.where(shard, index)
-            skips.append(
-                Skip(int(batch.positions[slot]), source.name, path, batch.keys[slot], bad.cause, str(bad)[:200])
-            )
-            batch.valid[slot] = False
-            batch.images[slot] = 0
-            captions.append("")
-    batch.tokens[part] = pipe.tokenize(captions)
-    return skips
+def _planned(position: int, share: Share, size: int, passes: int) -> Iterator[tuple[int, int, int]]:
+    """(position of the step, first slot, last slot + 1) of every block of the run, in the order they are used."""
+    for step in count(position, share.global_batch):
+        for _ in range(passes):
+            for start in range(0, share.slots, size):
+                yield step, start, min(start + size, share.slots)
 
 
-def _fill_slot(
-    pipe: Pipeline, out_3SS: torch.Tensor, source: Source, shard: int, index: int, draws: np.ndarray
-) -> tuple[str, str]:
-    """Write one picture; returns (key, caption)."""
-    try:
-        sample = source.read(shard, index)
-    except OSError as error:
-        raise BadSample("cannot be read", str(error)) from error
-    try:
-        caption = sample.note.decode()
-    except UnicodeDecodeError as error:
-        raise BadSample("caption is not UTF-8", str(error)) from error
-    pixels = decode(sample.image, pipe.data.max_pixels)
-    box = random_crop(*pixels.shape[:2], draws, pipe.data.crop_scale, pipe.data.crop_ratio)
-    out_3SS.copy_(crop_and_resize(pixels, box, pipe.image_size))
-    return sample.key, caption.strip()
+@dataclass(frozen=True)
+class _Coming:
+    """A block that is being filled with slots [start, stop), by the jobs of these numbers."""
+
+    block: int
+    start: int
+    stop: int
+    numbers: list[int]
+
+
+class _Feed:
+    """One step's blocks, as its replay tier asks for them."""
+
+    def __init__(self, loader: Loader, position: int, tokens: torch.Tensor, valid: torch.Tensor) -> None:
+        self._loader, self._position, self.tokens, self.valid = loader, position, tokens, valid
+        self.skips: list[Skip] = []
+        steps = -(-loader.share.slots // loader.setup.block)
+        self._left, self._left_again = steps, steps * loader.tier.asks_twice
+        self._checksums: list[int] = []
+
+    def arrive(self) -> Iterator[Block]:
+        """Pass 1: tokens, valid and skips come with the pixels."""
+        blocks = self._loader._blocks
+        while self._left:
+            coming, done = self._loader._take()
+            self._left -= 1
+            size = coming.stop - coming.start
+            self.tokens[coming.start : coming.stop] = blocks.tokens[coming.block, :size]
+            self.valid[coming.start : coming.stop] = blocks.valid[coming.block, :size]
+            self.skips.extend(skip for part in done for skip in part.skips)
+            self._checksums.extend(part.checksum for part in done)
+            yield self._block(coming)
+
+    def arrive_again(self) -> Iterator[Block]:
+        """Pass 2, read anew: the same pixels, or an error."""
+        checksums = iter(self._checksums)
+        while self._left_again:
+            coming, done = self._loader._take()
+            self._left_again -= 1
+            for part in done:
+                if part.checksum != next(checksums):
+                    what = part.skips[0].detail if part.skips else "other pixels than in the first pass"
+                    raise LoaderError(
+                        f"replay.kind=recompute: slots {coming.start} to {coming.stop} of the batch at position "
+                        f"{self._position} cannot be read a second time ({what}); a shard has changed or is gone"
+                    )
+            yield self._block(coming)
+
+    def finish(self) -> None:
+        """Take what was not asked for, so that its blocks go round again."""
+        for block in self.arrive():
+            block.free()
+        self._loader.tier.clear()
+        while self._left_again:
+            coming, _ = self._loader._take()
+            self._left_again -= 1
+            self._loader._release(coming.block)
+
+    def _block(self, coming: _Coming) -> Block:
+        data = self._loader._blocks.images[coming.block, : coming.stop - coming.start]
+        return Block(coming.start, data, partial(self._loader._release, coming.block))
+
+
+class Pictures:
+    """uint8 [N, 3, S, S] of one step, walked twice (replay.Inputs); what `change` makes of them where there is one."""
+
+    def __init__(self, feed: _Feed, tier: Tier, positions: np.ndarray, change: Change | None) -> None:
+        self._feed, self._tier, self._change = feed, tier, change
+        self._positions = torch.from_numpy(positions)
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def first(self, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
+        return self._changed(self._tier.first(self._feed, device), device)
+
+    def again(self, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
+        return self._changed(self._tier.again(self._feed, device), device)
+
+    def _changed(
+        self, walk: Iterator[tuple[int, torch.Tensor]], device: torch.device
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        if self._change is None:
+            return walk
+        positions = self._positions.to(device)
+        return ((start, self._change(images, positions[start : start + len(images)])) for start, images in walk)

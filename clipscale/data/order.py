@@ -22,16 +22,22 @@ from dataclasses import dataclass
 import numpy as np
 
 from clipscale.counter import draw, fold, permuted, shuffled
-from clipscale.errors import require
 
 _SHARDS_PER_STREAM = 4
 _SAMPLES_PER_STREAM_AND_BATCH = 4
+_RESAMPLED_BLOCK_SHARDS = 8  # draws of different streams meet as well: 4 would bring neighbours together at 2x chance
+_LINES_KEPT = 4  # a batch lies in two epochs, unless repeats are allowed; shards are fetched for the next one
 
 
-def default_streams(shards: int, global_batch: int) -> int:
-    """V: the largest divisor of the batch with at least 4 shards a stream and 4 samples a stream and batch."""
-    limit = max(1, min(shards // _SHARDS_PER_STREAM, global_batch // _SAMPLES_PER_STREAM_AND_BATCH))
-    return next(v for v in range(limit, 0, -1) if global_batch % v == 0)
+def default_streams(shards: int, batch: int, *, divides: bool = True) -> int:
+    """V: as many as leave 4 shards a stream and 4 samples a stream and batch.
+
+    Args:
+        batch: samples that a global batch takes of the source.
+        divides: the largest V that divides the batch, as a source by itself needs it.
+    """
+    limit = max(1, min(shards // _SHARDS_PER_STREAM, batch // _SAMPLES_PER_STREAM_AND_BATCH))
+    return next(v for v in range(limit, 0, -1) if batch % v == 0) if divides else limit
 
 
 def rank_positions(start: int, global_batch: int, *, world: int, rank: int, streams: int) -> np.ndarray:
@@ -80,6 +86,16 @@ class Order:
         self.seed, self.streams, self.block_shards = seed, streams, block_shards
         self._lines: dict[int, _Line] = {}
 
+    def may_repeat(self, low: int, high: int) -> bool:
+        """Whether a sample can come twice in positions [low, high): only if they lie in more than one epoch."""
+        return low // self.epoch_length < (high - 1) // self.epoch_length
+
+    def block_samples(self) -> int:
+        """About how many positions it takes until every stream has come to its next block."""
+        if self.block_shards is None:
+            return self.samples
+        return min(self.samples, self.streams * self.block_shards * self.samples // len(self.counts))
+
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Positions [P] -> epoch [P], shard [P], index within the shard [P]."""
         epoch = positions // self.epoch_length
@@ -121,42 +137,87 @@ class Order:
         return block, start, stop
 
     def _line(self, epoch: int) -> _Line:
-        if epoch not in self._lines:
-            while len(self._lines) >= 2:  # a batch lies in two epochs at most, unless repeats are allowed
-                del self._lines[min(self._lines)]
-            shards = shuffled(fold(self.seed, "shards", epoch), len(self.counts))
-            shards = shards[self.counts[shards] > 0]
-            head = int(draw(fold(self.seed, "head", epoch), np.zeros(1))[0] % np.uint64(self.counts[shards[0]]))
-            lengths = np.concatenate([self.counts[shards], [head]])
-            lengths[0] -= head
-            first = np.zeros_like(lengths)
-            first[0] = head
-            cum = np.concatenate([[0], np.cumsum(lengths)])
-            self._lines[epoch] = _Line(np.append(shards, shards[0]), first, cum)
-        return self._lines[epoch]
+        """The epochs used last are kept. Threads may race: each makes the same line, and puts a whole dict in place."""
+        line = self._lines.get(epoch)
+        if line is None:
+            line = self._make_line(epoch)
+            self._lines = dict([*self._lines.items()][1 - _LINES_KEPT :]) | {epoch: line}
+        return line
+
+    def _make_line(self, epoch: int) -> _Line:
+        shards = shuffled(fold(self.seed, "shards", epoch), len(self.counts))
+        shards = shards[self.counts[shards] > 0]
+        head = int(draw(fold(self.seed, "head", epoch), np.zeros(1))[0] % np.uint64(self.counts[shards[0]]))
+        lengths = np.concatenate([self.counts[shards], [head]])
+        lengths[0] -= head
+        first = np.zeros_like(lengths)
+        first[0] = head
+        cum = np.concatenate([[0], np.cumsum(lengths)])
+        return _Line(np.append(shards, shards[0]), first, cum)
 
 
-class Mixture:
-    """Several sources by weight: in each cycle of M slots source i takes round(M w_i), in an order of its own.
+class Resampled:
+    """Endless draws from one source: shards with replacement, by their sample counts. `Order`'s interface.
 
-    `locate(positions)` -> (source [P], ordinal [P]): the ordinal is a position of that source's Order.
+    Positions go to streams as in `Order`. Block j of stream v draws K bins and takes equally many samples from each
+    without replacement, in a permuted order, so that every sample is as likely as any other. A bin is a shard; shards
+    smaller than nine in ten are joined with those that follow them until they hold as much. A bin that a block draws
+    again goes on where it left off. An epoch is as many positions as the source has samples; it means nothing else.
+
+    Args:
+        block_shards: K, or None for 8.
     """
 
-    def __init__(self, weights: list[float], *, seed: int, cycle: int = 10_000) -> None:
-        share = np.asarray(weights, np.float64) / np.sum(weights)
-        self.quota = np.floor(share * cycle).astype(np.int64)
-        for i in np.argsort(-(share * cycle - self.quota), kind="stable")[: cycle - self.quota.sum()]:
-            self.quota[i] += 1  # largest remainders, so that the quotas fill the cycle
-        for quota, weight in zip(self.quota, weights, strict=True):
-            require(quota > 0 or weight == 0, f"a source's weight={weight} is under one sample in {cycle:,}; raise it")
-        self.cycle, self.seed = cycle, seed
-        self._pattern = np.repeat(np.arange(len(weights)), self.quota)
+    def __init__(
+        self, counts: np.ndarray | list[int], *, seed: int, streams: int = 1, block_shards: int | None = None
+    ) -> None:
+        self.counts = counts = np.asarray(counts, np.int64)
+        self.samples = self.epoch_length = int(counts.sum())
+        assert self.samples > 0, "a source must hold samples"
+        self.seed, self.streams, self.block_shards = seed, streams, block_shards or _RESAMPLED_BLOCK_SHARDS
+        self._shard = np.flatnonzero(counts)
+        filled = counts[self._shard]
+        self._cum = np.concatenate([[0], np.cumsum(filled)])
+        self._per_bin = int(np.sort(filled)[len(filled) // 10])
+        self._block_length = self.block_shards * self._per_bin
+        edges = [0]
+        for stop in self._cum.tolist():
+            if stop - edges[-1] >= self._per_bin:
+                edges.append(stop)
+        edges[-1] = self.samples  # the last bin takes what would not fill another
+        self._edges = np.array(edges)
 
-    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        if np.count_nonzero(self.quota) == 1:
-            return np.full_like(positions, np.flatnonzero(self.quota)[0]), positions
-        cycle, slot = np.divmod(positions, self.cycle)
-        place = permuted(draw(fold(self.seed, "mixture"), cycle), slot, self.cycle)
-        source = self._pattern[place]
-        offset = place - np.concatenate([[0], np.cumsum(self.quota)])[source]  # which of the source's slots it is
-        return source, cycle * self.quota[source] + offset
+    def may_repeat(self, low: int, high: int) -> bool:
+        """Whether a sample can come twice in positions [low, high)."""
+        return high - low > 1
+
+    def block_samples(self) -> int:
+        """How many positions it takes until every stream has come to its next block."""
+        return self.streams * self._block_length
+
+    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Positions [P] -> epoch [P], shard [P], index within the shard [P]."""
+        row, stream = np.divmod(positions, self.streams)
+        row = row + (draw(fold(self.seed, "stagger"), stream) % np.uint64(self._block_length)).astype(np.int64)
+        block, slot = np.divmod(row, self._block_length)
+        slot = permuted(self._key("slots", stream, block), slot, self._block_length)
+        turn, taken = np.divmod(slot, self._per_bin)
+        bin, again = self._drawn(stream, block, turn)
+        size = self._edges[bin + 1] - self._edges[bin]
+        lap, taken = np.divmod(taken + again * self._per_bin, size)
+        key = draw(draw(self._key("samples", stream, block), bin), lap)
+        x = self._edges[bin] + permuted(key, taken, size)
+        piece = np.searchsorted(self._cum, x, side="right") - 1
+        return positions // self.epoch_length, self._shard[piece], x - self._cum[piece]
+
+    def _drawn(self, stream: np.ndarray, block: np.ndarray, turn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The bin of each [P]'s turn in its block, and how often the block drew that bin before."""
+        blocks, which = np.unique(block * self.streams + stream, return_inverse=True)
+        key = self._key("bins", blocks % self.streams, blocks // self.streams)
+        x = (draw(key[:, None], np.arange(self.block_shards)) % np.uint64(self.samples)).astype(np.int64)
+        bins = np.searchsorted(self._edges, x, side="right") - 1
+        again = np.stack([(bins[:, :k] == bins[:, k : k + 1]).sum(axis=1) for k in range(self.block_shards)], axis=1)
+        return bins[which, turn], again[which, turn]
+
+    def _key(self, what: str, stream: np.ndarray, block: np.ndarray) -> np.ndarray:
+        return draw(draw(fold(self.seed, "resampled", what), stream), block)

@@ -1,14 +1,19 @@
 """All that turns a position of the run into a training sample: sources, their orders, the mixture, the tokenizer.
 
-pipeline = build_pipeline(config.data, ..., recorded=checkpoint_state)    # `recorded`: None for a new run
-source, epoch, shard, index = pipeline.locate(np.arange(4096))
-pipeline.identity()                       # what positions mean: saved with every checkpoint, checked at a resume
+    pipeline = build_pipeline(config.data, ..., position=0, recorded=None)         # a new run
+    source, epoch, shard, index = pipeline.locate(np.arange(4096))
+    state = pipeline.identity()            # what positions mean: saved with every checkpoint
+    build_pipeline(config.data, ..., position=4096, recorded=state)                # goes on there, or says what changed
+
+Weights, and sources added or switched off, may change at a resume: the mixture keeps a journal of them. Anything else
+that would give a position another sample, other pixels or other tokens is refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -16,32 +21,40 @@ import numpy as np
 
 from clipscale.config_data import Data
 from clipscale.counter import fold
-from clipscale.data.order import Mixture, Order, default_streams
+from clipscale.data.mixture import Mixture, begin, quotas, resumed
+from clipscale.data.order import Order, Resampled, default_streams, rank_positions
 from clipscale.data.source import Source, open_source
 from clipscale.data.tokenize import Tokenize
 from clipscale.errors import UserError, require
 
+_DECODERS = ("simplejpeg", "pillow", "torch", "open_clip_torch")
+_OF_EACH_SOURCE = ("streams", "epoch_length", "content", "caption")
+
 
 @dataclass(frozen=True)
 class Pipeline:
-    """`orders[i]` belongs to `sources[i]`. Shapes: P positions."""
+    """`sources[i]` has the order `orders[i]`, and is the mixture's source i. Shapes: P positions."""
 
     sources: list[Source]
-    orders: list[Order]
+    orders: list[Order | Resampled]
     mixture: Mixture
     tokenize: Tokenize
     image_size: int
     context_length: int
     seed: int
     data: Data
+    dropped: dict[str, dict[str, Any]]  # by key of `identity`, what it says of the sources that were switched off
 
     @property
     def streams(self) -> int:
         """Streams of a batch's positions. A mixture deals its positions out over its sources: those lie in none."""
-        return self.orders[0].streams if len(self.orders) == 1 else 1
+        return self.orders[0].streams if len(self.mixture.names) == 1 else 1
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Positions [P] -> source, epoch of that source, shard, index; each int64 [P]."""
+        """Positions [P] -> source, epoch of that source, shard, index; each int64 [P].
+
+        Positions before those of a resume may belong to a source that has been switched off since: an IndexError.
+        """
         source, ordinal = self.mixture.locate(positions)
         epoch, shard, index = (np.empty_like(positions) for _ in range(3))
         for i in np.unique(source):
@@ -49,31 +62,64 @@ class Pipeline:
             epoch[here], shard[here], index[here] = self.orders[i].locate(ordinal[here])
         return source, epoch, shard, index
 
+    def rank_positions(self, start: int, global_batch: int, *, world: int, rank: int) -> np.ndarray:
+        """The positions of batch [start, start + global_batch) that `rank` reads, int64 [global_batch / world].
+
+        Stream by stream of each source, so that a rank keeps to few shards. The ranks' parts are a partition.
+        """
+        if len(self.mixture.names) == 1:
+            return rank_positions(start, global_batch, world=world, rank=rank, streams=self.orders[0].streams)
+        source, ordinal = self.mixture.locate(np.arange(start, start + global_batch))
+        length = np.array([order.epoch_length for order in self.orders])[source]
+        stream = ordinal % length % np.array([order.streams for order in self.orders])[source]
+        per_rank = global_batch // world
+        return start + np.lexsort((stream, source))[rank * per_rank : (rank + 1) * per_rank]
+
     def repeats(self, start: int, global_batch: int) -> int:
-        """Pairs that the batch at `start` holds more than once: only a batch that lies in two epochs can."""
-        positions = np.arange(start, start + global_batch)
-        source, ordinal = self.mixture.locate(positions)
-        length = np.array([order.epoch_length for order in self.orders])
-        first, last = np.full(len(length), np.iinfo(np.int64).max), np.full(len(length), -1)
-        np.minimum.at(first, source, ordinal // length[source])
-        np.maximum.at(last, source, ordinal // length[source])
-        if (first >= last).all():
+        """Slots of the batch at `start` whose pair another slot before them holds.
+
+        Costs nothing where no source can repeat itself: where all that the batch takes of it lies in one epoch.
+        """
+        stop = start + global_batch
+        spans = zip(self.orders, self.mixture.taken(start).tolist(), self.mixture.taken(stop).tolist(), strict=False)
+        if not any(order.may_repeat(low, high) for order, low, high in spans):
             return 0
-        source, _, shard, index = self.locate(positions)
-        return global_batch - np.unique(np.stack([source, shard, index]), axis=1).shape[1]
+        source, _, shard, index = self.locate(np.arange(start, stop))
+        sizes = [source.counts for source in self.sources]
+        first_shard = np.cumsum([0, *map(len, sizes)])[source]
+        first_sample = np.cumsum(np.concatenate([[0], *sizes]))
+        return global_batch - len(np.unique(first_sample[first_shard + shard] + index))
+
+    def horizon(self) -> int:
+        """How many positions ahead every stream is half a block further: when to fetch the shards it comes to then."""
+        cycle = sum(self.mixture.quota.values())
+        blocks = [
+            order.block_samples() * cycle // self.mixture.quota[source.name]
+            for source, order in zip(self.sources, self.orders, strict=True)
+        ]
+        return max(1, min(blocks) // 2)
 
     def identity(self) -> dict[str, Any]:
-        """Everything that decides which pixels and tokens a position stands for."""
+        """Everything that decides which pixels and tokens a position stands for. JSON."""
+        data, pairs = self.data, list(zip(self.sources, self.orders, strict=True))
+        captions = {source.name: data.sources[source.name] for source in self.sources}
+        of_each_source = {
+            "streams": {source.name: order.streams for source, order in pairs},
+            "epoch_length": {source.name: order.epoch_length for source, order in pairs},
+            "content": {source.name: source.fingerprint() for source in self.sources},
+            "caption": {name: [source.caption, source.captions] for name, source in captions.items()},
+        }
         return {
             "seed": self.seed,
-            "streams": {s.name: o.streams for s, o in zip(self.sources, self.orders, strict=True)},
+            "sampling": data.sampling,
             "block_shards": self.orders[0].block_shards,
-            "epoch_length": {s.name: o.epoch_length for s, o in zip(self.sources, self.orders, strict=True)},
-            "content": {source.name: source.fingerprint() for source in self.sources},
-            "quota": self.mixture.quota.tolist(),
-            "crop": [*self.data.crop_scale, *self.data.crop_ratio],
+            **{key: now | self.dropped.get(key, {}) for key, now in of_each_source.items()},
+            "mixture": self.mixture.journal(),
+            **_pixels(data),
             "image_size": self.image_size,
-            "decoders": {name: version(name) for name in ("simplejpeg", "pillow", "torch")},
+            "context_length": self.context_length,
+            "tokenizer": self.tokenize.name,
+            "decoders": {name: version(name) for name in _DECODERS},
         }
 
 
@@ -85,50 +131,40 @@ def build_pipeline(
     context_length: int,
     seed: int,
     global_batch: int,
+    position: int = 0,
     recorded: dict[str, Any] | None = None,
     track: Callable[[Iterable[str], str], Iterable[str]] | None = None,
     warn: Callable[[str], None] | None = None,
 ) -> Pipeline:
     """Open every source and lay out the order, as the checkpoint recorded it where a run is resumed.
 
+    Args:
+        position: where the run stands; a mixture that changes, changes there.
+        recorded: the checkpoint's `identity`.
+
     Raises:
         UserError: no source, no usable sample, an epoch shorter than the batch, or data other than those recorded.
     """
-    active = {name: source for name, source in data.sources.items() if source.weight > 0}
     require(
-        bool(active), "no training data: set data.sources.<name>.urls to your shards, e.g. 'shards/{0000..0099}.tar'"
+        any(source.weight > 0 for source in data.sources.values()),
+        "no training data: set data.sources.<name>.urls to your shards, e.g. 'shards/{0000..0099}.tar'",
     )
+    require(
+        data.sampling == "epochs" or data.epoch_boundary == "straddle",
+        "data.epoch_boundary=drop leaves out the remainder of an epoch, and data.sampling=resampled has no epochs; use "
+        "straddle",
+    )
+    recorded = recorded and _in_full(recorded, data)
+    mixture = _mixture(data, seed, position, recorded, warn)
     sources = [
-        open_source(
-            name,
-            source.urls,
-            need="pairs",
-            index_dir=data.index_dir,
-            cache_dir=data.cache_dir,
-            track=track,
-            warn=warn,
-        )
-        for name, source in active.items()
+        open_source(name, data.sources[name], data, need="pairs", track=track, warn=warn) for name in mixture.quota
     ]
-    mixture = Mixture([source.weight for source in active.values()], seed=seed)
-    orders = []
-    for source, quota in zip(sources, mixture.quota, strict=True):
-        per_batch = -(-int(quota) * global_batch // mixture.cycle)
-        order = Order(
-            source.counts,
-            seed=fold(seed, source.name),
-            streams=_streams(source, data, per_batch, recorded),
-            block_shards=data.block_shards if recorded is None else recorded["block_shards"],
-            epoch_length=_epoch_length(source, data, global_batch, recorded),
-        )
-        require(
-            order.epoch_length >= per_batch or data.allow_repeats,
-            f"source {source.name!r} has {order.epoch_length} usable samples an epoch, fewer than its {per_batch} of a "
-            "batch: pairs would repeat within a batch and be each other's negatives; lower train.global_batch, or set "
-            "data.allow_repeats=true",
-        )
-        orders.append(order)
-    pipeline = Pipeline(sources, orders, mixture, tokenize, image_size, context_length, seed, data)
+    orders = [_order(source, data, mixture, seed, global_batch, recorded) for source in sources]
+    dropped = {
+        key: {name: recorded[key][name] for name in mixture.names[len(sources) :]}
+        for key in (_OF_EACH_SOURCE if recorded else ())
+    }
+    pipeline = Pipeline(sources, orders, mixture, tokenize, image_size, context_length, seed, data, dropped)
     require(
         global_batch % pipeline.streams == 0,
         f"train.global_batch={global_batch} is not divisible by the {pipeline.streams} streams of this run's order; "
@@ -139,11 +175,58 @@ def build_pipeline(
     return pipeline
 
 
-def _streams(source: Source, data: Data, per_batch: int, recorded: dict[str, Any] | None) -> int:
-    """V of one source, from its own shards and its own share of a batch, unless recorded or set."""
+def _mixture(
+    data: Data,
+    seed: int,
+    position: int,
+    recorded: dict[str, Any] | None,
+    warn: Callable[[str], None] | None,
+) -> Mixture:
+    """By the weights of today, from `position` on; by the recorded ones before it."""
+    quota = quotas({name: source.weight for name, source in data.sources.items()})
+    if recorded is None:
+        return begin(quota, seed=seed)
+    before = resumed(recorded["mixture"], seed=seed)
+    for name in before.quota:
+        require(
+            name in data.sources,
+            f"the run has drawn from source {name!r}, which data.sources no longer has; put it back, with weight=0 if "
+            "the run is to go on without it",
+        )
+    mixture = before.changed(position, quota)
+    if warn and mixture.quota != before.quota:
+        was, now = (
+            ", ".join(f"{name} {n / sum(q.values()):.2%}" for name, n in q.items()) for q in (before.quota, quota)
+        )
+        warn(f"mixture: {now} from position {position:,} on; {was} before")
+    return mixture
+
+
+def _order(
+    source: Source, data: Data, mixture: Mixture, seed: int, global_batch: int, recorded: dict[str, Any] | None
+) -> Order | Resampled:
+    per_batch = -(-mixture.quota[source.name] * global_batch // sum(mixture.quota.values()))
     if recorded is not None and source.name in recorded["streams"]:
-        return recorded["streams"][source.name]
-    return data.streams or default_streams(len(source.shards), per_batch)
+        streams = recorded["streams"][source.name]
+    else:  # V of one source, from its own shards and its own share of a batch
+        streams = data.streams or default_streams(len(source.shards), per_batch, divides=len(mixture.names) == 1)
+    layout = partial(
+        Order if data.sampling == "epochs" else Resampled,
+        source.counts,
+        seed=fold(seed, source.name),
+        streams=streams,
+        block_shards=data.block_shards if recorded is None else recorded["block_shards"],
+    )
+    if data.sampling == "resampled":
+        return layout()
+    order = layout(epoch_length=_epoch_length(source, data, global_batch, recorded))
+    require(
+        order.epoch_length >= per_batch or data.allow_repeats,
+        f"source {source.name!r} has {order.epoch_length} usable samples an epoch, fewer than its {per_batch} of a "
+        "batch: pairs would repeat within a batch and be each other's negatives; lower train.global_batch, or set "
+        "data.allow_repeats=true",
+    )
+    return order
 
 
 def _epoch_length(source: Source, data: Data, global_batch: int, recorded: dict[str, Any] | None) -> int:
@@ -161,10 +244,55 @@ def _epoch_length(source: Source, data: Data, global_batch: int, recorded: dict[
     return whole
 
 
+def _pixels(data: Data) -> dict[str, Any]:
+    """The settings of `data` that decide what is made of a sample's bytes."""
+    augment = data.augment
+    return {
+        "crop": [*data.crop_scale, *data.crop_ratio],
+        "exif": data.exif,
+        "scaled_decode": data.scaled_decode,
+        "max_pixels": data.max_pixels,
+        "augment": [augment.flip, *augment.color_jitter, augment.color_jitter_prob, augment.grayscale],
+    }
+
+
+def _in_full(recorded: dict[str, Any], data: Data) -> dict[str, Any]:
+    """A record of a version that kept less: what it lacks was as the defaults of today have it."""
+    if "mixture" in recorded:
+        return recorded
+    require(
+        len(recorded["content"]) == 1 or data.accept_changes,
+        "the checkpoint is of a version that dealt a mixture's positions out in another way; start a run of its own "
+        "(run.dir), or set data.accept_changes=true",
+    )
+    names = [*recorded["content"]]
+    quota = dict(zip(names, recorded["quota"], strict=True))
+    return {
+        "sampling": "epochs",
+        "caption": {name: ["txt", "whole"] for name in names},
+        "mixture": begin(quota, seed=recorded["seed"]).journal(),
+        **_pixels(Data()),
+        **{key: value for key, value in recorded.items() if key != "quota"},
+    }
+
+
 def _refuse_changes(recorded: dict[str, Any], now: dict[str, Any]) -> None:
-    changed = [f"{key}: {recorded.get(key)} -> {now[key]}" for key in now if recorded.get(key) != now[key]]
+    """What the record does not know (a source that is new, a setting that it had not) is no change."""
+    before, after = _facts(recorded), _facts(now)
+    changed = [f"{key}: {before[key]} -> {after[key]}" for key in after if key in before and before[key] != after[key]]
     if changed:
         raise UserError(
             f"the data are not those of the checkpoint ({'; '.join(changed)}): the order of samples would change; put "
             "them back, start a run of its own (run.dir), or set data.accept_changes=true"
         )
+
+
+def _facts(identity: dict[str, Any]) -> dict[str, Any]:
+    """One line for each: 'seed', 'content of mine', 'decoders of torch'. Without the mixture, which may change."""
+    facts = {}
+    for key, value in identity.items():
+        if isinstance(value, dict):
+            facts |= {f"{key} of {name}": part for name, part in value.items()}
+        elif key != "mixture":
+            facts[key] = value
+    return facts

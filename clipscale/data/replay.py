@@ -1,47 +1,268 @@
-"""The replay buffer: a step's inputs stay in host memory and visit the device one chunk at a time, twice.
+"""The replay buffer: a step's inputs are needed twice, once for each pass of gradient caching, with identical bytes.
 
-    for start, images in chunks(batch.images, size=256, device=device):
+    for start, images in batch.images.first(device):       # pass 1, while later blocks are still being decoded
         tower(images)
+    for start, images in batch.images.again(device):       # pass 2
 
-On a GPU the next chunk's copy is in flight while the current one is computed on: `pin` puts a tensor into page-locked
-memory for that. Both passes of gradient caching read the same bytes.
+Tokens are small and held (`Held`). Pixels arrive in blocks from the loader, and wait for pass 2 in one of four tiers:
+
+    Host        in the blocks they arrived in, which go back to the loader one by one as pass 2 uses them
+    Gpu         on the GPU; the loader has its blocks back at once
+    Disk        in a file of fixed size, written and read ahead by a thread of its own
+    Recompute   nowhere: they are read and decoded again by position, and must come out the same
+
+Shapes: N slots of this rank, M slots of a block, S side of a picture.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple, Protocol
 
 import torch
 
 
-def pin(tensor: torch.Tensor, device: torch.device | None) -> torch.Tensor:
-    """Page-locked where `device` is a GPU, unchanged elsewhere."""
-    return tensor.pin_memory() if device is not None and device.type == "cuda" else tensor
+class Inputs(Protocol):
+    """[N, ...] of raw inputs, walked twice in the same chunks."""
+
+    def __len__(self) -> int: ...
+
+    def first(self, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
+        """(start, inputs[start : start + size] on `device`), in order, for pass 1."""
+
+    def again(self, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
+        """The same for pass 2. When it has ended, the memory may be filled anew."""
 
 
-def chunks(inputs: torch.Tensor, size: int, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
-    """(start, inputs[start : start + size] on `device`), in order; the last chunk may be shorter.
+class Held:
+    """Inputs that are there already, in host memory."""
 
-    When the iteration has ended, nothing reads `inputs` any more: it may be filled anew.
+    def __init__(self, inputs: torch.Tensor, size: int) -> None:
+        self.inputs, self.size = inputs, size
 
-    Args:
-        inputs: [N, ...] in host memory (or on the device already).
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def first(self, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
+        starts = range(0, len(self.inputs), self.size)
+        return to_device((Block(start, self.inputs[start : start + self.size]) for start in starts), device)
+
+    again = first
+
+
+def _nothing() -> None:
+    pass
+
+
+class Block(NamedTuple):
+    """Slots [start, start + M) in host memory; `free()` once nothing reads them any more."""
+
+    start: int
+    data: torch.Tensor
+    free: Callable[[], None] = _nothing
+
+
+def to_device(blocks: Iterator[Block], device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
+    """(start, data on `device`) of each block in turn, then its `free()`.
+
+    On a GPU the copies go through two buffers on a stream of their own, so that the next block is copied while the
+    current one is computed on: for that its memory must be page-locked.
     """
-    if device.type != "cuda" or inputs.device.type == "cuda":
-        for start in range(0, len(inputs), size):
-            yield start, inputs[start : start + size].to(device)
+    if device.type != "cuda":
+        for start, data, free in blocks:
+            yield start, data
+            free()
         return
     copying, computing = torch.cuda.Stream(device), torch.cuda.current_stream(device)
-
-    def fetch(start: int) -> torch.Tensor:
+    buffers: list[torch.Tensor | None] = [None, None]
+    used = [torch.cuda.Event(), torch.cuda.Event()]  # the computation on a buffer has passed
+    copies: deque[tuple[torch.cuda.Event, Callable[[], None]]] = deque()
+    for turn, (start, data, free) in enumerate(blocks):
+        side = turn % 2
+        if buffers[side] is None:
+            buffers[side] = torch.empty_like(data, device=device)
+            buffers[side].record_stream(copying)
+            copying.wait_stream(computing)  # the allocator may hand out memory that is still being computed on
         with torch.cuda.stream(copying):
-            return inputs[start : start + size].to(device, non_blocking=True)
+            copying.wait_event(used[side])
+            target = buffers[side][: len(data)]
+            target.copy_(data, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record(copying)
+        computing.wait_event(copied)
+        copies.append((copied, free))
+        yield start, target
+        used[side].record(computing)
+        if len(copies) > 1:
+            _finish(*copies.popleft())
+    while copies:
+        _finish(*copies.popleft())
 
-    following = fetch(0)
-    for start in range(0, len(inputs), size):
-        current = following
-        computing.wait_stream(copying)  # for this chunk's copy, before the next one is asked for
-        current.record_stream(computing)
-        following = fetch(start + size)
-        yield start, current
-    copying.synchronize()
+
+def _finish(copied: torch.cuda.Event, free: Callable[[], None]) -> None:
+    copied.synchronize()
+    free()
+
+
+class Feed(Protocol):
+    """What a tier asks of the loader, for one step."""
+
+    def arrive(self) -> Iterator[Block]:
+        """This step's blocks, in order, as they are filled."""
+
+    def arrive_again(self) -> Iterator[Block]:
+        """The same once more, for tiers with `asks_twice`."""
+
+
+class Host:
+    """The blocks themselves are the buffer: nothing is copied."""
+
+    asks_twice = False
+
+    def __init__(self) -> None:
+        self._held: deque[Block] = deque()
+
+    def first(self, feed: Feed, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
+        return to_device(self._hold(feed), device)
+
+    def again(self, feed: Feed, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
+        return to_device(self._give(), device)
+
+    def clear(self) -> None:
+        """Give back what pass 2 did not ask for."""
+        for block in self._give():
+            block.free()
+
+    def close(self) -> None:
+        pass
+
+    def _hold(self, feed: Feed) -> Iterator[Block]:
+        for block in feed.arrive():
+            self._held.append(block)
+            yield Block(block.start, block.data)
+
+    def _give(self) -> Iterator[Block]:
+        while self._held:
+            yield self._held.popleft()
+
+
+class Gpu:
+    """[N, 3, S, S] on the GPU, filled in pass 1."""
+
+    asks_twice = False
+
+    def __init__(self, slots: int, side: int, device: torch.device) -> None:
+        self._store = torch.empty(slots, 3, side, side, dtype=torch.uint8, device=device)
+        self._sizes: list[tuple[int, int]] = []
+
+    def first(self, feed: Feed, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
+        self._sizes.clear()
+        for start, data in to_device(feed.arrive(), device):
+            self._sizes.append((start, len(data)))
+            kept = self._store[start : start + len(data)].copy_(data)
+            yield start, kept
+
+    def again(self, feed: Feed, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
+        for start, size in self._sizes:
+            yield start, self._store[start : start + size]
+
+    def clear(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Disk:
+    """A file of N pictures in `folder`, allocated at once and without a name, so that nothing is left behind."""
+
+    asks_twice = False
+    _AHEAD = 2  # blocks read before they are asked for
+
+    def __init__(self, slots: int, side: int, block: int, folder: str, pin: bool) -> None:
+        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - closed by close
+        self._picture_bytes = 3 * side * side
+        os.posix_fallocate(self._file.fileno(), 0, slots * self._picture_bytes)
+        self._buffers = [
+            torch.empty(block, 3, side, side, dtype=torch.uint8, pin_memory=pin) for _ in range(self._AHEAD + 2)
+        ]
+        self._thread = ThreadPoolExecutor(1, "replay-disk")
+        self._sizes: list[tuple[int, int]] = []
+
+    def first(self, feed: Feed, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
+        return to_device(self._store(feed), device)
+
+    def again(self, feed: Feed, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
+        return to_device(self._load(), device)
+
+    def clear(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._thread.shutdown()
+        self._file.close()
+
+    def _store(self, feed: Feed) -> Iterator[Block]:
+        self._sizes.clear()
+        for start, data, free in feed.arrive():
+            self._sizes.append((start, len(data)))
+            written = self._thread.submit(self._write, start, data)
+
+            def done(written: Future = written, free: Callable[[], None] = free) -> None:
+                written.result()
+                free()
+
+            yield Block(start, data, done)
+
+    def _load(self) -> Iterator[Block]:
+        todo, spare = deque(self._sizes), deque(self._buffers)
+        coming: deque[tuple[int, torch.Tensor, torch.Tensor, Future]] = deque()
+        while todo or coming:
+            while todo and spare and len(coming) < self._AHEAD:
+                (start, size), buffer = todo.popleft(), spare.popleft()
+                coming.append((start, buffer[:size], buffer, self._thread.submit(self._read, start, buffer[:size])))
+            start, data, buffer, read = coming.popleft()
+            read.result()
+            yield Block(start, data, lambda buffer=buffer: spare.append(buffer))
+
+    def _write(self, start: int, data: torch.Tensor) -> None:
+        _whole(os.pwrite, self._file.fileno(), data, start * self._picture_bytes)
+
+    def _read(self, start: int, data: torch.Tensor) -> None:
+        _whole(_read_into, self._file.fileno(), data, start * self._picture_bytes)
+
+
+def _read_into(file: int, view: memoryview, offset: int) -> int:
+    return os.preadv(file, [view], offset)
+
+
+def _whole(move: Callable[[int, memoryview, int], int], file: int, data: torch.Tensor, offset: int) -> None:
+    """Write or read all of `data`: one call moves 2 GiB at most."""
+    view = memoryview(data.numpy().reshape(-1))
+    while view:
+        moved = move(file, view, offset)
+        if moved == 0:
+            raise OSError("the replay file is shorter than what was written to it")
+        view, offset = view[moved:], offset + moved
+
+
+class Recompute:
+    """Pass 2 reads and decodes again: a position's pixels are a pure function of it."""
+
+    asks_twice = True
+
+    def first(self, feed: Feed, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
+        return to_device(feed.arrive(), device)
+
+    def again(self, feed: Feed, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
+        return to_device(feed.arrive_again(), device)
+
+    def clear(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from clipscale.config_data import Data, Select, Source
-from clipscale.data.captions import MAX_CAPTION_BYTES, MAX_JSON_BYTES, CaptionError, CaptionRule, look_up, parse_json
+from clipscale.data.captions import MAX_JSON_BYTES, CaptionError, CaptionRule, look_up, parse_json
 from clipscale.data.tar import Listing
 from clipscale.data.uids import UidList
 
@@ -43,7 +43,7 @@ class Rules:
     need: Need = "pairs"
     caption: str = "txt"  # as a source has it; of no meaning to labelled pictures
     select: Select = field(default_factory=Select)
-    max_pixels: int = 90_000_000  # of a picture that is decoded, or whose size is asked for
+    max_pixels: int = 90_000_000  # of a picture, where all are decoded
     uids_hash: str | None = None  # of the content of `select.uids`
 
     @classmethod
@@ -59,7 +59,7 @@ class Rules:
         facts: dict[str, Any] = {"need": self.need, "caption": self.caption}
         facts |= {name: value for name, value in dataclasses.asdict(self.select).items() if name != "uids"}
         facts["uids"] = self.uids_hash
-        if self.looks_into_pictures:
+        if self.select.check == "decode":
             facts["max_pixels"] = self.max_pixels
         if facts == {"need": "pairs", "caption": "txt", "uids": None} | _NO_SELECTION:
             return ""
@@ -198,11 +198,13 @@ class _Selector:
     def _check_picture(self, picture: int) -> None:
         if not self.rules.looks_into_pictures:
             return
-        from clipscale.data.decode import BadSample, decode  # with torch, which the other rules can do without
+        from clipscale.data.decode import BadSample, decode, picture_size  # with torch, which the other rules can spare
 
         select, data = self.rules.select, self._bytes(picture)
         try:
-            height, width = decode(data, self.rules.max_pixels).shape[:2]
+            height, width, _ = picture_size(data)
+            if select.check == "decode":
+                decode(data, self.rules.max_pixels)
         except BadSample as bad:
             raise _Refused(bad.cause) from bad
         if min(height, width) < select.min_side:

@@ -9,16 +9,12 @@ webdataset expands braces. Whatever tells a person about a URL shows it `masked`
 from __future__ import annotations
 
 import glob
-import hashlib
 import os
 import re
-import shutil
-import uuid
 from collections import Counter
 from pathlib import Path
 
 import fsspec
-import webdataset
 from webdataset.shardlists import expand_urls as expand_braces
 
 from clipscale.errors import UserError, require
@@ -129,22 +125,3 @@ def check_scheme(url: str, allow_pipe: bool) -> None:
             raise UserError(
                 f"shards {shown!r}: the client for {scheme}:// is not installed; pip install '{package}'"
             ) from error
-
-
-def local_path(url: str, cache_dir: str | None) -> str:
-    """A local file with the shard's bytes: the shard itself, or its copy in the cache."""
-    if is_local(url):
-        return url.removeprefix("file:")
-    target = cache_folder(cache_dir) / "shards" / hashlib.sha1(url.encode()).hexdigest()[:20] / os.path.basename(url)
-    if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-        try:
-            with webdataset.gopen(url, "rb") as stream, open(partial, "wb") as file:
-                shutil.copyfileobj(stream, file, 1 << 20)
-            partial.rename(target)
-        except Exception as error:  # each gopen scheme raises kinds of its own
-            raise UserError(f"shard {url!r}: cannot be fetched ({error})") from error
-        finally:
-            partial.unlink(missing_ok=True)
-    return str(target)

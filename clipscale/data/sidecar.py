@@ -8,7 +8,7 @@
 
     bytes    0  magic  8   | size of the facts  4 | CRC-32 of the facts  4 | identity  8 | samples  8
     bytes   32  the facts, JSON
-    then        records: offset 8, size 4 of the picture; offset 8, size 4 of the note; offset 8, size 4 of the key; CRC 4
+    then        records: offset 8 and size 4 of the picture, of the note and of the key; CRC-32 4
     then        keys, UTF-8, one behind the other
 
 Nothing of it stays in memory, whatever the number of samples. All numbers are little-endian. A record's CRC-32 covers

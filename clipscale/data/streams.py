@@ -131,7 +131,7 @@ def _open_http(url: str, start: int, version: str | None, stall_seconds: float) 
         request.add_header("Range", f"bytes={start}-")
         request.add_header("If-Range", version)
     try:
-        response = _http_opener().open(request, timeout=stall_seconds)
+        response = _http_opener().open(request, timeout=stall_seconds + 1)  # ends a thread that was given up
     except urllib.error.HTTPError as error:
         if start and error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             return _open_http(url, 0, None, stall_seconds)
@@ -161,16 +161,23 @@ def _http_blocks(response: http.client.HTTPResponse) -> Iterator[bytes]:
             yield block
 
 
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, request, answer, code, message, headers, url):
+        if scheme_of(url) not in HTTP:  # urllib would follow to ftp:
+            raise Refused(f"HTTP {code} to {url}, which is neither http: nor https:")
+        return super().redirect_request(request, answer, code, message, headers, url)
+
+
 @functools.cache
 def _http_opener() -> urllib.request.OpenerDirector:
-    """urllib's own opener, but for http and https only: a server cannot redirect to ftp: or file:."""
+    """urllib's own opener for http and https only."""
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler,
         urllib.request.HTTPHandler,
         urllib.request.HTTPSHandler,
         urllib.request.HTTPDefaultErrorHandler,
-        urllib.request.HTTPRedirectHandler,
+        _Redirects,
         urllib.request.HTTPErrorProcessor,
         urllib.request.UnknownHandler,
     ):

@@ -1,55 +1,132 @@
-"""Captions -> token ids, by open_clip's tokenizers.
+"""Captions to token ids, those of open_clip's tokenizers.
 
-tokenize = build_tokenizer("ViT-B-32", context_length=77)
-tokens_NL = tokenize(["a photo of a cat"])             # int64 [1, 77]
+    tokenize = build_tokenizer("ViT-B-32", context_length=77)
+    tokens_NL = tokenize(["a photo of a cat"])             # int64 [1, 77]
+
+CLIP's own BPE takes a shorter way to the same tokens: the ids of a word are looked up, and a caption of printable ASCII
+without an ampersand is not searched for what open_clip would mend in it. Any thread may call a tokenizer. It pickles as
+its name and length, and is built again where it is unpickled: in the loader's process.
+
+Shapes: N captions, L tokens.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from typing import Any, Protocol
 
+import numpy as np
 import open_clip
 import torch
 
 from clipscale.errors import UserError
 
-Tokenize = Callable[[list[str]], torch.Tensor]
-
 _CHARACTERS_PER_TOKEN = 32  # no caption worth the name fills its tokens with longer ones
 _CACHED_WORDS = 1 << 18
 
 
-class _WordCache(dict):
-    """Keeps the first words it meets, common ones among them; open_clip's own grows as long as the run does."""
+class Tokenize(Protocol):
+    name: str  # two of one name give the same tokens
 
-    def __setitem__(self, word: str, tokens: str) -> None:
-        if len(self) < _CACHED_WORDS:
-            super().__setitem__(word, tokens)
+    def __call__(self, captions: list[str]) -> torch.Tensor:
+        """-> int64 [N, L]"""
 
 
-def build_tokenizer(model_name: str | None, context_length: int) -> Tokenize:
-    """The tokenizer of an open_clip model, or CLIP's BPE where `model_name` is None. list[str] -> int64 [N, L].
+class Tokenizer:
+    """Captions are cut far behind what `context_length` tokens hold: BPE takes quadratic time over a word, 5 s over one
+    of 16 KB."""
 
-    One call at a time, since Hugging Face's tokenizers keep their settings in common. Captions are cut far behind what
-    `context_length` tokens hold: BPE takes quadratic time over a word, 5 s over one of 16 KB.
+    def __init__(self, model_name: str | None, context_length: int) -> None:
+        self.name = model_name or "CLIP"
+        self._recipe = (model_name, context_length)
+        tokenizer = _load(model_name, context_length)
+        plain = isinstance(tokenizer, open_clip.SimpleTokenizer) and tokenizer.reduction_fn is None
+        self._encode = _Bpe(tokenizer, context_length) if plain else _OneAtATime(tokenizer)
+        self._longest = _CHARACTERS_PER_TOKEN * context_length
+
+    def __call__(self, captions: list[str]) -> torch.Tensor:
+        """-> int64 [N, L]"""
+        return self._encode([caption[: self._longest] for caption in captions])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return build_tokenizer, self._recipe
+
+
+def build_tokenizer(model_name: str | None, context_length: int) -> Tokenizer:
+    """The tokenizer of an open_clip model, or CLIP's BPE where `model_name` is None.
 
     Raises:
         UserError: a Hugging Face tokenizer whose package or vocabulary is not there.
     """
+    return Tokenizer(model_name, context_length)
+
+
+def _load(model_name: str | None, context_length: int) -> Any:
     if model_name is None:
-        tokenizer = open_clip.SimpleTokenizer(context_length=context_length)
-    else:
-        try:
-            tokenizer = open_clip.get_tokenizer(model_name, context_length=context_length)
-        except (ImportError, OSError) as error:  # Hugging Face's: the package, or the vocabulary's download
-            raise UserError(f"the tokenizer of model.name={model_name!r} cannot be loaded: {error}") from error
-    if isinstance(tokenizer, open_clip.SimpleTokenizer):
-        tokenizer.cache = _WordCache(tokenizer.cache)
-    lock, longest = threading.Lock(), _CHARACTERS_PER_TOKEN * context_length
+        return open_clip.SimpleTokenizer(context_length=context_length)
+    try:
+        return open_clip.get_tokenizer(model_name, context_length=context_length)
+    except (ImportError, OSError) as error:  # Hugging Face's: the package, or the vocabulary's download
+        raise UserError(f"the tokenizer of model.name={model_name!r} cannot be loaded: {error}") from error
 
-    def tokenize(captions: list[str]) -> torch.Tensor:
-        with lock:
-            return tokenizer([caption[:longest] for caption in captions])
 
-    return tokenize
+class _OneAtATime:
+    """Hugging Face's tokenizers keep the settings of a call in common."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer, self._lock = tokenizer, threading.Lock()
+
+    def __call__(self, captions: list[str]) -> torch.Tensor:
+        with self._lock:
+            return self._tokenizer(captions)
+
+
+class _Bpe:
+    """open_clip's SimpleTokenizer, its words and cleaning, with the ids of words kept."""
+
+    def __init__(self, tokenizer: open_clip.SimpleTokenizer, context_length: int) -> None:
+        self._words, self._find = _Words(tokenizer), tokenizer.pat.findall
+        self._clean, self._length = tokenizer.clean_fn, context_length
+        self._lower = tokenizer.clean_fn is open_clip.tokenizer.get_clean_fn("lower")
+        self._first, self._last = tokenizer.sot_token_id, tokenizer.eot_token_id
+
+    def __call__(self, captions: list[str]) -> torch.Tensor:
+        tokens_NL = np.zeros((len(captions), self._length), np.int64)
+        for row, caption in enumerate(captions):
+            ids = self._ids(caption)
+            tokens_NL[row, : len(ids)] = ids
+        return torch.from_numpy(tokens_NL)
+
+    def _ids(self, caption: str) -> list[int]:
+        """At most L ids; the last one ends the text, also where it had to be cut."""
+        sound = self._lower and caption.isascii() and caption.isprintable() and "&" not in caption
+        ids = [self._first]
+        for word in self._find(" ".join(caption.split()).lower() if sound else self._clean(caption)):
+            ids += self._words[word]
+            if len(ids) >= self._length:
+                break
+        return [*ids[: self._length - 1], self._last]
+
+
+class _Words(dict[str, list[int]]):
+    """Word -> ids. Keeps the first words it meets, common ones among them, however long the run."""
+
+    def __init__(self, tokenizer: open_clip.SimpleTokenizer) -> None:
+        super().__init__()
+        self._tokenizer = tokenizer
+        tokenizer.cache = _Fixed(tokenizer.cache)
+
+    def __missing__(self, word: str) -> list[int]:
+        tokenizer = self._tokenizer
+        symbols = "".join(tokenizer.byte_encoder[byte] for byte in word.encode())
+        ids = [tokenizer.encoder[piece] for piece in tokenizer.bpe(symbols).split(" ")]
+        if len(self) < _CACHED_WORDS:
+            self[word] = ids
+        return ids
+
+
+class _Fixed(dict[str, str]):
+    """In place of open_clip's cache, which grows as long as the run does: what it holds to begin with is needed."""
+
+    def __setitem__(self, word: str, pieces: str) -> None:
+        pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from clipscale.config import Config
+from clipscale.config_data import Source
 from clipscale.data.source import open_source
 from clipscale.data.tokenize import Tokenize
 from clipscale.dist import World
@@ -20,10 +21,11 @@ class EvalSuite:
 
     def __init__(self, config: Config, towers: Towers, tokenize: Tokenize, world: World) -> None:
         self.config, self.towers, self.tokenize, self.world = config, towers, tokenize, world
-        places = {"index_dir": config.data.index_dir, "cache_dir": config.data.cache_dir}
         validation, zeroshot = config.eval.validation, config.eval.zeroshot
-        self._pairs = open_source("validation", validation.urls, need="pairs", **places) if validation.urls else None
-        self._task = load_task(zeroshot, **places) if zeroshot.enabled else None
+        self._pairs = (
+            open_source("validation", Source(validation.urls), config.data, need="pairs") if validation.urls else None
+        )
+        self._task = load_task(zeroshot, config.data) if zeroshot.enabled else None
         self._reading = {"threads": config.data.threads, "max_pixels": config.data.max_pixels}
 
     def validation(self) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Zero-shot classification: class names x templates -> a classifier -> top-1 and top-5 (CLIP, arXiv 2103.00020).
 
-    task = load_task(config.eval.zeroshot, ...)
+    task = load_task(config.eval.zeroshot, config.data)
     result = evaluate_zeroshot(towers, task, tokenize, world, ...)      # ZeroShotResult(top1=0.93, top5=0.99, ...)
 
 Shapes: C classes, K templates, M pictures at once, D width.
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipscale.config import ZeroShot
+from clipscale.config_data import Data, Source
 from clipscale.data.evalset import FolderPictures, Pictures, ShardPictures, batches
 from clipscale.data.source import open_source
 from clipscale.data.tokenize import Tokenize
@@ -41,7 +42,7 @@ class ZeroShotResult:
     per_class_top1: list[float]  # [C]; nan for a class without pictures
 
 
-def load_task(config: ZeroShot, *, index_dir: str | None = None, cache_dir: str | None = None) -> ZeroShotTask:
+def load_task(config: ZeroShot, data: Data) -> ZeroShotTask:
     """Open the pictures, names and templates that a config names.
 
     Raises:
@@ -67,7 +68,7 @@ def load_task(config: ZeroShot, *, index_dir: str | None = None, cache_dir: str 
         )
         return ZeroShotTask(pictures, names, templates)
     require(config.urls is not None, "eval.zeroshot needs pictures: set eval.zeroshot.urls or eval.zeroshot.folder")
-    source = open_source("zeroshot", config.urls, need="labelled", index_dir=index_dir, cache_dir=cache_dir)
+    source = open_source("zeroshot", Source(config.urls), data, need="labelled")
     return ZeroShotTask(ShardPictures(source), names, templates)
 
 

@@ -1,0 +1,75 @@
+"""Memory that the loader's process and the training process share: R blocks of M slots, filled in place, never moved.
+
+    blocks = Blocks.make(Layout(blocks=12, slots=256, side=224, length=77))
+    blocks.images[3], blocks.tokens[3], blocks.valid[3]       # block 3: uint8 [M, 3, S, S], int32 [M, L], bool [M]
+    Blocks.attach(blocks.layout, blocks.file)                 # the same bytes in another process, by an inherited file
+
+A memory file (memfd) rather than /dev/shm: it has no name to leak when a run is killed, and containers do not cap it.
+
+Shapes: R blocks, M slots of a block, S side of a picture, L tokens of a caption.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Layout:
+    blocks: int  # R
+    slots: int  # M
+    side: int  # S, pixels
+    length: int  # L
+
+    @property
+    def picture_bytes(self) -> int:
+        return 3 * self.side * self.side
+
+    @property
+    def total_bytes(self) -> int:
+        return self.blocks * self.slots * (self.picture_bytes + 4 * self.length + 1)
+
+
+class Blocks:
+    """Views on one stretch of shared memory. `file` is its descriptor."""
+
+    def __init__(self, layout: Layout, file: int) -> None:
+        self.layout, self.file = layout, file
+        memory = torch.frombuffer(mmap.mmap(file, layout.total_bytes), dtype=torch.uint8)
+        r, m, s, length = layout.blocks, layout.slots, layout.side, layout.length
+        # Tokens first: int32 wants an address divisible by 4.
+        tokens, images, valid = memory.split([4 * r * m * length, r * m * layout.picture_bytes, r * m])
+        self.tokens = tokens.view(torch.int32).view(r, m, length)
+        self.images = images.view(r, m, 3, s, s)
+        self.valid = valid.view(torch.bool).view(r, m)
+
+    @classmethod
+    def make(cls, layout: Layout) -> Blocks:
+        file = os.memfd_create("clipscale-loader")
+        os.ftruncate(file, layout.total_bytes)
+        return cls(layout, file)
+
+    def fault_in(self, pool: Executor) -> None:
+        """Touch every page once, in parallel: fresh memory is several times slower to write."""
+        list(pool.map(torch.Tensor.zero_, self.images))
+
+    def pin(self) -> None:
+        """Page-lock for asynchronous copies to a GPU.
+
+        Raises:
+            RuntimeError: CUDA refuses (the limit of locked memory, `ulimit -l`).
+        """
+        start = self.tokens.data_ptr()
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(start, self.layout.total_bytes, 0))
+
+    def unpin(self) -> None:
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self.tokens.data_ptr()))
+
+    def close(self) -> None:
+        """Let go of the file; the memory goes when the last tensor on it does."""
+        os.close(self.file)

@@ -1,0 +1,66 @@
+"""The other end of `LoaderProcess`: takes jobs from the wire, does them in threads, says when they are done.
+
+Ends when the wire does, that is with the training process, however that ends.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from concurrent.futures import Future
+from multiprocessing.connection import Connection
+
+from clipscale.data.blocks import Blocks
+from clipscale.data.fill import Filler
+from clipscale.data.workers import SHIELDED
+
+_SIGN_OF_LIFE_SECONDS = 5.0
+
+
+class _Voice:
+    """The wire, for several threads that speak."""
+
+    def __init__(self, wire: Connection) -> None:
+        self._wire, self._lock = wire, threading.Lock()
+
+    def tell(self, message: object) -> None:
+        try:
+            with self._lock:
+                self._wire.send(message)
+        except OSError:  # nobody listens any more
+            os._exit(0)
+
+    def tell_result(self, future: Future) -> None:
+        try:
+            self.tell(future.result())
+        except BaseException:
+            self.tell(traceback.format_exc())
+
+    def live(self) -> None:
+        while True:
+            self.tell("")
+            time.sleep(_SIGN_OF_LIFE_SECONDS)
+
+
+def main() -> None:
+    """argv: the descriptors of the wire and of the shared memory."""
+    for number in SHIELDED:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SHIELDED)
+    wire, memory = Connection(int(sys.argv[1])), int(sys.argv[2])
+    voice = _Voice(wire)
+    threading.Thread(target=voice.live, daemon=True).start()
+    try:
+        pipeline, share, layout, threads = wire.recv()
+        filler = Filler(pipeline, share, Blocks(layout, memory), threads)
+        while True:
+            filler.submit(wire.recv()).add_done_callback(voice.tell_result)
+    except EOFError:
+        os._exit(0)  # threads may be in the middle of a picture
+    except BaseException:
+        voice.tell(traceback.format_exc())
+        os._exit(1)

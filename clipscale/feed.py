@@ -1,0 +1,181 @@
+"""What feeds a run: its files made ready, the loader of its step batches, and the account of what could not be used.
+
+prepare_files(config)                                   # one process a node: draw, download, index
+feed = Feed(config, towers, world, recorded=None, position=0, log=log)
+batch = next(feed.loader)
+feed.repeats(batch)                                     # pairs and captions that stand in the batch twice
+skips.account(batch, masked=True, seen=4096)            # counts, skipped.jsonl, data.max_bad_fraction
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from clipscale.config import Config
+from clipscale.config_data import Augment as AugmentSettings
+from clipscale.config_data import Source
+from clipscale.data.augment import Augment
+from clipscale.data.fill import Share
+from clipscale.data.loader import Loader, Setup, StepBatch
+from clipscale.data.pipeline import build_pipeline
+from clipscale.data.replay_plan import Need, Plan, budgets, build_tier, choose, tightest
+from clipscale.data.shapes import make_shapes
+from clipscale.data.source import open_source
+from clipscale.data.tokenize import build_tokenizer
+from clipscale.dist import World
+from clipscale.errors import SharedError
+from clipscale.telemetry import RunLog, append_rows, keep_rows, progress_bar, track
+from clipscale.towers import Towers
+
+_NAMED_SKIPS = 20  # masked samples with a log line of their own; skipped.jsonl has every one
+_BAD_FRACTION_AFTER = 1000  # samples seen before data.max_bad_fraction is applied
+
+
+def prepare_files(config: Config) -> None:
+    """Draw the shapes set if the config asks for it, and index every shard that has no index."""
+    data, evaluation = config.data, config.eval
+    if data.shapes is not None:
+        shapes = dataclasses.asdict(data.shapes)
+        with progress_bar("drawing the shapes set") as progress:
+            make_shapes(shapes.pop("dir"), **shapes, progress=progress)
+    wanted = [(name, source, "pairs") for name, source in data.sources.items() if source.weight > 0]
+    evaluations = (("validation", evaluation.validation, "pairs"), ("zeroshot", evaluation.zeroshot, "labelled"))
+    wanted += [(name, Source(kind.urls), need) for name, kind, need in evaluations if kind.urls is not None]
+    for name, source, need in wanted:
+        open_source(name, source, data, need=need, track=track)
+
+
+class Feed:
+    """The step batches of one rank from `position` on. `close` lets go of processes and files."""
+
+    def __init__(
+        self,
+        config: Config,
+        towers: Towers,
+        world: World,
+        *,
+        recorded: dict[str, Any] | None,
+        position: int,
+        log: RunLog,
+    ) -> None:
+        data = config.data
+        self.world, self.global_batch = world, config.train.global_batch
+        self.pipeline = build_pipeline(
+            data,
+            build_tokenizer(towers.tokenizer_name, towers.context_length),
+            image_size=towers.image_size,
+            context_length=towers.context_length,
+            seed=config.seed,
+            global_batch=self.global_batch,
+            position=position,
+            recorded=recorded,
+            warn=log.line,
+        )
+        share = Share(self.global_batch, world.size, world.rank)
+        block = min(config.gradcache.image_chunk, share.slots)
+        plan, need = self._plan_replay(config, share, block, towers.image_size)
+        change = None
+        if data.augment != AugmentSettings():
+            change = Augment(data.augment, config.seed)
+        self.loader = Loader(
+            self.pipeline,
+            share,
+            Setup(block, plan.blocks, data.loader, data.threads, pin=world.device.type == "cuda"),
+            build_tier(plan, config.replay, need, world.device),
+            start=position,
+            change=change,
+        )
+        log.line(
+            "data: "
+            + ", ".join(f"{source.name} {source.samples:,} pairs" for source in self.pipeline.sources)
+            + f"; replay tier {plan.kind}, {plan.blocks} blocks of {block} pictures a rank"
+        )
+
+    def _plan_replay(self, config: Config, share: Share, block: int, side: int) -> tuple[Plan, Need]:
+        """The same tier on every rank, by the tightest budget of any; collective."""
+        here = socket.gethostname(), budgets(config.replay, self.world.device)
+        everywhere = self.world.gather(here)
+        ahead_bytes = config.data.prefetch_bytes
+        need = Need(
+            slots=share.slots,
+            block=block,
+            side=side,
+            ahead_blocks=min(
+                config.data.prefetch_steps * -(-share.slots // block), ahead_bytes // (block * 3 * side**2)
+            ),
+            local_ranks=sum(host == here[0] for host, _ in everywhere),
+        )
+        return choose(config.replay, need, tightest([budget for _, budget in everywhere])), need
+
+    def repeats(self, batch: StepBatch) -> dict[str, int]:
+        """How many pairs, and how many captions, of the whole batch stand in it more than once; collective.
+
+        A caption that occurs twice makes its pairs each other's false negatives. Compared by a hash of its tokens.
+        """
+        hashes = caption_hashes(batch.tokens[batch.valid])
+        everyone = self.world.gather(hashes)
+        if not self.world.is_main:  # only the main rank's row is written
+            return {}
+        hashes = np.concatenate(everyone)
+        return {
+            "repeated_pairs": self.pipeline.repeats(batch.position, self.global_batch),
+            "repeated_captions": len(hashes) - len(np.unique(hashes)),
+        }
+
+    def close(self) -> None:
+        self.loader.close()
+        for source in self.pipeline.sources:
+            source.close()
+
+
+def caption_hashes(tokens_NL: torch.Tensor) -> np.ndarray:
+    """int64 [N]: the same for the same tokens. A dot product with odd 64-bit constants, modulo 2^64."""
+    weights = np.random.default_rng(0).integers(0, 2**63, tokens_NL.shape[1], np.int64) * 2 + 1
+    return (tokens_NL * torch.from_numpy(weights)).sum(1).numpy()
+
+
+class Skips:
+    """Masked samples of all ranks: counted by source and cause, named in the log and in skipped.jsonl, bounded."""
+
+    def __init__(self, config: Config, counts: dict[str, int], world: World, log: RunLog) -> None:
+        self.counts = Counter(counts)
+        self._bound = config.data.max_bad_fraction
+        self._from = min(_BAD_FRACTION_AFTER, config.train.samples)
+        self._world, self._log = world, log
+        self._file = Path(config.run.dir, "skipped.jsonl")
+
+    def begin(self, position: int) -> None:
+        """Drop the rows of the steps that will be done again."""
+        if self._world.is_main:
+            keep_rows(self._file, lambda row: row["position"] < position)
+
+    def account(self, batch: StepBatch, *, masked: bool, seen: int) -> None:
+        """Take in one step; collective if any slot of any rank is `masked`.
+
+        Raises:
+            SharedError: of the `seen` samples so far more than data.max_bad_fraction were masked.
+        """
+        if masked:
+            skips = sorted(skip for part in self._world.gather(batch.skips) for skip in part)
+            for skip in skips[: max(0, _NAMED_SKIPS - self.counts.total())]:
+                self._log.line(f"masked sample {skip.key} of {skip.shard} at position {skip.position}: {skip.detail}")
+            if self._world.is_main:
+                append_rows(self._file, (skip._asdict() for skip in skips))
+            self.counts.update(f"{skip.source}: {skip.cause}" for skip in skips)
+        bad = self.counts.total()
+        if bad == seen or (seen >= self._from and bad > self._bound * seen):
+            table = self.counts.most_common()
+            for cause, count in table:
+                self._log.line(f"{count:>12,}  {cause}")
+            causes = ", ".join(f"{cause}: {count}" for cause, count in table)
+            raise SharedError(
+                f"{bad} of {seen} samples could not be used ({causes}), more than data.max_bad_fraction={self._bound}; "
+                f"see {self._file}, mend the shards or raise the bound"
+            )

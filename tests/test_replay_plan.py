@@ -1,0 +1,85 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from clipscale.config_data import Replay
+from clipscale.data.replay_plan import Budgets, Need, available_bytes, budgets, choose, tightest
+from clipscale.errors import UserError
+
+MB = 10**6
+# 1,000 pictures of 3 x 100 x 100 bytes: 30 MB a step in 10 blocks of 3 MB; two ranks on the node.
+NEED = Need(slots=1000, block=100, side=100, ahead_blocks=5, local_ranks=2)
+
+
+def plan(kind: str = "auto", *, need: Need = NEED, gpu: int | None = None, host: int = 0, disk: int | None = None):
+    chosen = choose(Replay(kind=kind, dir="x"), need, Budgets(gpu, host, disk))
+    return chosen.kind, chosen.blocks
+
+
+@pytest.mark.parametrize(
+    ("budget", "wanted"),
+    [
+        ({"gpu": 30 * MB, "host": 500 * MB, "disk": 500 * MB}, ("gpu", 5)),
+        ({"gpu": 30 * MB - 1, "host": 500 * MB, "disk": 500 * MB}, ("host", 15)),
+        ({"gpu": 30 * MB, "host": 2 * 9 * MB, "disk": None}, ("gpu", 3)),  # memory for three blocks a rank
+        ({"host": 2 * 13 * 3 * MB, "disk": 500 * MB}, ("host", 13)),  # ten that wait, three that are filled
+        ({"host": 2 * 13 * 3 * MB - 1, "disk": 60 * MB}, ("disk", 5)),
+    ],
+)
+def test_auto_takes_the_first_that_fits(budget, wanted):
+    assert plan(**budget) == wanted
+
+
+def test_what_is_asked_for_is_what_one_gets():
+    everything = {"gpu": 500 * MB, "host": 500 * MB, "disk": 500 * MB}
+    for kind in ("gpu", "host", "disk", "recompute"):
+        assert plan(kind, **everything)[0] == kind
+    assert plan("recompute", host=20 * MB) == ("recompute", 3)
+
+
+def test_when_nothing_fits_the_arithmetic_is_told():
+    with pytest.raises(UserError) as refused:
+        plan(gpu=29 * MB, host=77 * MB, disk=59 * MB)
+    message = str(refused.value)
+    assert "1,000 pictures of 30,000 bytes on each of 2 ranks" in message
+    assert "gpu: 30,000,000 bytes needed, replay.gpu_bytes allows 29,000,000 bytes" in message
+    assert "78,000,000 bytes of host memory needed (10 blocks that wait and 3 being filled, of 100 pictures" in message
+    assert "disk: 60,000,000 bytes needed, replay.disk_bytes allows 59,000,000 bytes" in message
+    assert "replay.kind=recompute" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(("kind", "why"), [("gpu", "has none"), ("disk", "replay.dir is not set")])
+def test_a_tier_that_is_not_there(kind, why):
+    with pytest.raises(UserError, match=rf"replay.kind={kind}: .*{why}"):
+        plan(kind, host=500 * MB)
+
+
+def test_even_recomputing_needs_memory_for_the_blocks_in_flight():
+    with pytest.raises(UserError, match="18,000,000 bytes of host memory needed"):
+        plan("recompute", host=17 * MB)
+
+
+def test_every_rank_takes_the_decision_of_the_tightest():
+    a, b = Budgets(gpu=5, host=7, disk=9), Budgets(gpu=6, host=4, disk=None)
+    assert tightest([a, b]) == Budgets(gpu=5, host=4, disk=None)
+    assert tightest([a]) == a
+
+
+def test_budgets_default_to_shares_of_the_machine(tmp_path):
+    cpu = torch.device("cpu")
+    found = budgets(Replay(dir=str(tmp_path / "new")), cpu)
+    assert found.gpu is None
+    assert 0.3 * available_bytes() < found.host < 0.7 * available_bytes()
+    assert found.disk > 0
+    assert budgets(Replay(host_bytes=3), cpu) == Budgets(None, 3, None)
+    total = (
+        int(
+            next(
+                line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal")
+            ).split()[1]
+        )
+        * 1024
+    )
+    assert 0 < available_bytes() < total
