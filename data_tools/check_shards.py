@@ -28,6 +28,7 @@ from clipscale.data.shard_checks import Checked, Expected, check_shard, look_up_
 from clipscale.data.shard_writer import whole_file, write_file
 from clipscale.data.shards import expand_urls, is_local, masked
 from clipscale.data.tally import Digests, Numbers
+from clipscale.errors import require
 from clipscale.telemetry import progress_bar
 
 EXAMPLES = """\
@@ -143,6 +144,8 @@ def summary(values: list[int]) -> dict[str, float]:
 
 def check_shards(arguments: argparse.Namespace) -> int:
     urls = expand_urls("::".join(arguments.urls))
+    for path in filter(None, (arguments.json, arguments.broken)):  # before the work, not after it
+        require(path.parent.is_dir(), f"cannot write {path}: {path.parent} is no folder")
     cache = None
     if not all(map(is_local, urls)):
         cache = ShardCache(arguments.cache_dir, None, Fetch(), allow_pipe=False)

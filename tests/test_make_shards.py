@@ -2,7 +2,6 @@
 
 import csv
 import hashlib
-import importlib.util
 import io
 import json
 import re
@@ -17,21 +16,17 @@ import numpy as np
 import pytest
 import webdataset as wds
 from PIL import Image, ImageOps
+from tools import FOLDER, load_tool
 
 from clipscale import config_data
 from clipscale.data.source import open_source
 
-ROOT = Path(__file__).resolve().parents[1]
-TOOL = ROOT / "data_tools" / "make_shards.py"
+TOOL = FOLDER / "make_shards.py"
 
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("make_shards", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["make_shards"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("make_shards")
 
 
 def picture(kind: str = "JPEG", seed: int = 0, size: tuple[int, int] = (20, 16)) -> bytes:

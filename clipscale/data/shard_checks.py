@@ -135,8 +135,8 @@ class _Check:
         found.not_read, found.kinds = dict(not_read), dict(kinds)
         found.pictures = np.array(self.pictures, np.int64).reshape(-1, 4)
         found.captions = np.array(self.captions, np.int64).reshape(-1, 2)
-        for name in ("picture_digests", "caption_digests"):
-            setattr(found, name, np.frombuffer(b"".join(getattr(self, name)), np.uint8).reshape(-1, DIGEST_BYTES))
+        found.picture_digests = _rows(self.picture_digests)
+        found.caption_digests = _rows(self.caption_digests)
         return found
 
     def _problem(self, key: str, member: int, cause: str, detail: str = "") -> None:
@@ -198,6 +198,10 @@ class _Check:
             parse_json(self._bytes(member))
         except ValueError as error:
             raise _Fault(member, "broken JSON", str(error)) from error
+
+
+def _rows(digests: list[bytes]) -> np.ndarray:
+    return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, DIGEST_BYTES)
 
 
 def digest(data: bytes) -> bytes:
