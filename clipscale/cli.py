@@ -12,6 +12,7 @@ import sys
 import textwrap
 
 from clipscale import __version__
+from clipscale.bench.data_options import add_data_arguments, data_options
 from clipscale.bench.options import add_loss_arguments, loss_options
 from clipscale.config_load import dump_config, load_config
 from clipscale.data.index_command import add_index_arguments, index_settings, print_report
@@ -47,6 +48,8 @@ examples:
   clipscale bench loss --peers --batches 16k,64k,256k --widths 768 --precisions fp16,bf16
   clipscale bench loss --ranks 4 --batches 64k
   torchrun --nproc-per-node 8 -m clipscale bench loss --batches 256k,1m
+  clipscale bench data --check
+  clipscale bench data --urls 'shards/{0000..0009}.tar' --parts speed,stages --model-rate vit-b32=3000
   clipscale bench plot docs/benchmarks/loss.json
 """
 
@@ -77,8 +80,9 @@ def build_parser() -> argparse.ArgumentParser:
     bench = _command(commands, "bench", "measure speed, memory and exactness on this machine", _BENCH_EXAMPLES)
     subjects = bench.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
     add_loss_arguments(_command(subjects, "loss", "the contrastive loss alone, beside its peers", _BENCH_EXAMPLES))
+    add_data_arguments(_command(subjects, "data", "the way of pictures to the training process", _BENCH_EXAMPLES))
     plot = _command(subjects, "plot", "draw the pictures of a result again", _BENCH_EXAMPLES)
-    plot.add_argument("result", metavar="RESULT.json", help="what clipscale bench loss wrote")
+    plot.add_argument("result", metavar="RESULT.json", help="what clipscale bench loss or data wrote")
     return parser
 
 
@@ -149,10 +153,15 @@ def _index(arguments: argparse.Namespace) -> int:
 
 def _bench(arguments: argparse.Namespace, words: list[str]) -> int:
     if arguments.subject == "plot":
-        from clipscale.bench.plots import redraw
+        from clipscale.bench.redraw import redraw
 
         print(*redraw(arguments.result))
         return 0
+    if arguments.subject == "data":
+        chosen = data_options(arguments)
+        from clipscale.bench.data import bench_data
+
+        return bench_data(chosen, shlex.join(["clipscale", *words]))
     options = loss_options(arguments)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     start = ["torchrun", "--nproc-per-node", str(ranks), "-m"] if ranks > 1 else []

@@ -5,7 +5,6 @@ status = bench_loss(options, "clipscale bench loss --peers")
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,8 @@ from clipscale.bench.contestants import Contestant, own_contestants
 from clipscale.bench.options import LossBench
 from clipscale.bench.peers import peer_contestants
 from clipscale.bench.plots import draw
-from clipscale.bench.report import text_table, write
-from clipscale.bench.stamp import device_name, package_version, stamp
+from clipscale.bench.report import markdown, text_table, write
+from clipscale.bench.stamp import package_version, result_name, stamp
 from clipscale.bench.team import Team
 from clipscale.dist import start_world
 from clipscale.errors import SharedError, UserError, require
@@ -54,7 +53,7 @@ def bench_loss(options: LossBench, command: str) -> int:
             document["cases"].append(measured)
             if world.is_main:
                 print(text_table(measured) + "\n", flush=True)
-                write(document, Path(options.output), [])
+                write(document, Path(options.output), markdown(document, []))
         document["finished"] = True
         if world.is_main:
             _finish(document, Path(options.output))
@@ -79,7 +78,7 @@ def _for_device(options: LossBench, team: Team) -> LossBench:
         batches=batches,
         precisions=tuple(dict.fromkeys(resolved)),
         error_limit=_ERROR_LIMIT[kind] if options.error_limit is None else options.error_limit,
-        name=options.name or "loss-" + re.sub(r"\W+", "-", device_name(team.device).lower()).strip("-"),
+        name=options.name or result_name("loss", team.device),
     )
 
 
@@ -160,7 +159,8 @@ def _finish(document: dict[str, Any], folder: Path) -> None:
     for one in document["contestants"]:
         print(f"{one['name']}: {one['problem'] or one['how']}")
     pictures, problem = draw(document, folder)
-    files = [*write(document, folder, [picture.name for picture in pictures]), *pictures]
+    text = markdown(document, [picture.name for picture in pictures])
+    files = [*write(document, folder, text), *pictures]
     if problem:
         print(problem)
     print("written: " + " ".join(str(file) for file in files))

@@ -62,40 +62,46 @@ def add_loss_arguments(parser: argparse.ArgumentParser) -> None:
     add("--error-limit", None, "largest batch to compute errors for; default: 256k on CUDA, 16k on a CPU", "B")
     add("--seed", "0", "of the embeddings; default: 0", "N")
     add("--device", "auto", f"{', '.join(DEVICES)}; default: auto, a GPU where there is one", "DEVICE")
-    add("--output", "docs/benchmarks", "folder of the results; default: docs/benchmarks", "FOLDER")
-    add("--name", None, "file name of the results, without ending; default: loss-<device>", "NAME")
+    add_output_arguments(parser, "loss")
+
+
+def add_output_arguments(parser: argparse.ArgumentParser, subject: str) -> None:
+    parser.add_argument(
+        "--output",
+        default="docs/benchmarks",
+        help="folder of the results; default: docs/benchmarks",
+        metavar="FOLDER",
+    )
+    parser.add_argument(
+        "--name", help=f"file name of the results, without ending; default: {subject}-<device>", metavar="NAME"
+    )
 
 
 def loss_options(arguments: argparse.Namespace) -> LossBench:
     """UserError for a word that is not what its option takes."""
-    ranks = _whole("--ranks", arguments.ranks, minimum=1)
-    batches = None if arguments.batches is None else _several("--batches", arguments.batches, parse_size)
+    ranks = whole("--ranks", arguments.ranks, minimum=1)
+    batches = None if arguments.batches is None else several("--batches", arguments.batches, parse_size)
     for batch in batches or ():
         require(
             batch >= max(2, ranks),
             f"--batches={arguments.batches}: a batch of {batch} is too small; give at least 2 pairs, and one a rank",
         )
-    name = arguments.name
-    require(
-        name is None or re.fullmatch(r"[\w.+-]+", name) is not None,
-        f"--name={name}: a file name of letters, digits, '.', '_', '+', '-' is wanted; say where by --output",
-    )
     return LossBench(
         batches=batches and tuple(sorted(batches)),
-        widths=_several("--widths", arguments.widths, lambda option, word: _whole(option, word, minimum=1)),
-        precisions=_several("--precisions", arguments.precisions, _one_of(PRECISIONS)),
-        engines=_several("--engine", arguments.engine, _one_of(ENGINES)),
-        tile=None if arguments.tile is None else _whole("--tile", arguments.tile, minimum=1),
+        widths=several("--widths", arguments.widths, lambda option, word: whole(option, word, minimum=1)),
+        precisions=several("--precisions", arguments.precisions, one_of(PRECISIONS)),
+        engines=several("--engine", arguments.engine, one_of(ENGINES)),
+        tile=None if arguments.tile is None else whole("--tile", arguments.tile, minimum=1),
         ranks=ranks,
-        scale=_positive("--scale", arguments.scale),
+        scale=positive("--scale", arguments.scale),
         peers=arguments.peers,
-        seconds=_positive("--seconds", arguments.seconds),
-        limit_seconds=_positive("--limit-seconds", arguments.limit_seconds),
+        seconds=positive("--seconds", arguments.seconds),
+        limit_seconds=positive("--limit-seconds", arguments.limit_seconds),
         error_limit=None if arguments.error_limit is None else parse_size("--error-limit", arguments.error_limit),
-        seed=_whole("--seed", arguments.seed, minimum=0),
-        device=_one_of(DEVICES)("--device", arguments.device),
+        seed=whole("--seed", arguments.seed, minimum=0),
+        device=one_of(DEVICES)("--device", arguments.device),
         output=arguments.output,
-        name=name,
+        name=file_name(arguments.name),
     )
 
 
@@ -117,12 +123,21 @@ def size_name(number: int) -> str:
     return str(number)
 
 
-def _several(option: str, text: str, parse: Callable[[str, str], T]) -> tuple[T, ...]:
+def file_name(name: str | None) -> str | None:
+    """What --name takes: where it goes is said by --output."""
+    require(
+        name is None or re.fullmatch(r"[\w.+-]+", name) is not None,
+        f"--name={name}: a file name of letters, digits, '.', '_', '+', '-' is wanted; say where by --output",
+    )
+    return name
+
+
+def several(option: str, text: str, parse: Callable[[str, str], T]) -> tuple[T, ...]:
     """Each once, in the order given."""
     return tuple(dict.fromkeys(parse(option, word) for word in text.split(",")))
 
 
-def _one_of(choices: tuple[str, ...]) -> Callable[[str, str], str]:
+def one_of(choices: tuple[str, ...]) -> Callable[[str, str], str]:
     def parse(option: str, word: str) -> str:
         require(word in choices, f"{option}={word}: unknown; choose from {', '.join(choices)}")
         return word
@@ -130,7 +145,7 @@ def _one_of(choices: tuple[str, ...]) -> Callable[[str, str], str]:
     return parse
 
 
-def _whole(option: str, word: str, *, minimum: int) -> int:
+def whole(option: str, word: str, *, minimum: int) -> int:
     require(
         re.fullmatch(r"\d+", word.strip()) is not None and int(word) >= minimum,
         f"{option}={word}: must be a whole number of at least {minimum}",
@@ -138,7 +153,7 @@ def _whole(option: str, word: str, *, minimum: int) -> int:
     return int(word)
 
 
-def _positive(option: str, word: str) -> float:
+def positive(option: str, word: str) -> float:
     try:
         number = float(word)
     except ValueError:

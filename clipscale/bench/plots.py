@@ -1,16 +1,14 @@
-"""The two pictures of a result, drawn from its JSON: time over batch, and extra memory over batch, both log-log.
+"""The two pictures of a result of `bench loss`: time over batch, and extra memory over batch, both log-log.
 
 pictures, problem = draw(document, Path("docs/benchmarks"))
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from clipscale.bench.options import size_name
-from clipscale.errors import UserError, require
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, each with a marker of its own.
 _STYLES = (
@@ -26,36 +24,35 @@ _STYLES = (
 _REFERENCE = {"color": "#666666", "linewidth": 1.0, "linestyle": (0, (4, 3)), "zorder": 1}
 
 
-def redraw(path: str) -> list[Path]:
-    """The pictures of a result's JSON file, beside it. UserError for a file that is none, or without matplotlib."""
-    try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); give a .json that clipscale bench loss wrote") from error
-    fits = isinstance(document, dict) and document.get("format") == 1 and "cases" in document
-    require(fits, f"{path}: not a result; give a .json that clipscale bench loss wrote")
-    pictures, problem = draw(document, Path(path).parent)
-    require(not problem, problem)
-    return pictures
-
-
 def draw(document: dict[str, Any], folder: Path) -> tuple[list[Path], str]:
     """<name>-time.png and <name>-memory.png in `folder`; or, where they cannot be drawn, the reason."""
     if len({case["batch"] for case in document["cases"]}) < 2:
         return [], "no pictures: a curve wants two batches"
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-    except ImportError:
-        again = folder / f"{document['name']}.json"
-        return [], f"no pictures: pip install matplotlib, then clipscale bench plot {again}"
+    if problem := cannot_draw(document, folder):
+        return [], problem
     pictures = []
     for quantity in ("time", "memory"):
         picture = folder / f"{document['name']}-{quantity}.png"
         _figure(document, quantity).savefig(picture, dpi=150)
         pictures.append(picture)
     return pictures, ""
+
+
+def cannot_draw(document: dict[str, Any], folder: Path) -> str:
+    """Why there can be no pictures here, and what to do; empty: there can."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+    except ImportError:
+        again = folder / f"{document['name']}.json"
+        return f"no pictures: pip install matplotlib, then clipscale bench plot {again}"
+    return ""
+
+
+def foot(figure, document: dict[str, Any]) -> None:
+    stamp = document["stamp"]
+    figure.supxlabel(f"{stamp['device']}, {stamp['date'][:10]}, commit {stamp['commit']}", fontsize=7, color="#666666")
 
 
 def _figure(document: dict[str, Any], quantity: str):
@@ -72,8 +69,7 @@ def _figure(document: dict[str, Any], quantity: str):
         _panel(axis, cases, quantity, styles)
         what = "Time of loss and gradients" if quantity == "time" else "Memory beyond inputs and gradients"
         axis.set_title(f"{what}, width {width}, {precision}", loc="left", fontsize=10)
-    stamp = document["stamp"]
-    figure.supxlabel(f"{stamp['device']}, {stamp['date'][:10]}, commit {stamp['commit']}", fontsize=7, color="#666666")
+    foot(figure, document)
     return figure
 
 

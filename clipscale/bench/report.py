@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ COLUMNS = (
     "error ds",
 )
 _BOTH = COLUMNS.index("both ms")
+LAST_LINE = "What the columns mean: `docs/benchmarks/README.md` of clipscale."
 _ERRORS = ("d_image", "d_text", "loss", "d_scale")
 
 
@@ -32,7 +34,7 @@ def case_title(case: dict[str, Any]) -> str:
     matmul = case["matmul"]
     return (
         f"batch {size_name(case['batch'])}, width {case['width']}, {case['precision']}; "
-        f"plain {matmul['dtype']} product {matmul['size']}^3: {_short(matmul['tflops'])} TFLOP/s"
+        f"plain {matmul['dtype']} product {matmul['size']}^3: {short(matmul['tflops'])} TFLOP/s"
     )
 
 
@@ -46,12 +48,12 @@ def cells(row: dict[str, Any]) -> list[str]:
     both, error = row["both_ms"], row["error"] or {}
     return [
         name,
-        _short(row["forward_ms"]["median"]),
-        _short(row["backward_ms"]["median"]),
-        _short(both["median"]),
-        f"{_short(both['low'])}..{_short(both['high'])}",
+        short(row["forward_ms"]["median"]),
+        short(row["backward_ms"]["median"]),
+        short(both["median"]),
+        f"{short(both['low'])}..{short(both['high'])}",
         f"{both['repeats']}{'' if row['warm'] else ' cold'}",
-        _short(row["tflops"]),
+        short(row["tflops"]),
         f"{row['ratio_to_matmul']:.3f}",
         "-" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 2**20:.1f}",
         *(_error(error.get(name)) for name in _ERRORS),
@@ -64,20 +66,38 @@ def text_table(case: dict[str, Any]) -> str:
     measured = [list(COLUMNS), *(row for status, row in rows if status == "measured")]
     names = [*measured, *(row for _, row in rows)]
     widths = [max(len(row[i]) for row in (measured if i else names)) for i in range(len(COLUMNS))]
-
-    def line(row: list[str]) -> str:
-        return "  ".join(f"{cell:{'>' if i else '<'}{widths[i]}}" for i, cell in enumerate(row))
-
-    lines = [case_title(case), line(list(COLUMNS))]
-    lines += [line(row) if status == "measured" else f"{row[0].ljust(widths[0])}  {status}" for status, row in rows]
+    lines = [case_title(case), aligned(COLUMNS, widths)]
+    lines += [
+        aligned(row, widths) if status == "measured" else f"{row[0].ljust(widths[0])}  {status}" for status, row in rows
+    ]
     return "\n".join(lines)
+
+
+def aligned(row: Sequence[str], widths: Sequence[int]) -> str:
+    """One line for the terminal: the first cell on the left, numbers on the right."""
+    return "  ".join(f"{cell:{'>' if i else '<'}{widths[i]}}" for i, cell in enumerate(row))
 
 
 def markdown(document: dict[str, Any], pictures: list[str]) -> str:
     """The whole of the results, with what made them."""
+    lines = heading(document, "Contrastive loss")
+    lines += document["notes"]
+    lines += ["", *images(pictures)]
+    for case in document["cases"]:
+        lines += ["", f"## {case_title(case)}", "", *markdown_table(COLUMNS, [cells(row) for row in case["rows"]])]
+    lines += ["", "## Contestants", ""]
+    lines += [
+        f"- {one['name']}: {one['problem'] or ' '.join([one['package'], one['version']])}; {one['how']}"
+        for one in document["contestants"]
+    ]
+    return "\n".join([*lines, "", LAST_LINE, ""])
+
+
+def heading(document: dict[str, Any], what: str) -> list[str]:
+    """Title, what made the results, and whether they are whole."""
     stamp = document["stamp"]
     lines = [
-        f"# Contrastive loss on {stamp['device']}",
+        f"# {what} on {stamp['device']}",
         "",
         f"Measured {stamp['date']} by clipscale {stamp['clipscale']} at commit {stamp['commit']}, with torch "
         f"{stamp['torch']}, triton {stamp['triton']}, CUDA {stamp['cuda']}, driver {stamp['driver']}, Python "
@@ -86,29 +106,24 @@ def markdown(document: dict[str, Any], pictures: list[str]) -> str:
         f"```\n{document['command']}\n```",
         "",
     ]
-    if not document["finished"]:
-        lines += ["**Not finished**: the command ended before its last case.", ""]
-    lines += document["notes"]
-    lines += ["", *(f"![{Path(picture).stem}]({picture})" for picture in pictures)]
-    for case in document["cases"]:
-        lines += ["", f"## {case_title(case)}", "", _row(COLUMNS), _row(["---", *["---:"] * (len(COLUMNS) - 1)])]
-        lines += [_row(cells(row)) for row in case["rows"]]
-    lines += ["", "## Contestants", ""]
-    lines += [
-        f"- {one['name']}: {one['problem'] or ' '.join([one['package'], one['version']])}; {one['how']}"
-        for one in document["contestants"]
-    ]
-    lines += ["", "What the columns mean: `docs/benchmarks/README.md` of clipscale.", ""]
-    return "\n".join(lines)
+    return lines if document["finished"] else [*lines, "**Not finished**: the command ended before its last case.", ""]
 
 
-def write(document: dict[str, Any], folder: Path, pictures: list[str]) -> list[Path]:
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [_row(columns), _row(["---", *["---:"] * (len(columns) - 1)]), *map(_row, rows)]
+
+
+def images(pictures: list[str]) -> list[str]:
+    return [f"![{Path(picture).stem}]({picture})" for picture in pictures]
+
+
+def write(document: dict[str, Any], folder: Path, text: str) -> list[Path]:
     """<name>.json and <name>.md in `folder`, which is made."""
     folder.mkdir(parents=True, exist_ok=True)
-    data, text = folder / f"{document['name']}.json", folder / f"{document['name']}.md"
-    data.write_text(json.dumps(_finite(document), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    text.write_text(markdown(document, pictures), encoding="utf-8")
-    return [data, text]
+    numbers, page = folder / f"{document['name']}.json", folder / f"{document['name']}.md"
+    numbers.write_text(json.dumps(_finite(document), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    page.write_text(text, encoding="utf-8")
+    return [numbers, page]
 
 
 def _finite(value: Any) -> Any:
@@ -120,11 +135,11 @@ def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _row(row: list[str] | tuple[str, ...]) -> str:
+def _row(row: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
 
 
-def _short(number: float) -> str:
+def short(number: float) -> str:
     """Four digits, without an exponent where it can be helped."""
     if number == 0 or not 1e-3 <= abs(number) < 1e6:
         return f"{number:.3g}"

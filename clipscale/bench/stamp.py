@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -43,6 +44,11 @@ def device_name(device: torch.device) -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def result_name(subject: str, device: torch.device) -> str:
+    """Of a result's files: loss-nvidia-h200."""
+    return f"{subject}-" + re.sub(r"\W+", "-", device_name(device).lower()).strip("-")
 
 
 def package_version(distribution: str) -> str:

@@ -1,0 +1,26 @@
+"""`clipscale bench plot`: the pictures of a result, drawn again from its JSON.
+
+pictures = redraw("docs/benchmarks/loss-h200.json")
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from clipscale.bench import data_plots, plots
+from clipscale.errors import UserError, require
+
+
+def redraw(path: str) -> list[Path]:
+    """The pictures of a result's JSON file, beside it. UserError for a file that is none, or without matplotlib."""
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); give a .json that clipscale bench wrote") from error
+    fits = isinstance(document, dict) and document.get("format") == 1 and ("cases" in document or "speed" in document)
+    require(fits, f"{path}: not a result; give a .json that clipscale bench wrote")
+    draw = plots.draw if "cases" in document else data_plots.draw
+    pictures, problem = draw(document, Path(path).parent)
+    require(not problem, problem)
+    return pictures
