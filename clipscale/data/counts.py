@@ -108,7 +108,7 @@ def _fetch_json(url: str, cache: ShardCache) -> dict[str, Any] | None:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**40
 
 
 def _beside(url: str, name: str) -> str:

@@ -28,6 +28,7 @@ from clipscale.data.shards import cache_folder, is_local
 from clipscale.data.tar import list_members, mapped
 
 _READ_BYTES = 1 << 20
+_FACTS = {"samples", "identity", "bytes", "crc32", "sha256", "refused", "not_read", "cut"}
 Hash = Literal["crc32", "sha256"]
 
 
@@ -72,7 +73,7 @@ class Index:
         stamp = _stamp(url, url) if is_local(url) else {}
         for place in self._places(url, self._tag):
             facts = sidecar.read_facts(place)
-            if facts and stamp.items() <= facts.items() and (self.hash == "crc32" or facts["sha256"] is not None):
+            if stamp.items() <= facts.items() and facts.keys() >= _FACTS and (self.hash == "crc32" or facts["sha256"]):
                 return _shard(url, place, facts)
         return None
 
@@ -154,7 +155,5 @@ def _change(before: list[dict[str, Any]], now: dict[str, Any]) -> str:
 
 
 def _shard(url: str, place: Path, facts: dict[str, Any], changed: str = "") -> Shard:
-    names = ("samples", "identity", "bytes", "crc32", "sha256", "refused", "not_read", "cut")
-    return Shard(
-        url, str(place), mtime_ns=facts.get("mtime_ns"), changed=changed, **{name: facts[name] for name in names}
-    )
+    known = {name: facts[name] for name in _FACTS}
+    return Shard(url, str(place), mtime_ns=facts.get("mtime_ns"), changed=changed, **known)

@@ -36,7 +36,7 @@ from clipscale.data.shards import expand_urls, is_local, masked
 from clipscale.data.sidecar import Records, Row
 from clipscale.errors import UserError
 
-_MAX_OPEN_FILES = 64  # shards, and as many sidecars, of each source; a process may have 1,024 in all on many systems
+_MAX_OPEN_FILES = 32  # shards, and as many sidecars, of each source; a process may have 1,024 in all on many systems
 _NEIGHBOUR_BYTES = 4096  # a picture and its note no further apart than this are read at once
 
 

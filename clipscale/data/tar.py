@@ -29,6 +29,7 @@ _BLOCK = 512
 _AT_ONCE = 4096  # headers checked together: 2 MiB of them
 _MAX_METADATA_BYTES = 1 << 16
 _MAX_PADDING_BYTES = 1 << 20  # zeros after the end marker; GNU tar pads to 10 KiB, and to 1 MiB where it is asked to
+_FILES = b"0\x007"  # kinds of a regular file
 _SIZED = b"0\x007xL"  # kinds of header whose size field is taken before their sum is checked
 _ONLY_TIME = re.compile(rb"(\d+) mtime=\d+(?:\.\d+)?\n")  # the pax header that Python's tarfile writes most
 
@@ -94,6 +95,7 @@ def _follow(tar: bytes | mmap.mmap, heads: list[int], listing: Listing, long_nam
     The sum of a plain header is not looked at: that is the second pass's part.
     """
     position, end, long_name, pax_size = 0, len(tar), None, None
+    offsets, sizes = listing.offsets, listing.sizes
     if tar[:2] == b"\x1f\x8b":
         raise _Damaged("gzip-compressed; shards must be plain tars (gunzip them: JPEGs do not shrink)")
     while True:
@@ -101,8 +103,9 @@ def _follow(tar: bytes | mmap.mmap, heads: list[int], listing: Listing, long_nam
         if start > end:
             raise _Damaged(f"cut short at byte {end}: no end-of-archive marker")
         facts = tar[position + 124 : position + 157]  # the size, ..., the kind
+        kind = facts[32:]
         try:
-            kind, size = facts[32:], int(facts[:11], 8) if facts[32] in _SIZED and facts[11] in b"\0 " else -1
+            size = int(facts[:11], 8) if kind in _SIZED and facts[11] in b"\0 " else -1
         except ValueError:
             size = -1
         if size < 0:
@@ -110,9 +113,18 @@ def _follow(tar: bytes | mmap.mmap, heads: list[int], listing: Listing, long_nam
             if header == bytes(_BLOCK):
                 _check_padding(tar, position)
                 return
-            kind, size = header[156:157], _header_size(header, position)
+            size = _header_size(header, position)
         heads.append(position)
-        if kind in b"LxgK":
+        if kind in _FILES:
+            size = size if pax_size is None else pax_size
+            if start + size > end:
+                raise _Damaged(f"cut short at byte {end}, inside {long_name or _header_name(tar[position:start])}")
+            if long_name:
+                long_names[len(offsets)] = long_name
+            offsets.append(start)
+            sizes.append(size)
+            long_name = pax_size = None
+        elif kind in b"LxgK":
             if size > _MAX_METADATA_BYTES:
                 raise _Damaged(f"{size} bytes of metadata at byte {position}")
             data = tar[start : start + size]
@@ -124,18 +136,11 @@ def _follow(tar: bytes | mmap.mmap, heads: list[int], listing: Listing, long_nam
                 pax_size = int(records["size"]) if "size" in records else None
         elif kind == b"S":
             raise _sparse(position)
-        elif kind in b"123456":  # links, devices, folders: no data, whatever the size field says
-            size, long_name, pax_size = 0, None, None
         else:
-            size = size if pax_size is None else pax_size
-            if start + size > end:
-                name = long_name or _header_name(tar[position:start])
-                raise _Damaged(f"cut short at byte {end}, inside {name}")
-            if kind in (b"0", b"\0", b"7"):
-                if long_name:
-                    long_names[len(listing.offsets)] = long_name
-                listing.offsets.append(start)
-                listing.sizes.append(size)
+            if kind in b"123456":  # links, devices, folders: no data, whatever the size field says
+                size = 0
+            elif start + size > end:
+                raise _Damaged(f"cut short at byte {end}, inside {long_name or _header_name(tar[position:start])}")
             long_name = pax_size = None
         position = start + (size + _BLOCK - 1) // _BLOCK * _BLOCK
 
@@ -222,7 +227,7 @@ def _header_name(header: bytes) -> str:
 def _tells_only_the_time(data: bytes) -> bool:
     """Whether this pax header is one whole record that changes neither a name nor a size."""
     record = _ONLY_TIME.fullmatch(data)
-    return record is not None and int(record[1]) == len(data)
+    return record is not None and record[1] == b"%d" % len(data)
 
 
 def _pax_records(data: bytes, position: int) -> dict[str, str]:
