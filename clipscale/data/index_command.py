@@ -61,12 +61,14 @@ def index_settings(arguments: argparse.Namespace) -> tuple[Source, Data, Literal
 
 def print_report(found: source.Source) -> None:
     """Which shards are damaged or changed, and what was refused, and why."""
+    from clipscale.data.shards import masked
+
     noun = "pairs" if found.need == "pairs" else "labelled pictures"
     for shard in found.shards:
         if shard.changed:
-            print(f"{shard.url}: changed since it was indexed last: {shard.changed}")
+            print(f"{masked(shard.url)}: changed since it was indexed last: {shard.changed}")
         if shard.cut:
-            print(f"{shard.url}: {shard.samples} {noun} usable: {shard.cut}")
+            print(f"{masked(shard.url)}: {shard.samples} {noun} usable: {shard.cut}")
     refused, unread = found.refused(), found.not_read()
     if refused or unread:
         table = Table("what was left out", "count", "shards")

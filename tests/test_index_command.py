@@ -1,0 +1,107 @@
+"""`clipscale index`: its options are the rules of the index, and what was left out is told."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from shards import picture, write_shard
+
+from clipscale.cli import build_parser, main
+from clipscale.config_data import Data, Select, Source
+from clipscale.data.index_command import index_settings
+from clipscale.data.source import open_source
+
+
+@pytest.fixture
+def shards(tmp_path) -> str:
+    """Ten pairs of rising size and score, in two shards; JSON captions; a member that is not read."""
+    samples = []
+    for i in range(10):
+        facts = {"caption": f"number {i}", "uid": f"{i:032x}", "score": i / 10}
+        parts = {"jpg": picture(i, 10 + i, 20), "json": json.dumps(facts).encode(), "txt": b"x", "cls": b"1"}
+        samples.append((f"{i}", parts | ({"pyd": b"?"} if i < 3 else {})))
+    write_shard(tmp_path / "0.tar", samples[:6])
+    write_shard(tmp_path / "1.tar", samples[6:])
+    return str(tmp_path / "{0..1}.tar")
+
+
+def run(capsys, *words: str) -> tuple[dict[str, tuple[str, str]], str]:
+    """({what was left out: (count, shards)}, the last line)"""
+    assert main(["index", *words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
+    return {cause: (count, places) for cause, count, places in cells}, lines[-1]
+
+
+def test_every_option_is_a_rule_and_a_run_with_the_same_settings_finds_its_index(shards, tmp_path, capsys):
+    pairs = [(0, i) for i in range(2, 10)]
+    np.save(tmp_path / "uids.npy", np.array(pairs, "u8,u8"))
+    words = ["--check", "decode", "--hash", "sha256", "--jobs", "2", "--index-dir", str(tmp_path / "index")]
+    words += [
+        "--caption",
+        "json:caption",
+        "--min-side",
+        "14",
+        "--max-aspect",
+        "1.4",
+        "--uids",
+        str(tmp_path / "uids.npy"),
+    ]
+    words += ["--score-field", "score", "--min-score", "0.35", "--max-score", "0.8"]
+    found, last = run(capsys, shards, *words)
+    assert found == {
+        "refused, score out of bounds": ("3", "2"),  # 2 and 3; 9
+        "refused, uid not in the list": ("2", "1"),
+        "refused, picture too long": ("1", "1"),  # number 4, of 14 x 20; none is left that is too small
+        "not read, .pyd": ("3", "1"),
+    }
+    source, data, need = index_settings(build_parser().parse_args(["index", shards, *words]))
+    opened = open_source("x", source, data, need=need, track=lambda *_: pytest.fail("it is indexed"))
+    assert [opened.read(0, i).key for i in range(1)] + [opened.read(1, i).key for i in range(3)] == ["5", "6", "7", "8"]
+    assert all(shard.sha256 for shard in opened.shards)
+    assert last == f"2 shards, 4 usable pairs, fingerprint {opened.fingerprint()}"
+    assert run(capsys, shards, *words) == (found, last)
+
+
+def test_defaults_are_a_sources_own(shards, capsys):
+    source, data, need = index_settings(build_parser().parse_args(["index", shards]))
+    assert (source, data, need) == (Source(shards), Data(), "pairs")
+    assert source.select == Select()
+
+
+def test_labelled_pictures(shards, capsys):
+    found, last = run(capsys, shards, "--need", "labelled")
+    assert found == {"not read, .pyd": ("3", "1")}
+    assert last.startswith("2 shards, 10 usable labelled pictures, fingerprint ")
+
+
+def test_a_changed_shard_is_named(shards, tmp_path, capsys):
+    _, first = run(capsys, shards)
+    path = tmp_path / "1.tar"
+    path.write_bytes(path.read_bytes().replace(b"number 7", b"number x"))
+    assert main(["index", shards]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    size = path.stat().st_size
+    told = rf"{path}: changed since it was indexed last: {size} bytes, crc32 \w{{8}} -> {size} bytes, crc32 \w{{8}}"
+    assert re.fullmatch(told, lines[0])
+    assert lines[-1] != first
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--jobs", "0"], "data.index_jobs=0 must be at least 1"),
+        (["--min-score", "1"], "belong together"),
+        (["--max-aspect", "0.5"], "at least 1"),
+        (["--uids", "no-such.txt"], "uids 'no-such.txt' cannot be read"),
+        (["--caption", "json:"], "must be a member's suffix"),
+    ],
+)
+def test_mistakes_are_one_line(shards, capsys, words, message):
+    assert main(["index", shards, *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not [*Path(shards).parent.glob("*.index")]
