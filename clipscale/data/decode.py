@@ -196,7 +196,6 @@ def _decode_jpeg(data: bytes, header: _Header, reduction: int, layout: str) -> n
         colorspace="CMYK" if cmyk else layout,
         min_height=size[0],  # simplejpeg takes the smallest N/8 that reaches this: N = 8 / reduction
         min_width=size[1],
-        min_factor=reduction,
         strict=True,
     )
     assert pixels.shape[:2] == size
