@@ -189,3 +189,26 @@ def test_the_loader_process_reads_remote_shards(tmp_path):
         loader.close()
         assert [batch.chain() for batch in here] == [batch.chain() for batch in there]
         assert max(server.requests.values()) == 1
+
+
+def test_a_cache_too_small_for_the_order_is_told(tmp_path):
+    """Eight shards: one block a stream wants them all, two streams of one shard want three and one to be sure."""
+    write_pairs(tmp_path / "data", 8, 10, size=32)
+    urls = "{url}/{{0000..0007}}.tar"
+    with serve(tmp_path / "data") as server:
+        size = (tmp_path / "data" / "0000.tar").stat().st_size
+        for streams, block, wanted in ((1, None, 8), (2, 1, 4)):
+            for shards, enough in ((wanted - 1, False), (wanted, True)):
+                data = Data(
+                    sources={"mine": Source(urls=urls.format(url=server.url))},
+                    cache_dir=str(tmp_path / "cache"),
+                    cache_bytes=shards * size + size // 2,
+                    streams=streams,
+                    block_shards=block,
+                )
+                pipe = build_pipeline(data, tokenize, image_size=24, context_length=24, seed=5, global_batch=20)
+                told = pipe.sources[0].cache_shortage(pipe.orders[0].block_samples())
+                assert (told == "") == enough
+                assert enough or f"reads about {wanted} shards by turns" in told
+        batch = read(pipe, 1, 20)[0]
+        assert batch.valid.all()

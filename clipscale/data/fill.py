@@ -21,7 +21,6 @@ import torch
 from clipscale.counter import draw, fold, uniform
 from clipscale.data.blocks import Blocks
 from clipscale.data.decode import DRAWS_PER_SAMPLE, BadSample, Decoding, load_picture
-from clipscale.data.order import rank_positions
 from clipscale.data.pipeline import Pipeline
 from clipscale.data.source import Source
 
@@ -68,9 +67,9 @@ class Share:
     def slots(self) -> int:
         return self.global_batch // self.world
 
-    def positions(self, start: int, *, streams: int) -> np.ndarray:
+    def positions(self, pipeline: Pipeline, start: int) -> np.ndarray:
         """Of this rank's slots of the step batch that begins at `start`, int64 [N]."""
-        return rank_positions(start, self.global_batch, world=self.world, rank=self.rank, streams=streams)
+        return pipeline.rank_positions(start, self.global_batch, world=self.world, rank=self.rank)
 
 
 class Filler:
@@ -81,7 +80,7 @@ class Filler:
         self._decoding = Decoding.of(pipeline.data)
         self._horizon = pipeline.horizon() if any(source.remote for source in pipeline.sources) else 0
         self._pool = ThreadPoolExecutor(threads, "decode", initializer=torch.set_num_threads, initargs=(1,))
-        self._positions = lru_cache(maxsize=4)(partial(share.positions, streams=pipeline.streams))  # once for all jobs
+        self._positions = lru_cache(maxsize=4)(partial(share.positions, pipeline))  # once for all jobs
         blocks.fault_in(self._pool)
 
     def submit(self, job: Job) -> Future[Done]:

@@ -15,7 +15,6 @@ from collections import Counter
 from pathlib import Path
 
 import fsspec
-from webdataset.shardlists import expand_urls as expand_braces
 
 from clipscale.errors import UserError, require
 
@@ -44,6 +43,8 @@ def expand_urls(urls: str, allow_pipe: bool = False) -> list[str]:
         UserError: nothing left, a file that is not there, a glob without a match, the same shard twice, a scheme that
             is not read or whose client is not installed, a pipe without `allow_pipe`.
     """
+    from webdataset.shardlists import expand_urls as expand_braces  # brings torch, which other processes do without
+
     try:
         patterns = [url.strip() for url in expand_braces(urls) if url.strip()]
     except Exception as error:  # braceexpand and webdataset raise several kinds

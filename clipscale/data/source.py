@@ -126,6 +126,22 @@ class Source:
         """Whether any of its shards comes through the cache."""
         return self._cache is not None
 
+    def cache_shortage(self, block_samples: int) -> str:
+        """What to tell of an order whose streams lie in blocks of so many samples in all, if the cache is too small for
+        it; empty: it is not, or what the shards weigh is not known yet."""
+        weights = [shard.bytes for shard in self.shards if shard.bytes and not is_local(shard.url)]
+        if not weights:
+            return ""
+        at_a_time = min(len(weights), 3 * block_samples * len(self.shards) // (2 * self.samples) + 1)
+        wanted, bound = at_a_time * sum(weights) // len(weights), self._cache.bound_bytes
+        if wanted <= bound:
+            return ""
+        return (
+            f"source {self.name!r}: its order reads about {at_a_time:,} shards by turns, {wanted / 1e9:,.1f} GB, and "
+            f"data.cache_bytes allows {bound / 1e9:,.1f} GB: shards will be fetched over and over; set data.streams "
+            "and data.block_shards so that 1.5 x streams x block_shards shards fit, or raise the bound"
+        )
+
     def prefetch(self, shards: Iterable[int]) -> None:
         """Start to fetch those of the shards that are remote; returns at once."""
         urls = [url for shard in shards if not is_local(url := self.shards[shard].url)]
