@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from clipscale.data.cache import ShardCache
 from clipscale.data.captions import MAX_JSON_BYTES, CaptionError, CaptionRule, parse_json
@@ -84,7 +83,6 @@ def opened(url: str, cache: ShardCache | None) -> Iterator[bytes]:
 
 
 def check_shard(url: str, expected: Expected, cache: ShardCache | None) -> Checked:
-    Image.MAX_IMAGE_PIXELS = None  # max_pixels takes its place
     try:
         with opened(url, cache) as tar, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow on odd metadata of pictures that decode well
