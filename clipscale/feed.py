@@ -78,6 +78,9 @@ class Feed:
             recorded=recorded,
             warn=log.line,
         )
+        for source, order in zip(self.pipeline.sources, self.pipeline.orders, strict=True):
+            if shortage := source.cache_shortage(order.block_samples()):
+                log.line(shortage)
         share = Share(self.global_batch, world.size, world.rank)
         block = min(config.gradcache.image_chunk, share.slots)
         plan, need = self._plan_replay(config, share, block, towers.image_size)

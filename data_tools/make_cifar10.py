@@ -5,9 +5,12 @@
 
 Training pictures get the caption "a photo of a <class>."; test pictures get that and their label (.cls). Pictures are
 stored as PNG, without loss, in the order of the batch files; classnames.txt holds one name a line (number = label).
+The shards grow in a hidden folder and are moved in when all are done.
 """
 
 import argparse
+import os
+import shutil
 import sys
 from collections.abc import Iterator
 from io import BytesIO
@@ -16,8 +19,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from clipscale.data.shard_writer import ShardWriter, write_file
-from clipscale.errors import UserError, require
+from clipscale.data.commands import positive, run
+from clipscale.data.shard_writer import ShardWriter, sync_folder, write_file
+from clipscale.errors import require
+from clipscale.telemetry import progress_bar
 
 ROW_BYTES = 1 + 3 * 32 * 32  # a label, then the red, the green and the blue plane
 
@@ -45,34 +50,48 @@ def convert(source: Path, output: Path, per_shard: int) -> dict[str, int]:
     }
     missing = [str(path) for paths in splits.values() for path in paths if not path.is_file()]
     require(not missing, f"missing: {', '.join(missing)}")
-    counts = {}
-    for split, paths in splits.items():
-        with ShardWriter(output / split, samples_per_shard=per_shard) as writer:
-            for path in paths:
-                for label, pixels in rows(path):
-                    require(label < len(names), f"{path}: label {label} has no name in {names_file}")
-                    png = BytesIO()
-                    Image.fromarray(pixels).save(png, "PNG")
-                    sample = {"png": png.getvalue(), "txt": f"a photo of a {names[label]}."}
-                    writer.write(f"{split}{writer.samples:06}", sample | ({"cls": label} if split == "test" else {}))
-        counts[split] = writer.samples
+    output.mkdir(parents=True, exist_ok=True)
+    build = output / ".building"
+    shutil.rmtree(build, ignore_errors=True)
+    try:
+        counts = {split: write_split(build / split, paths, names, per_shard) for split, paths in splits.items()}
+        for path in build.iterdir():
+            os.replace(path, output / path.name)
+        sync_folder(output)
+    finally:
+        shutil.rmtree(build, ignore_errors=True)
     write_file(output / "classnames.txt", "\n".join(names) + "\n")
     return counts
+
+
+def write_split(prefix: Path, paths: list[Path], names: list[str], per_shard: int) -> int:
+    total = sum(path.stat().st_size for path in paths) // ROW_BYTES
+    split = prefix.name
+    with ShardWriter(prefix, samples_per_shard=per_shard) as writer, progress_bar(split) as progress:
+        for path in paths:
+            for label, pixels in rows(path):
+                require(label < len(names), f"{path}: label {label} has no name among {', '.join(names)}")
+                png = BytesIO()
+                Image.fromarray(pixels).save(png, "PNG")
+                sample = {"png": png.getvalue(), "txt": f"a photo of a {names[label]}."}
+                writer.write(f"{split}{writer.samples:06}", sample | ({"cls": label} if split == "test" else {}))
+                progress(writer.samples, total)
+    return writer.samples
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="the folder with data_batch_1.bin")
     parser.add_argument("--output", type=Path, required=True, help="where the shards go")
-    parser.add_argument("--samples-per-shard", type=int, default=5_000, metavar="N", help="default: 5000")
+    parser.add_argument("--samples-per-shard", type=positive, default=5_000, metavar="N", help="default: 5000")
     arguments = parser.parse_args(argv)
-    try:
+
+    def work() -> int:
         counts = convert(arguments.source, arguments.output, arguments.samples_per_shard)
-    except (UserError, OSError) as error:
-        print(f"make_cifar10.py: error: {error}", file=sys.stderr)
-        return 2
-    print(f"{arguments.output}: " + ", ".join(f"{count} {split} pictures" for split, count in counts.items()))
-    return 0
+        print(f"{arguments.output}: " + ", ".join(f"{count} {split} pictures" for split, count in counts.items()))
+        return 0
+
+    return run("make_cifar10.py", work, left="no shard was added")
 
 
 if __name__ == "__main__":

@@ -9,11 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
+from clipscale.data.commands import run
 from clipscale.data.shapes import make_shapes
-from clipscale.errors import UserError
+from clipscale.telemetry import progress_bar
 
 EXAMPLES = """\
 examples:
@@ -55,36 +53,21 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     arguments = vars(build_parser().parse_args(argv))
     folder = arguments.pop("folder")
-    columns = (
-        TextColumn("drawing"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("pictures"),
-        TimeElapsedColumn(),
-        TextColumn("left:"),
-        TimeRemainingColumn(),
-    )
     start, written = time.perf_counter(), 0
-    try:
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(
-                "drawing", total=sum(arguments[f"{s}_samples"] for s in ("train", "validation", "test"))
-            )
+
+    def work() -> int:
+        with progress_bar("drawing") as bar:
 
             def progress(done: int, total: int) -> None:
                 nonlocal written
                 written = done
-                bar.update(task, completed=done, total=total)
+                bar(done, total)
 
             make_shapes(folder, **arguments, progress=progress)
-    except UserError as error:
-        print(f"make_shapes.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("make_shapes.py: interrupted, nothing was left behind", file=sys.stderr)
-        return 130
-    print(summary(folder, written, time.perf_counter() - start))
-    return 0
+        print(summary(folder, written, time.perf_counter() - start))
+        return 0
+
+    return run("make_shapes.py", work, left="nothing was left behind")
 
 
 def summary(folder: Path, written: int, seconds: float) -> str:

@@ -1,4 +1,5 @@
 import dataclasses
+import gc
 import json
 import os
 import pickle
@@ -189,32 +190,6 @@ def test_a_caption_that_changes_unnoticed_after_indexing_is_masked(tmp_path):
 # --- epochs and repeats -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("boundary", ["straddle", "drop"])
-def test_repeats_equal_brute_force(tmp_path, boundary):
-    pipe = pipeline(write_pairs(tmp_path, 5, 9, size=8), 16, epoch_boundary=boundary, streams=4)
-    found = []
-    for start in range(0, 16 * 40, 16):
-        located = np.stack(pipe.locate(np.arange(start, start + 16)))[[0, 2, 3]]
-        expected = 16 - len({tuple(column) for column in located.T})
-        assert pipe.repeats(start, 16) == expected
-        found.append(expected)
-    assert any(found) == (boundary == "straddle")
-
-
-def test_repeats_of_a_mixture_equal_brute_force(tmp_path):
-    sources = {
-        "a": (write_pairs(tmp_path / "a", 2, 9, size=8), 1.0),
-        "b": (write_pairs(tmp_path / "b", 3, 20, size=8), 2.5),
-    }
-    pipe = pipeline(sources, 32, allow_repeats=True)
-    found = []
-    for start in range(0, 32 * 60, 32):
-        source, _, shard, index = pipe.locate(np.arange(start, start + 32))
-        found.append(32 - len(set(zip(source.tolist(), shard.tolist(), index.tolist(), strict=True))))
-        assert pipe.repeats(start, 32) == found[-1]
-    assert any(found)
-
-
 def test_drop_leaves_out_the_remainder(tmp_path):
     pipe = pipeline(write_pairs(tmp_path, 3, 15, size=8), 20, epoch_boundary="drop")
     keys = [key for batch in read(pipe, 4, 20) for key in batch.keys]
@@ -268,23 +243,6 @@ def test_nothing_is_unpickled(tmp_path):
 # --- what build_pipeline refuses --------------------------------------------------------------------------------------
 
 
-def test_refusals(urls, tmp_path):
-    with pytest.raises(UserError, match=r"no training data: set data\.sources"):
-        pipeline({}, 8)
-    with pytest.raises(UserError, match="has 200 usable samples an epoch, fewer than its 256"):
-        pipeline(urls, 256)
-    with pytest.raises(UserError, match="drop leaves nothing of source 'mine': 200 samples"):
-        pipeline(urls, 256, epoch_boundary="drop")
-    with pytest.raises(UserError, match="is not a file"):
-        pipeline(f"{tmp_path}/no-such.tar", 8)
-    small = write_pairs(tmp_path, 1, 20)
-    with pytest.raises(UserError, match="source 'b' has 20 usable samples an epoch, fewer than its 75"):
-        pipeline({"a": (urls, 1.0), "b": (small, 1.0)}, 150)
-    with pytest.raises(UserError, match="weight=1e-06"):
-        pipeline({"a": (urls, 1.0), "b": (small, 1e-6)}, 8)
-    assert pipeline(urls, 256, allow_repeats=True).repeats(0, 256) == 56
-
-
 def as_saved(pipe: Pipeline) -> dict:
     return json.loads(json.dumps(pipe.identity()))
 
@@ -336,12 +294,13 @@ def open_files() -> int:
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files by /proc")
 def test_open_files_are_bounded_and_threads_do_not_lose_them(urls, expected, monkeypatch):
     monkeypatch.setattr(source_module, "_MAX_OPEN_FILES", 2)
+    gc.collect()  # files that earlier tests let go of
     before = open_files()
     pipe = pipeline(urls, 96)
     assert_equal(read(pipe, 5, 96, threads=4), expected)  # descriptors are closed under the threads' hands
     assert open_files() <= before + 2 * 2
     pipe.sources[0].close()
-    assert open_files() == before
+    assert open_files() <= before
 
 
 def test_blocks_go_round(urls):
@@ -385,3 +344,27 @@ def test_close_gives_up_what_is_not_decoded(urls):
     start = time.monotonic()
     loader.close()
     assert time.monotonic() - start < 5
+
+
+# --- little data, many ranks ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("shards", "per_shard", "world"), [(1, 12, 4), (2, 6, 4), (1, 1, 1), (1, 1, 4), (3, 1, 4), (5, 7, 2)]
+)
+def test_fewer_shards_or_samples_than_ranks(tmp_path, shards, per_shard, world):
+    """Batches of twelve; what is short of that comes several times in each."""
+    pipe = pipeline(write_pairs(tmp_path, shards, per_shard, size=28), 12, allow_repeats=True)
+    parts = [read(pipe, 3, 12, world=world, rank=rank) for rank in range(world)]
+    keys = [key for _, (key, *_) in sorted(by_position([b for part in parts for b in part]).items())]
+    assert len(keys) == 36
+    samples = shards * per_shard
+    for epoch in range(36 // samples):
+        assert len(set(keys[epoch * samples : (epoch + 1) * samples])) == samples
+
+
+@pytest.mark.timeout(60)
+def test_a_source_of_weight_0_is_not_even_opened(tmp_path):
+    sources = {"mine": (write_pairs(tmp_path, 1, 8, size=28), 1.0), "off": ("no-such.tar", 0.0)}
+    assert len(read(pipeline(sources, 8), 1, 8)[0].keys) == 8

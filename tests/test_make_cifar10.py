@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 from pathlib import Path
 
@@ -10,16 +9,12 @@ import numpy as np
 import pytest
 import webdataset
 from PIL import Image
-
-TOOL = Path(__file__).parents[1] / "data_tools" / "make_cifar10.py"
+from tools import load_tool
 
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("make_cifar10", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("make_cifar10")
 
 
 @pytest.fixture
@@ -75,3 +70,4 @@ def test_a_damaged_data_set_is_one_line(tool, source, tmp_path, capsys, break_it
     assert err.startswith("make_cifar10.py: error: ")
     assert told in err
     assert err.count("\n") == 1
+    assert not list((tmp_path / "shards").glob("*"))

@@ -1,7 +1,6 @@
 """clipscale/data/shapes.py, shape_pictures.py, shard_writer.py and data_tools/make_shapes.py."""
 
 import hashlib
-import importlib.util
 import io
 import json
 import subprocess
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import webdataset as wds
 from PIL import Image
+from tools import load_tool
 
 from clipscale.data import shape_pictures, shapes
 from clipscale.data.shape_pictures import CLASS_NAMES, CLASSES, COLOURS, HELD_OUT, SEEN, SHAPES, draw_attributes
@@ -23,14 +23,6 @@ from clipscale.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {"train_samples": 300, "validation_samples": 40, "test_samples": 128, "shards": 3}
-
-
-def load_tool(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "data_tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 def read_shards(folder: Path, split: str) -> list[dict[str, bytes]]:

@@ -2,7 +2,6 @@
 
 import csv
 import hashlib
-import importlib.util
 import io
 import json
 import re
@@ -17,20 +16,17 @@ import numpy as np
 import pytest
 import webdataset as wds
 from PIL import Image, ImageOps
+from tools import FOLDER, load_tool
 
-from clipscale.data.index import index_shard
+from clipscale import config_data
+from clipscale.data.source import open_source
 
-ROOT = Path(__file__).resolve().parents[1]
-TOOL = ROOT / "data_tools" / "make_shards.py"
+TOOL = FOLDER / "make_shards.py"
 
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("make_shards", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["make_shards"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("make_shards")
 
 
 def picture(kind: str = "JPEG", seed: int = 0, size: tuple[int, int] = (20, 16)) -> bytes:
@@ -413,7 +409,10 @@ def test_names_without_prefix_are_img2datasets_and_the_index_reads_them(tool, pi
     command = [str(source), "--output", str(tmp_path / "out"), "--prefix=", "--samples-per-shard=4"]
     assert tool.main(command) == 0
     assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == ["00000.tar", "00001.tar", "00002.tar"]
-    assert [index_shard(str(path)).pairs for path in sorted((tmp_path / "out").glob("*.tar"))] == [4, 4, 1]
+    indexed = open_source("x", config_data.Source(f"{tmp_path}/out/*.tar"), config_data.Data(), need="pairs")
+    assert indexed.counts.tolist() == [4, 4, 1]
+    assert {indexed.caption(indexed.read(shard, 0).note) for shard in range(3)} <= {f"c{i}" for i in range(9)}
+    indexed.close()
     assert tool.main(command) == 2
     assert tool.main([*command, "--overwrite", "--samples-per-shard=9"]) == 0
     assert [path.name for path in (tmp_path / "out").glob("*.tar")] == ["00000.tar"]

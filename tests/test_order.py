@@ -171,9 +171,10 @@ def test_small_blocks_would_keep_neighbours_together():
 
 @given(st.integers(1, 10**6), st.integers(1, 2**24))
 def test_default_streams_divide_the_batch_and_leave_blocks_of_four_shards(shards, batch):
-    streams = default_streams(shards, batch)
-    assert batch % streams == 0
-    assert streams == 1 or (shards / streams >= 4 and batch / streams >= 4)
+    for divides in (True, False):
+        streams = default_streams(shards, batch, divides=divides)
+        assert batch % streams == 0 or not divides
+        assert streams == 1 or (shards / streams >= 4 and batch / streams >= 4)
 
 
 # --- at scale ---------------------------------------------------------------------------------------------------------

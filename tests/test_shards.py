@@ -1,20 +1,14 @@
-import http.server
-import os
-import shutil
-import threading
+import sys
 import time
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import fsspec
 import pytest
-from shards import picture, write_pairs, write_shard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from clipscale.data.shards import cache_folder, expand_urls, is_local, local_path
-from clipscale.data.source import open_source
+from clipscale.data.shards import cache_folder, expand_urls, is_local, masked
 from clipscale.errors import UserError
-
-# --- expand_urls ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -40,7 +34,11 @@ def folder(tmp_path, monkeypatch) -> Path:
         ("deep/**/*.tar", ["deep/er/x.tar"]),
         ("file:train-00.tar", ["train-00.tar"]),
         ("odd[1].tar", ["odd[1].tar"]),
+        ("FILE:train-00.tar", ["train-00.tar"]),
+        ("./train-00.tar", ["./train-00.tar"]),
         ("https://host/a/{0..1}.tar::train-00.tar", ["https://host/a/0.tar", "https://host/a/1.tar", "train-00.tar"]),
+        ("HTTP://host/{a,b}?t=1&u=*", ["HTTP://host/a?t=1&u=*", "HTTP://host/b?t=1&u=*"]),  # no glob in a URL
+        ("hf://datasets/me/set/{0..1}.tar", ["hf://datasets/me/set/0.tar", "hf://datasets/me/set/1.tar"]),
     ],
 )
 def test_expansion(folder, pattern, names):
@@ -59,6 +57,16 @@ def test_expansion(folder, pattern, names):
         ("train-00.tar::train-*.tar", r"train-00.tar' is named 2 times"),
         ("train-00.tar::./train-00.tar", r"train-00.tar' is named 2 times"),
         ("https://h/0.tar::https://h/0.tar", "'https://h/0.tar' is named 2 times"),
+        ("ftp://h/0.tar", "'ftp:' is no scheme that is read; use a path, file:, http://, https://, s3://"),
+        ("train-00.tar::c:/x.tar", r"'c:' is no scheme .* \(a path with a colon: file:<path>\)"),
+        ("data:,x", "'data:' is no scheme"),
+        ("http:/h/0.tar", "no host or bucket follows; write http://<host or bucket>/<path>"),
+        ("https:///0.tar", "no host or bucket follows"),
+        ("s3:0.tar", "no host or bucket follows"),
+        (
+            "https://me:word@h/0.tar?t=abc::https://me:word@h/0.tar?t=abc",
+            r"\*@h/0.tar\?t=\*\*\*' is named 2 times",
+        ),
         ("train-{00..01.tar", "is not a file|cannot expand"),
         ("${WDS_NO_SUCH_VARIABLE_", "is not a file|cannot expand"),
     ],
@@ -72,8 +80,8 @@ def test_refusals(folder, pattern, message):
     "pattern", ["pipe:touch ran", " pipe:touch ran", "PIPE:touch ran", "train-00.tar::pipe:touch ran"]
 )
 def test_pipes_are_refused_and_never_run(folder, pattern):
-    with pytest.raises(UserError, match="pipes run shell commands"):
-        open_source("mine", pattern, need="pairs", cache_dir=str(folder / "cache"))
+    with pytest.raises(UserError, match=r"pipes run shell commands and are refused; data\.allow_pipe=true"):
+        expand_urls(pattern)
     assert not (folder / "ran").exists()
 
 
@@ -86,100 +94,73 @@ def test_forty_thousand_shards_are_expanded_in_seconds():
 
 
 def test_local_and_remote():
-    assert [is_local(u) for u in ("a.tar", "/a/b:c.tar", "file:a.tar")] == [True] * 3
-    assert [is_local(u) for u in ("http://h/a.tar", "s3://b/a.tar", "hf://x")] == [False] * 3
+    assert [is_local(u) for u in ("a.tar", "/a/b:c.tar", "./b:c.tar", "file:a.tar", "File:/a.tar")] == [True] * 5
+    assert [is_local(u) for u in ("http://h/a.tar", "s3://b/a.tar", "hf://x", "pipe:cat /a", "c:a")] == [False] * 5
+
+
+def test_file_urls(tmp_path):
+    (tmp_path / "a.tar").write_bytes(b"")
+    for start in ("file:", "file://"):
+        assert expand_urls(f"{start}{tmp_path}/a.tar") == [f"{tmp_path}/a.tar"]
+
+
+def test_pipes_where_they_are_allowed(folder):
+    assert expand_urls("pipe:cat {0..1}.tar", allow_pipe=True) == ["pipe:cat 0.tar", "pipe:cat 1.tar"]
+    assert not (folder / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "client", "package"), [("s3", "s3fs", "clipscale[s3]"), ("gs", "gcsfs", "clipscale[gcs]")]
+)
+def test_a_client_that_is_not_installed_is_named_at_the_start(monkeypatch, scheme, client, package):
+    monkeypatch.setitem(sys.modules, client, None)
+    monkeypatch.delitem(fsspec.registry, scheme, raising=False)
+    with pytest.raises(UserError) as error:
+        expand_urls(f"{scheme}://bucket/{{0..3}}.tar")
+    assert str(error.value) == (
+        f"shards '{scheme}://bucket/3.tar': the client for {scheme}:// is not installed; pip install '{package}'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://host/a/b@c.tar", "https://host/a/b@c.tar"),
+        ("https://me:word@host/x.tar", "https://***@host/x.tar"),
+        ("https://me:w@rd@host/x.tar", "https://***@host/x.tar"),
+        ("s3://key:secret@bucket/x", "s3://***@bucket/x"),
+        ("https://h/x?X-Amz-Signature=ab%2Fc&Expires=3", "https://h/x?X-Amz-Signature=***&Expires=***"),
+        ("https://h/x?abc", "https://h/x?***"),
+        ("https://h/x?a=b=c&&d=", "https://h/x?a=***&&***"),
+        ("cannot open 'https://h/x?sig=abc': no", "cannot open 'https://h/x?sig=***': no"),
+        ("<urlopen https://u:p@h/x?a=b>, https://v:q@h/y", "<urlopen https://***@h/x?a=***>, https://***@h/y"),
+        (
+            "pipe:curl -H 'Authorization: Bearer abc' https://h/x",
+            "pipe:curl -H 'Authorization: Bearer ***' https://h/x",
+        ),
+        ("pipe:AWS_SECRET_ACCESS_KEY=abc aws s3 cp s3://b/x -", "pipe:AWS_SECRET_ACCESS_KEY=*** aws s3 cp s3://b/x -"),
+        ("train-0?.tar::a/b[1]*.tar", "train-0?.tar::a/b[1]*.tar"),  # a glob is no query
+    ],
+)
+def test_masked(text, shown):
+    assert masked(text) == shown
+    assert masked(shown) == shown
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    secret=st.text("abcXYZ019-_%.~+/=", min_size=6).map(lambda text: f"S{text}S"),
+    around=st.sampled_from(["{}", "'{}'", "error: {}, again", "({})", "{}::train-?.tar", "<{}>: why"]),
+)
+def test_no_secret_is_shown(secret, around):
+    for url in (f"https://me:{secret.replace('/', '')}@h/x", f"https://h/x?k={secret}&l=2", f"https://h/x?{secret}"):
+        shown = masked(around.format(url))
+        assert secret not in shown
+        assert secret.replace("/", "") not in shown
+        assert "://" in shown
 
 
 def test_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder(None) == tmp_path / "clipscale"
     assert cache_folder("mine") == Path("mine")
-
-
-# --- remote shards ----------------------------------------------------------------------------------------------------
-
-
-class Handler(http.server.SimpleHTTPRequestHandler):
-    """The files of the server's folder; names that begin with `cut-` break off in the middle of the body."""
-
-    def do_GET(self) -> None:
-        self.server.requests[self.path] += 1
-        name = self.path.rsplit("/", 1)[1]
-        if not name.startswith("cut-"):
-            super().do_GET()
-            return
-        self.send_response(200)
-        self.send_header("Content-Length", "100000")
-        self.end_headers()
-        self.wfile.write(bytes(5000))
-
-    def log_message(self, *_) -> None:
-        pass
-
-
-@pytest.fixture
-def server(tmp_path):
-    """(url, folder, requests by path) of a server on this machine."""
-    if shutil.which("curl") is None:
-        pytest.skip("webdataset fetches http by curl, which is not installed")
-    root = tmp_path / "served"
-    root.mkdir()
-    with http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), lambda *args: Handler(*args, directory=str(root))
-    ) as running:
-        running.requests = Counter()
-        threading.Thread(target=running.serve_forever, args=(0.05,), daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_port}", root, running.requests
-        running.shutdown()
-
-
-@pytest.fixture(autouse=True)
-def _no_proxy(monkeypatch):
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-
-
-def test_shards_of_one_name_in_two_folders_do_not_collide(server, tmp_path):
-    url, root, requests = server
-    for name in ("a", "b"):
-        write_shard(root / name / "00.tar", [(name, {"jpg": picture(0, 8, 8), "txt": f"in {name}".encode()})])
-    urls, cache = f"{url}/{{a,b}}/00.tar", str(tmp_path / "cache")
-    for _ in range(2):
-        source = open_source("mine", urls, need="pairs", cache_dir=cache)
-        assert [source.read(shard, 0).note for shard in range(2)] == [b"in a", b"in b"]
-        assert [Path(shard.path).name for shard in source.shards] == ["00.tar", "00.tar"]
-    assert requests == {"/a/00.tar": 1, "/b/00.tar": 1}  # fetched once
-
-
-def test_a_remote_shard_has_the_fingerprint_of_its_local_copy(server, tmp_path):
-    url, root, _ = server
-    urls = write_pairs(root, 2, 3)
-    here = open_source("mine", urls, need="pairs")
-    there = open_source("mine", f"{url}/{{0000..0001}}.tar", need="pairs", cache_dir=str(tmp_path / "cache"))
-    assert here.fingerprint() == there.fingerprint()
-
-
-@pytest.mark.parametrize("name", ["missing.tar", "cut-00.tar"])
-def test_a_failed_fetch_is_one_clear_error_and_leaves_nothing(server, tmp_path, name):
-    url, _, _ = server
-    cache, start = tmp_path / "cache", time.monotonic()
-    with pytest.raises(UserError, match=f"shard '{url}/{name}': cannot be fetched") as error:
-        open_source("mine", f"{url}/{name}", need="pairs", cache_dir=str(cache))
-    assert time.monotonic() - start < 10
-    assert "\n" not in str(error.value)
-    assert not [path for path in cache.rglob("*") if path.is_file()]
-
-
-@pytest.mark.parametrize("url", ["http://127.0.0.1:9/x.tar", "s3://bucket/x.tar", "nonsense://x.tar"])
-def test_no_server_and_unknown_schemes_are_clear_errors(tmp_path, url):
-    with pytest.raises(UserError, match="cannot be fetched"):
-        local_path(url, str(tmp_path))
-
-
-def test_two_fetches_of_one_shard_at_once(server, tmp_path):
-    url, root, _ = server
-    (root / "big.tar").write_bytes(os.urandom(3 << 20))
-    with ThreadPoolExecutor(4) as pool:
-        paths = set(pool.map(lambda _: local_path(f"{url}/big.tar", str(tmp_path / "cache")), range(4)))
-    (path,) = map(Path, paths)
-    assert path.read_bytes() == (root / "big.tar").read_bytes()
-    assert list(path.parent.iterdir()) == [path]

@@ -91,6 +91,12 @@ def report(program: str, written: Written, arguments: argparse.Namespace, second
     return 0
 
 
+def shown(text: str, limit: int) -> str:
+    """Text of unknown origin for a terminal: one line, cut, control characters as escapes."""
+    cut = text if len(text) <= limit else text[: limit - 3] + "..."
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in cut)
+
+
 def cores() -> int:
     """Those that this process may use."""
     return len(os.sched_getaffinity(0))

@@ -86,7 +86,7 @@ class Lock:
 class Copy(NamedTuple):
     used_ns: int  # when it was opened last
     bytes: int
-    path: Path
+    path: str
 
 
 class Copies:
@@ -113,7 +113,7 @@ class Copies:
         and not known of it; for the holder of its lock."""
         try:
             file = os.open(self.copy(key), os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         state = os.fstat(file)
         found: Facts = {"bytes": state.st_size}
@@ -157,42 +157,45 @@ class Copies:
     # --- room ---------------------------------------------------------------------------------------------------------
 
     def copies(self) -> list[Copy]:
-        """Those opened longest ago first."""
         found = []
         with suppress(FileNotFoundError), os.scandir(self.folder) as entries:
             for entry in entries:
                 if entry.name.endswith(".tar"):
                     with suppress(FileNotFoundError):
                         state = entry.stat()
-                        found.append(Copy(state.st_atime_ns, state.st_size, Path(entry.path)))
-        return sorted(found)
+                        found.append(Copy(state.st_atime_ns, state.st_size, entry.path))
+        return found
 
     def free_bytes(self) -> int:
         place = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
         return shutil.disk_usage(place).free
 
     def evict(self, wanted_bytes: int) -> int:
-        """Remove copies until so many bytes are gone, or none is left. Open descriptors stay good."""
+        """Remove copies, those opened longest ago first, until so many bytes are gone or none is left; returns how
+        many are gone. Open descriptors stay good."""
         gone = 0
-        for copy in self.copies():
+        for copy in sorted(self.copies()) if wanted_bytes > 0 else []:
             if gone >= wanted_bytes:
                 break
             with suppress(FileNotFoundError):
-                copy.path.unlink()
+                os.unlink(copy.path)
                 gone += copy.bytes
-            copy.path.with_suffix(".json").unlink(missing_ok=True)
+            Path(copy.path).with_suffix(".json").unlink(missing_ok=True)
         return gone
 
-    def sweep(self) -> None:
-        """Remove the parts that dead processes left."""
-        host = socket.gethostname()
+    def sweep(self, mine: PartFile) -> None:
+        """Remove the parts that dead processes left. The lock of `mine` is held."""
         for path in self.parts.iterdir():
-            key, _, where = path.name.split(".", 2)
-            lock = Lock.take(self.locks / key)
+            key, _, host = path.name.split(".", 2)
+            if path == mine.path:
+                continue
+            lock = None if key == mine.key else Lock.take(self.locks / key)
+            if lock is None and key != mine.key:
+                continue
+            with suppress(FileNotFoundError):
+                if host == socket.gethostname() or time.time() - path.stat().st_mtime > _OLD_SECONDS:
+                    path.unlink()
             if lock:
-                with suppress(FileNotFoundError):
-                    if where == host or time.time() - path.stat().st_mtime > _OLD_SECONDS:
-                        path.unlink()
                 lock.release()
 
     def make_room(self, part: PartFile, wanted_bytes: int, stop: threading.Event) -> None:
@@ -208,14 +211,16 @@ class Copies:
             )
         give_up = time.monotonic() + _PATIENCE_SECONDS
         while True:
-            with self._room_lock(stop):
-                self.sweep()
-                self.evict(self._lacking(part, wanted_bytes)[0])
+            with self.room_lock(stop):
+                self.sweep(part)
                 lacking, others = self._lacking(part, wanted_bytes)
+                gone = self.evict(lacking)
+                if gone:
+                    lacking, others = self._lacking(part, wanted_bytes)  # a reader may keep what lay on the disk
                 if lacking <= 0:
                     os.ftruncate(part.file, wanted_bytes)
                     return
-            if not others:
+            if not others and not gone:
                 raise part.full(f"{wanted_bytes:,} bytes are needed", errno.ENOSPC)
             if time.monotonic() > give_up:
                 raise FetchError(
@@ -244,12 +249,13 @@ class Copies:
         return max(over_bound, over_disk), others
 
     @contextmanager
-    def _room_lock(self, stop: threading.Event) -> Iterator[None]:
+    def room_lock(self, stop: threading.Event) -> Iterator[None]:
+        """While it is held nobody makes room, and no part becomes a copy."""
         give_up = time.monotonic() + _PATIENCE_SECONDS
         while (lock := Lock.take(self.locks / "room")) is None:
             if time.monotonic() > give_up:
                 raise FetchError(f"{self.locks / 'room'} is locked by a process that does nothing; end it")
-            if stop.wait(_POLL_SECONDS):
+            if stop.wait(_POLL_SECONDS / 10):
                 raise Stopped
         try:
             yield
@@ -262,7 +268,7 @@ class PartFile:
 
     def __init__(self, copies: Copies, key: str, url: str, stop: threading.Event, *, sha256: bool) -> None:
         self.path, self.shown = copies.part(key), masked(url)
-        self._copies, self._key, self._stop, self._with_sha256 = copies, key, stop, sha256
+        self._copies, self.key, self._stop, self._with_sha256 = copies, key, stop, sha256
         self._begin()
         try:
             self.file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -313,9 +319,10 @@ class PartFile:
         try:
             os.ftruncate(self.file, self.written_bytes)
             os.fsync(self.file)  # else a copy can have its name and size, and zeros, after a power cut
-            self._copies.write_facts(self._key, {"url": self.shown} | self.facts())
-            file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-            self.path.rename(self._copies.copy(self._key))
+            self._copies.write_facts(self.key, {"url": self.shown} | self.facts())
+            with self._copies.room_lock(self._stop):
+                file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+                self.path.rename(self._copies.copy(self.key))
         except OSError as error:
             raise self._said(error) from error
         return file

@@ -10,18 +10,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from typing import Any
 from urllib.parse import urlsplit
 
+from clipscale.data.cache import ShardCache
 from clipscale.data.index import Index, basename
-from clipscale.data.shards import is_local
+from clipscale.data.remote import FetchError
+from clipscale.data.shards import is_local, masked, scheme_of
 from clipscale.errors import UserError, require
 
 _MAX_BYTES = 1 << 26
+_ABSENT = re.compile(
+    r"HTTP 4(?!08|25|29)\d\d|FileNotFound|Permission|NotADirectory"
+)  # also for whom listing is forbidden
 
 
-def declared_counts(urls: list[str], counts: str | None, index: Index, cache: Any) -> dict[str, int]:
+def declared_counts(urls: list[str], counts: str | None, index: Index, cache: ShardCache) -> dict[str, int]:
     """Samples of those remote shards for which a file says it.
 
     Raises:
@@ -35,7 +41,7 @@ def declared_counts(urls: list[str], counts: str | None, index: Index, cache: An
     if all(index.known(url) for url in remote):
         return {}
     found: dict[str, int] = {}
-    places = [url for url in remote if not url.lower().startswith("pipe:")]
+    places = [url for url in remote if scheme_of(url) != "pipe"]
     for folder in dict.fromkeys(map(_folder, places)):
         here = [url for url in places if _folder(url) == folder]
         sizes = _fetch_json(f"{folder}/sizes.json", cache)
@@ -59,7 +65,7 @@ def _from_file(remote: list[str], counts: str) -> dict[str, int]:
         name = url if url in numbers else basename(url)
         require(
             name in numbers and _is_count(numbers[name]),
-            f"counts {counts!r} has no number of samples for shard {name!r} ({url}); add it",
+            f"counts {counts!r} has no number of samples for shard {name!r} ({masked(url)}); add it",
         )
         require(
             name == url or times[name] == 1,
@@ -69,7 +75,7 @@ def _from_file(remote: list[str], counts: str) -> dict[str, int]:
     return found
 
 
-def _from_statistics(urls: list[str], cache: Any) -> dict[str, int]:
+def _from_statistics(urls: list[str], cache: ShardCache) -> dict[str, int]:
     """img2dataset writes {"successes": n, ...} beside each shard; where the first has none, none is looked for."""
     found: dict[str, int] = {}
     places = {url: _folder(url) + "/" + basename(url).removesuffix(".tar") + "_stats.json" for url in urls}
@@ -84,12 +90,14 @@ def _from_statistics(urls: list[str], cache: Any) -> dict[str, int]:
     return found
 
 
-def _fetch_json(url: str, cache: Any) -> dict[str, Any] | None:
+def _fetch_json(url: str, cache: ShardCache) -> dict[str, Any] | None:
     """None where there is no such file, or none with a JSON object."""
     try:
         file = cache.open(url)
-    except OSError:
-        return None
+    except FetchError as error:
+        if _ABSENT.search(str(error)):
+            return None
+        raise UserError(f"{error}; it may say how many samples the shards hold: try again later") from error
     try:
         facts = json.loads(os.pread(file, _MAX_BYTES, 0))
     except (ValueError, RecursionError):

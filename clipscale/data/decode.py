@@ -6,10 +6,10 @@
     height, width, kind = picture_size(data)                                       # its header only: 3 us
 
 The format comes from the magic bytes, never from the name. simplejpeg decodes every JPEG (libjpeg-turbo, strict, CMYK
-too), Pillow PNG and WebP; the resize is torch's antialiased bicubic on uint8, within 0.1 grey levels of Pillow's. A
-header that promises more than `max_pixels` is refused before anything is decoded; below it a picture takes up to
-3 bytes of memory a pixel, 9 if it is a progressive JPEG, 19 if it is a PNG or WebP with transparency. Of an animation
-the first picture is taken.
+too), Pillow PNG and WebP; the resize is torch's antialiased bicubic on uint8, within 0.1 grey levels of Pillow's. Of an
+animation the first picture is taken. JPEGs of odd chroma subsampling (4:4:1, 4:1:0) are refused, for simplejpeg does
+not read them. A header that promises more than `max_pixels` is refused before anything is decoded; below it a picture
+takes 3 bytes of memory a pixel, 9 if it is a progressive JPEG, up to 17 if it is CMYK, PNG or WebP.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ CAUSES = (
 )
 CROP_TRIES = 10
 DRAWS_PER_SAMPLE = 4 * CROP_TRIES
-MAX_SCANS = 500  # of a progressive JPEG; each goes over the whole picture, and ten are usual
+MAX_SCANS = 100  # of a progressive JPEG; each goes over the whole picture, and ten are usual
 FOUR_CHANNEL_PIXELS = 2**18  # as far as the faster end of `crop_and_resize` outweighs a quarter more to decode into
 
 Box = tuple[int, int, int, int]  # top, left, height, width
@@ -124,7 +124,7 @@ def decode(
     reduction = 1
     if at_least is not None and header.kind == "JPEG":
         reduction = _reduction((header.height, header.width), at_least[::-1] if turn >= 5 else at_least)
-    return np.ascontiguousarray(turned(_decode(data, header, reduction, "RGB"), turn))
+    return np.require(turned(_decode(data, header, reduction, "RGB"), turn), requirements=["C", "W"])
 
 
 def picture_size(data: bytes) -> tuple[int, int, str]:
@@ -235,7 +235,8 @@ def _on_white(image: Image.Image) -> np.ndarray:
         return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
     if image.mode in ("RGBA", "LA") or "transparency" in image.info:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        if image.getchannel("A").getextrema()[0] < 255:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.asarray(image.convert("RGB"))
 
 
@@ -284,7 +285,7 @@ def crop_and_resize(pixels_HWC: np.ndarray, box: Box, side: int, out_3SS: torch.
     top, left, height, width = box
     crop = pixels_HWC[top : top + height, left : left + width]
     if (height, width) != (side, side):
-        if min(crop.strides) < 0:  # turned: torch does not read backwards
+        if min(crop.strides) < 0 or not crop.flags.writeable:  # turned, or Pillow's: torch wants neither
             crop = crop.copy()
         batch = torch.from_numpy(crop)[None].permute(0, 3, 1, 2)  # channels last, and so comes the result
         batch = F.interpolate(batch, (side, side), mode="bicubic", antialias=True)

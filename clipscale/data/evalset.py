@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from clipscale.data.decode import BadSample, center_square, crop_and_resize, decode
+from clipscale.data.decode import BadSample, Decoding, load_picture
 from clipscale.data.select import IMAGE_SUFFIXES
 from clipscale.data.source import Source
 from clipscale.errors import require
@@ -76,13 +76,14 @@ def batches(
     A picture that cannot be decoded is zeros and not valid: the caller counts it.
     """
 
+    decoding = Decoding(max_pixels)
+
     def load(i: int) -> tuple[torch.Tensor | None, bytes]:
         try:
             image, note = pictures.read(i)
-            pixels = decode(image, max_pixels)
+            return load_picture(image, None, decoding, side), note
         except (BadSample, OSError):
             return None, b""
-        return crop_and_resize(pixels, center_square(*pixels.shape[:2]), side), note
 
     with ThreadPoolExecutor(threads, "decode", initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for start in range(0, len(indices), batch):

@@ -21,9 +21,10 @@ import torch
 from clipscale.counter import draw, fold, uniform
 from clipscale.data.blocks import Blocks
 from clipscale.data.decode import DRAWS_PER_SAMPLE, BadSample, Decoding, load_picture
-from clipscale.data.order import rank_positions
 from clipscale.data.pipeline import Pipeline
 from clipscale.data.source import Source
+
+_DETAIL_CHARACTERS = 400
 
 
 class Job(NamedTuple):
@@ -66,9 +67,9 @@ class Share:
     def slots(self) -> int:
         return self.global_batch // self.world
 
-    def positions(self, start: int, *, streams: int) -> np.ndarray:
+    def positions(self, pipeline: Pipeline, start: int) -> np.ndarray:
         """Of this rank's slots of the step batch that begins at `start`, int64 [N]."""
-        return rank_positions(start, self.global_batch, world=self.world, rank=self.rank, streams=streams)
+        return pipeline.rank_positions(start, self.global_batch, world=self.world, rank=self.rank)
 
 
 class Filler:
@@ -79,7 +80,7 @@ class Filler:
         self._decoding = Decoding.of(pipeline.data)
         self._horizon = pipeline.horizon() if any(source.remote for source in pipeline.sources) else 0
         self._pool = ThreadPoolExecutor(threads, "decode", initializer=torch.set_num_threads, initargs=(1,))
-        self._positions = lru_cache(maxsize=4)(partial(share.positions, streams=pipeline.streams))  # once for all jobs
+        self._positions = lru_cache(maxsize=4)(partial(share.positions, pipeline))  # once for all jobs
         blocks.fault_in(self._pool)
 
     def submit(self, job: Job) -> Future[Done]:
@@ -105,7 +106,9 @@ class Filler:
                 captions.append(self._fill_slot(images[slot], source, shard, index, crops[slot], choices[slot]))
             except BadSample as bad:
                 where, key = source.where(shard, index)
-                skips.append(Skip(int(positions[slot]), source.name, where, key, bad.cause, str(bad)[:200]))
+                skips.append(
+                    Skip(int(positions[slot]), source.name, where, key, bad.cause, str(bad)[:_DETAIL_CHARACTERS])
+                )
                 captions.append("")
                 valid[slot] = False
                 images[slot] = 0

@@ -83,7 +83,7 @@ class Index:
             OSError: the shard cannot be read, or changes meanwhile, or there is no place for the sidecar.
             UserError: a uid file that cannot be used.
         """
-        file = _path(url) if file is None else file
+        file = url if file is None else file
         stamp = _stamp(url, file)
         before = [facts for tag in (self._tag, "") for p in self._places(url, tag) if (facts := sidecar.read_facts(p))]
         hashes = self._hashes(file, stamp, before)
@@ -115,26 +115,22 @@ class Index:
 
     def _places(self, url: str, tag: str) -> list[Path]:
         name = ".".join(filter(None, [basename(url), tag, "index"]))
-        where = os.path.abspath(_path(url)) if is_local(url) else url
+        where = os.path.abspath(url) if is_local(url) else url
         tagged = f"{hashlib.sha1(where.encode()).hexdigest()[:16]}-{name[-200:]}"
         if self.index_dir is not None:
             return [Path(self.index_dir) / tagged]
         in_cache = cache_folder(self.cache_dir) / "index" / tagged
-        return [Path(_path(url)).with_name(name), in_cache] if is_local(url) else [in_cache]
+        return [Path(url).with_name(name), in_cache] if is_local(url) else [in_cache]
 
 
 def basename(url: str) -> str:
     """The last part of a path or URL, without a query."""
-    return os.path.basename(_path(url) if is_local(url) else urlsplit(url).path) or "shard"
-
-
-def _path(url: str) -> str:
-    return url.removeprefix("file:")
+    return os.path.basename(url if is_local(url) else urlsplit(url).path) or "shard"
 
 
 def _stamp(url: str, file: str | int) -> dict[str, int]:
     """By what a change of the shard is noticed without reading it; the time of a remote shard's copy says nothing."""
-    stat = os.stat(_path(file) if isinstance(file, str) else file)
+    stat = os.stat(file)
     return {"bytes": stat.st_size} | ({"mtime_ns": stat.st_mtime_ns} if is_local(url) else {})
 
 

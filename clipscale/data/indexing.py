@@ -20,9 +20,10 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from clipscale.data.cache import ShardCache
 from clipscale.data.index import Index, Shard
 from clipscale.data.select import Rules
-from clipscale.data.shards import is_local
+from clipscale.data.shards import is_local, masked
 from clipscale.errors import UserError
 
 Track = Callable[[Iterable[str], str], Iterable[str]]
@@ -40,7 +41,7 @@ serve()
 def index_shards(
     urls: list[str],
     index: Index,
-    cache: Any,
+    cache: ShardCache | None,
     *,
     jobs: int | None = None,
     track: Track | None = None,
@@ -73,7 +74,7 @@ def index_shards(
     if unreadable:
         url, error = next(iter(unreadable.items()))
         more = f" (and {len(unreadable) - 1} more of {len(urls)} shards)" if len(unreadable) > 1 else ""
-        raise UserError(f"shard {url!r}: {error}{more}; mend it, or take it out of the config")
+        raise UserError(f"shard {masked(url)!r}: {error}{more}; mend it, or take it out of the config")
     return [shards[url] for url in urls]
 
 
@@ -87,13 +88,13 @@ def _or_error(function: Callable[[str], Any], url: str) -> Any:
 def _is_little(urls: list[str], index: Index) -> bool:
     """Whether the shards are read in less time than a worker takes to start."""
     limit = _INLINE_BYTES["decode" if index.rules.looks_into_pictures else "fast"]
-    return all(map(is_local, urls)) and sum(os.path.getsize(url.removeprefix("file:")) for url in urls) < limit
+    return all(map(is_local, urls)) and sum(os.path.getsize(url) for url in urls) < limit
 
 
 class _Builders:
     """Threads, each of which fetches a shard where it is remote and has it indexed: here, or by a worker."""
 
-    def __init__(self, index: Index, cache: Any, jobs: int, inline: bool) -> None:
+    def __init__(self, index: Index, cache: ShardCache | None, jobs: int, inline: bool) -> None:
         self._index, self._cache, self._inline = index, cache, inline
         self._pool = ThreadPoolExecutor(jobs)
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
@@ -160,7 +161,7 @@ class _Worker:
             status = self._process.wait()
             how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
             raise UserError(
-                f"shard {url!r}: the process that indexed it {how}; with SIGKILL, memory may be short: set fewer "
+                f"shard {masked(url)!r}: the process that indexed it {how}; if memory is short, set fewer "
                 "data.index_jobs (--jobs)"
             )
         kind, value = json.loads(answer)

@@ -96,7 +96,7 @@ class Loader(Iterator[StepBatch]):
         if self._feed is not None:
             self._feed.finish()
         position = self._next_position
-        positions = self.share.positions(position, streams=self.pipeline.streams)
+        positions = self.share.positions(self.pipeline, position)
         self._next_position += self.share.global_batch
         feed = self._feed = _Feed(self, position, self._tokens, self._valid)
         images = Pictures(feed, self.tier, positions, self.change)

@@ -5,12 +5,12 @@
     later = mixture.changed(5_000, quotas({"laion": 1.0, "cc12m": 1.0}))       # the same up to 5000, then half and half
     later.journal()                                        # two segments, as the checkpoint holds them
 
-A segment deals its positions out in cycles: of each cycle's M slots source i takes its quota, about M w_i; which ones
-is drawn anew for every cycle. A change may cut a cycle short. What the cut cycle did not come to is what the next
-segment gives first, so that every source's ordinals are still taken one by one, each of them once: its epochs stay
-whole. Ordinals are numbered per source through all segments, also while a source is switched off.
+A segment deals its positions out in cycles: of each cycle's M slots source i has its quota, about M w_i, in a drawn
+pattern that every cycle begins at another place of. A source's ordinals rise with the positions by one at a time, so
+that its epochs follow each other, and a segment may end anywhere: the next one goes on with the ordinals that follow.
+Ordinals are numbered per source through all segments, also while a source is switched off.
 
-Shapes: P positions. All positions and ordinals are int64.
+Shapes: P positions, M slots of a cycle, N names. All positions and ordinals are int64.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from clipscale.counter import draw, fold, permuted
+from clipscale.counter import draw, fold, shuffled
 from clipscale.errors import require
 
 _CYCLE = 10_000
@@ -69,7 +69,6 @@ class Mixture:
         self.names = [*newest.quota, *(name for name in newest.base if name not in newest.quota)]
         self._starts = np.array([segment.start for segment in segments])
         self._dealers = [_Dealer(segment, self.names, seed) for segment in segments]
-        self._cuts = [self._cut(k) for k in range(1, len(segments))]
 
     @property
     def quota(self) -> dict[str, int]:
@@ -85,21 +84,12 @@ class Mixture:
         segment = np.searchsorted(self._starts, positions, side="right") - 1
         for k in np.unique(segment):
             here = segment == k
-            source[here], turn = self._dealers[k].deal(positions[here])
-            ordinal[here] = self._uncut(int(k), source[here], turn)
+            source[here], ordinal[here] = self._dealers[k].deal(positions[here])
         return source, ordinal
 
-    def spans(self, start: int, stop: int) -> list[tuple[int, int, int]]:
-        """(source, low, high): the ordinals of positions [start, stop) lie in [low, high), which may be wider."""
-        spans = []
-        for k, (segment, dealer) in enumerate(zip(self.segments, self._dealers, strict=True)):
-            end = self.segments[k + 1].start if k + 1 < len(self.segments) else stop
-            first, last = max(start, segment.start) - segment.start, min(stop, end) - segment.start
-            for i in np.flatnonzero(dealer.quota) if first < last else ():
-                low = dealer.base[i] + first // dealer.cycle * dealer.quota[i]
-                low -= sum(cut[i][0] - cut[i][1][0] for cut in self._cuts[:k] if i in cut)  # the furthest one goes back
-                spans.append((int(i), int(low), int(dealer.base[i] - (-last // dealer.cycle) * dealer.quota[i])))
-        return spans
+    def taken(self, position: int) -> np.ndarray:
+        """How many ordinals of each source come before `position`, [N]: its next one."""
+        return self._dealers[np.searchsorted(self._starts, position, side="right") - 1].taken(position)
 
     def changed(self, position: int, quota: dict[str, int]) -> Mixture:
         """The same up to `position`, and by `quota` from there on. Segments that gave nothing yet are left out."""
@@ -108,29 +98,9 @@ class Mixture:
             return begin(quota, seed=self.seed)
         if kept[-1].quota == quota:
             return Mixture(kept, seed=self.seed)
-        dealer = _Dealer(kept[-1], self.names, self.seed)
-        taken = dict(zip(self.names, dealer.taken(position).tolist(), strict=True))
-        base = {name: taken.get(name, 0) for name in dict.fromkeys([*kept[-1].base, *quota])}
+        before = Mixture(kept, seed=self.seed)
+        base = dict.fromkeys(quota, 0) | dict(zip(before.names, before.taken(position).tolist(), strict=True))
         return Mixture([*kept, Segment(position, quota, base)], seed=self.seed)
-
-    def _cut(self, k: int) -> dict[int, tuple[int, np.ndarray]]:
-        """Where segment k cut a cycle of the one before: by source, the first ordinal behind the cut, and what the
-        ordinals from there to the end of that cycle stand for."""
-        before, start = self._dealers[k - 1], self.segments[k].start
-        cut = {}
-        for i, left in before.left_over(start).items():
-            first = int(before.taken(start)[i])
-            if not np.array_equal(left, np.arange(first, first + len(left))):
-                cut[i] = (first, left)
-        return cut
-
-    def _uncut(self, k: int, source: np.ndarray, ordinal: np.ndarray) -> np.ndarray:
-        """Ordinals as segment k counts them -> as they would have been counted had no cycle been cut."""
-        for cut in reversed(self._cuts[:k]):
-            for i, (first, left) in cut.items():
-                here = (source == i) & (ordinal >= first) & (ordinal < first + len(left))
-                ordinal[here] = left[ordinal[here] - first]
-        return ordinal
 
 
 class _Dealer:
@@ -138,32 +108,32 @@ class _Dealer:
 
     def __init__(self, segment: Segment, names: list[str], seed: int) -> None:
         self.start, self.cycle = segment.start, sum(segment.quota.values())
-        self.base = np.array([segment.base.get(name, 0) for name in names], np.int64)
-        self.quota = np.array([segment.quota.get(name, 0) for name in names], np.int64)
-        self._order = np.array([names.index(name) for name in segment.quota], np.int64)
-        self._ends = np.cumsum([*segment.quota.values()])  # which of a permuted cycle's places are whose
-        self._key = fold(seed, "mixture", segment.start) if segment.start else fold(seed, "mixture")
+        self._base = np.array([segment.base.get(name, 0) for name in names], np.int64)
+        self._quota = np.array([segment.quota.get(name, 0) for name in names], np.int64)
+        self._key = fold(seed, "turn", segment.start)
+        sources = np.repeat([names.index(name) for name in segment.quota], [*segment.quota.values()])
+        self._pattern = sources[shuffled(fold(seed, "pattern", segment.start), self.cycle)]  # [M]
+        self._before = np.zeros(
+            (len(names), self.cycle + 1), np.int32
+        )  # of the pattern's first slots, how many each has
+        np.cumsum(self._pattern == np.arange(len(names))[:, None], axis=1, out=self._before[:, 1:])
 
     def deal(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Positions [P] -> source [P], ordinal [P]."""
+        cycle, first, place, again = self._place(positions)
+        source = self._pattern[place]
+        nth = self._before[source, place] - self._before[source, first] + again * self._quota[source]
+        return source, self._base[source] + cycle * self._quota[source] + nth
+
+    def taken(self, position: int) -> np.ndarray:
+        """How many ordinals of each name come before `position`, [N]."""
+        cycle, first, place, again = (int(x[0]) for x in self._place(np.array([position])))
+        return self._base + (cycle + again) * self._quota + self._before[:, place] - self._before[:, first]
+
+    def _place(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Cycle, the place of the pattern that the cycle begins at, that of the position, whether it lies past the
+        pattern's end; each [P]."""
         cycle, slot = np.divmod(positions - self.start, self.cycle)
-        if len(self._order) == 1:
-            return np.full_like(positions, self._order[0]), self.base[self._order[0]] + positions - self.start
-        place = permuted(draw(self._key, cycle), slot, self.cycle)
-        whose = np.searchsorted(self._ends, place, side="right")
-        source = self._order[whose]
-        begin = (self._ends - self.quota[self._order])[whose]
-        return source, self.base[source] + cycle * self.quota[source] + place - begin
-
-    def left_over(self, stop: int) -> dict[int, np.ndarray]:
-        """The ordinals that the cycle which `stop` cuts would still have given, by source, rising."""
-        whole = -(-(stop - self.start) // self.cycle) * self.cycle
-        source, ordinal = self.deal(np.arange(stop, self.start + whole))
-        return {int(i): np.sort(ordinal[source == i]) for i in self._order}
-
-    def taken(self, stop: int) -> np.ndarray:
-        """Ordinals given before `stop`, of each name."""
-        taken = self.base - (-(stop - self.start) // self.cycle) * self.quota
-        for i, left in self.left_over(stop).items():
-            taken[i] -= len(left)
-        return taken
+        first = (draw(self._key, cycle) % np.uint64(self.cycle)).astype(np.int64)
+        again, place = np.divmod(first + slot, self.cycle)
+        return cycle, first, place, again

@@ -25,13 +25,19 @@ from clipscale.counter import draw, fold, permuted, shuffled
 
 _SHARDS_PER_STREAM = 4
 _SAMPLES_PER_STREAM_AND_BATCH = 4
+_RESAMPLED_BLOCK_SHARDS = 8  # draws of different streams meet as well: 4 would bring neighbours together at 2x chance
 _LINES_KEPT = 4  # a batch lies in two epochs, unless repeats are allowed; shards are fetched for the next one
 
 
-def default_streams(shards: int, global_batch: int) -> int:
-    """V: the largest divisor of the batch with at least 4 shards a stream and 4 samples a stream and batch."""
-    limit = max(1, min(shards // _SHARDS_PER_STREAM, global_batch // _SAMPLES_PER_STREAM_AND_BATCH))
-    return next(v for v in range(limit, 0, -1) if global_batch % v == 0)
+def default_streams(shards: int, batch: int, *, divides: bool = True) -> int:
+    """V: as many as leave 4 shards a stream and 4 samples a stream and batch.
+
+    Args:
+        batch: samples that a global batch takes of the source.
+        divides: the largest V that divides the batch, as a source by itself needs it.
+    """
+    limit = max(1, min(shards // _SHARDS_PER_STREAM, batch // _SAMPLES_PER_STREAM_AND_BATCH))
+    return next(v for v in range(limit, 0, -1) if batch % v == 0) if divides else limit
 
 
 def rank_positions(start: int, global_batch: int, *, world: int, rank: int, streams: int) -> np.ndarray:
@@ -82,7 +88,7 @@ class Order:
 
     def may_repeat(self, low: int, high: int) -> bool:
         """Whether a sample can come twice in positions [low, high): only if they lie in more than one epoch."""
-        return low // self.epoch_length != (high - 1) // self.epoch_length
+        return low // self.epoch_length < (high - 1) // self.epoch_length
 
     def block_samples(self) -> int:
         """About how many positions it takes until every stream has come to its next block."""
@@ -159,16 +165,16 @@ class Resampled:
     again goes on where it left off. An epoch is as many positions as the source has samples; it means nothing else.
 
     Args:
-        block_shards: K, or None for 4.
+        block_shards: K, or None for 8.
     """
 
     def __init__(
         self, counts: np.ndarray | list[int], *, seed: int, streams: int = 1, block_shards: int | None = None
     ) -> None:
-        counts = np.asarray(counts, np.int64)
+        self.counts = counts = np.asarray(counts, np.int64)
         self.samples = self.epoch_length = int(counts.sum())
         assert self.samples > 0, "a source must hold samples"
-        self.seed, self.streams, self.block_shards = seed, streams, block_shards or _SHARDS_PER_STREAM
+        self.seed, self.streams, self.block_shards = seed, streams, block_shards or _RESAMPLED_BLOCK_SHARDS
         self._shard = np.flatnonzero(counts)
         filled = counts[self._shard]
         self._cum = np.concatenate([[0], np.cumsum(filled)])

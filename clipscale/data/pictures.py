@@ -28,7 +28,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from clipscale.data.decode import BadSample, decode, sniff
+from clipscale.data.decode import BadSample, decode
+from clipscale.data.formats import orientation, sniff, turned
 from clipscale.data.pool import map_in_processes
 from clipscale.data.shard_inputs import Refusal, Row
 
@@ -70,10 +71,11 @@ def prepare(data: bytes, recipe: Recipe) -> Picture:
         BadSample: the loader could not decode it.
     """
     pixels = decode(data, recipe.max_pixels)
-    extension, sha256 = EXTENSIONS[sniff(data)], hashlib.sha256(data).hexdigest()
+    kind, sha256 = sniff(data), hashlib.sha256(data).hexdigest()
+    extension = EXTENSIONS[kind]
     height, width, _ = pixels.shape
     target = extension if recipe.format == "keep" else recipe.format
-    upright = pixels if recipe.plain else turn(pixels, orientation(data))
+    upright = pixels if recipe.plain else turned(pixels, orientation(data, kind))
     size = _size_after(recipe, *upright.shape[:2])
     if target == extension and upright is pixels and size == (height, width):
         return Picture(extension, data, width, height, width, height, sha256)
@@ -105,27 +107,6 @@ def encode(pixels_HW3: np.ndarray, extension: str, quality: int) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels_HW3).save(buffer, {"png": "PNG", "webp": "WEBP"}[extension], quality=quality)
     return buffer.getvalue()
-
-
-def orientation(data: bytes) -> int:
-    """The EXIF orientation, 1 to 8; 1 where there is none or it cannot be read."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            value = image.getexif().get(0x0112, 1)
-    except Exception:  # the picture has been decoded: only its metadata are odd, and Pillow raises many kinds
-        return 1
-    return value if value in range(1, 9) else 1
-
-
-def turn(pixels_HW3: np.ndarray, orientation: int) -> np.ndarray:
-    """Pixels as the EXIF orientation wants them to be seen; the same array for 1."""
-    if orientation >= 5:
-        pixels_HW3 = pixels_HW3.transpose(1, 0, 2)
-    if orientation in (2, 3, 6, 7):
-        pixels_HW3 = pixels_HW3[:, ::-1]
-    if orientation in (3, 4, 7, 8):
-        pixels_HW3 = pixels_HW3[::-1]
-    return pixels_HW3
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import numpy as np
 from clipscale.config_data import Data
 from clipscale.counter import fold
 from clipscale.data.mixture import Mixture, begin, quotas, resumed
-from clipscale.data.order import Order, Resampled, default_streams
+from clipscale.data.order import Order, Resampled, default_streams, rank_positions
 from clipscale.data.source import Source, open_source
 from clipscale.data.tokenize import Tokenize
 from clipscale.errors import UserError, require
@@ -62,13 +62,27 @@ class Pipeline:
             epoch[here], shard[here], index[here] = self.orders[i].locate(ordinal[here])
         return source, epoch, shard, index
 
+    def rank_positions(self, start: int, global_batch: int, *, world: int, rank: int) -> np.ndarray:
+        """The positions of batch [start, start + global_batch) that `rank` reads, int64 [global_batch / world].
+
+        Stream by stream of each source, so that a rank keeps to few shards. The ranks' parts are a partition.
+        """
+        if len(self.mixture.names) == 1:
+            return rank_positions(start, global_batch, world=world, rank=rank, streams=self.orders[0].streams)
+        source, ordinal = self.mixture.locate(np.arange(start, start + global_batch))
+        length = np.array([order.epoch_length for order in self.orders])[source]
+        stream = ordinal % length % np.array([order.streams for order in self.orders])[source]
+        per_rank = global_batch // world
+        return start + np.lexsort((stream, source))[rank * per_rank : (rank + 1) * per_rank]
+
     def repeats(self, start: int, global_batch: int) -> int:
         """Slots of the batch at `start` whose pair another slot before them holds.
 
         Costs nothing where no source can repeat itself: where all that the batch takes of it lies in one epoch.
         """
         stop = start + global_batch
-        if not any(self.orders[i].may_repeat(low, high) for i, low, high in self.mixture.spans(start, stop)):
+        spans = zip(self.orders, self.mixture.taken(start).tolist(), self.mixture.taken(stop).tolist(), strict=False)
+        if not any(order.may_repeat(low, high) for order, low, high in spans):
             return 0
         source, _, shard, index = self.locate(np.arange(start, stop))
         sizes = [source.counts for source in self.sources]
@@ -140,7 +154,7 @@ def build_pipeline(
         "data.epoch_boundary=drop leaves out the remainder of an epoch, and data.sampling=resampled has no epochs; use "
         "straddle",
     )
-    recorded = recorded and _in_full(recorded)
+    recorded = recorded and _in_full(recorded, data)
     mixture = _mixture(data, seed, position, recorded, warn)
     sources = [
         open_source(name, data.sources[name], data, need="pairs", track=track, warn=warn) for name in mixture.quota
@@ -195,7 +209,7 @@ def _order(
     if recorded is not None and source.name in recorded["streams"]:
         streams = recorded["streams"][source.name]
     else:  # V of one source, from its own shards and its own share of a batch
-        streams = data.streams or default_streams(len(source.shards), per_batch)
+        streams = data.streams or default_streams(len(source.shards), per_batch, divides=len(mixture.names) == 1)
     layout = partial(
         Order if data.sampling == "epochs" else Resampled,
         source.counts,
@@ -232,18 +246,25 @@ def _epoch_length(source: Source, data: Data, global_batch: int, recorded: dict[
 
 def _pixels(data: Data) -> dict[str, Any]:
     """The settings of `data` that decide what is made of a sample's bytes."""
+    augment = data.augment
     return {
         "crop": [*data.crop_scale, *data.crop_ratio],
         "exif": data.exif,
         "scaled_decode": data.scaled_decode,
         "max_pixels": data.max_pixels,
+        "augment": [augment.flip, *augment.color_jitter, augment.color_jitter_prob, augment.grayscale],
     }
 
 
-def _in_full(recorded: dict[str, Any]) -> dict[str, Any]:
+def _in_full(recorded: dict[str, Any], data: Data) -> dict[str, Any]:
     """A record of a version that kept less: what it lacks was as the defaults of today have it."""
     if "mixture" in recorded:
         return recorded
+    require(
+        len(recorded["content"]) == 1 or data.accept_changes,
+        "the checkpoint is of a version that dealt a mixture's positions out in another way; start a run of its own "
+        "(run.dir), or set data.accept_changes=true",
+    )
     names = [*recorded["content"]]
     quota = dict(zip(names, recorded["quota"], strict=True))
     return {

@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from clipscale.config_data import Fetch
 from clipscale.data.shards import masked
@@ -154,7 +154,7 @@ class _Download:
 
     def failed(self, error: Exception, attempts: int) -> FetchError:
         cause = " ".join(masked(str(error)).split())[:500]
-        if self.part.written_bytes or (self.total_bytes and not isinstance(error, _Mismatch)):
+        if not isinstance(error, _Mismatch) and (self.part.written_bytes or self.total_bytes):
             cause += f" at byte {self.part.written_bytes} of {self.total_bytes or 'an unknown number'}"
         return FetchError(f"{masked(self.url)}: {cause} ({attempts} attempt{'s' if attempts > 1 else ''})")
 
@@ -190,7 +190,7 @@ class _Stream:
         if self._body:
             self._body.cancel()
 
-    def _next(self, nothing: str):
+    def _next(self, nothing: str) -> Any:
         start = time.monotonic()
         item = None
         while item is None:

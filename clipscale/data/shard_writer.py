@@ -13,8 +13,10 @@ written to `<name>.partial`, synced and renamed: a file called `*.tar` is always
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Literal
 
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
 EXTENSIONS = (*IMAGE_EXTENSIONS, "txt", "cls", "json")  # also the order of a sample's members
@@ -165,15 +167,25 @@ def encode(value: bytes | str | int | dict) -> bytes:
     return str(value).encode("utf-8")
 
 
-def write_file(path: Path, text: str) -> None:
-    """Write a small text file by way of a temporary name, synced before the rename."""
+@contextmanager
+def whole_file(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO]:
+    """A file to write to, text in UTF-8 or bytes: under a temporary name, until all is written and synced."""
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, mode, encoding=None if mode == "wb" else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def write_file(path: Path, text: str) -> None:
+    """A small text file, whole or not at all."""
+    with whole_file(path) as file:
+        file.write(text)
 
 
 def sync_folder(folder: Path) -> None:

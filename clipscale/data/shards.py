@@ -9,17 +9,12 @@ webdataset expands braces. Whatever tells a person about a URL shows it `masked`
 from __future__ import annotations
 
 import glob
-import hashlib
 import os
 import re
-import shutil
-import uuid
 from collections import Counter
 from pathlib import Path
 
 import fsspec
-import webdataset
-from webdataset.shardlists import expand_urls as expand_braces
 
 from clipscale.errors import UserError, require
 
@@ -48,6 +43,8 @@ def expand_urls(urls: str, allow_pipe: bool = False) -> list[str]:
         UserError: nothing left, a file that is not there, a glob without a match, the same shard twice, a scheme that
             is not read or whose client is not installed, a pipe without `allow_pipe`.
     """
+    from webdataset.shardlists import expand_urls as expand_braces  # brings torch, which other processes do without
+
     try:
         patterns = [url.strip() for url in expand_braces(urls) if url.strip()]
     except Exception as error:  # braceexpand and webdataset raise several kinds
@@ -129,22 +126,3 @@ def check_scheme(url: str, allow_pipe: bool) -> None:
             raise UserError(
                 f"shards {shown!r}: the client for {scheme}:// is not installed; pip install '{package}'"
             ) from error
-
-
-def local_path(url: str, cache_dir: str | None) -> str:
-    """A local file with the shard's bytes: the shard itself, or its copy in the cache."""
-    if is_local(url):
-        return url.removeprefix("file:")
-    target = cache_folder(cache_dir) / "shards" / hashlib.sha1(url.encode()).hexdigest()[:20] / os.path.basename(url)
-    if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-        try:
-            with webdataset.gopen(url, "rb") as stream, open(partial, "wb") as file:
-                shutil.copyfileobj(stream, file, 1 << 20)
-            partial.rename(target)
-        except Exception as error:  # each gopen scheme raises kinds of its own
-            raise UserError(f"shard {url!r}: cannot be fetched ({error})") from error
-        finally:
-            partial.unlink(missing_ok=True)
-    return str(target)

@@ -22,14 +22,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clipscale import config_data
+from clipscale.data.cache import ShardCache
 from clipscale.data.captions import MAX_JSON_BYTES, CaptionError, CaptionRule
 from clipscale.data.counts import declared_counts
 from clipscale.data.decode import CAUSES as BAD_CAUSES
 from clipscale.data.decode import BadSample
 from clipscale.data.index import Index, Shard
 from clipscale.data.indexing import Track, index_shards
+from clipscale.data.remote import Expected
 from clipscale.data.select import MAX_PICTURE_BYTES, Need, Rules
-from clipscale.data.shards import expand_urls, is_local
+from clipscale.data.shards import expand_urls, is_local, masked
 from clipscale.data.sidecar import Records, Row
 from clipscale.errors import UserError
 
@@ -46,7 +48,9 @@ class Sample(NamedTuple):
 class Source:
     """Samples of several shards. `counts` [S]: usable samples of each shard, or those declared."""
 
-    def __init__(self, name: str, shards: list[Shard], index: Index, caption: CaptionRule, cache: Any = None) -> None:
+    def __init__(
+        self, name: str, shards: list[Shard], index: Index, caption: CaptionRule, cache: ShardCache | None
+    ) -> None:
         self.name, self.shards, self.need = name, shards, index.rules.need
         self.counts = np.array([shard.samples for shard in shards], np.int64)
         self.samples = int(self.counts.sum())
@@ -82,20 +86,20 @@ class Source:
         """
         key = f"number {index}"
         try:
-            row = self._sidecars.get(shard).row(index, self._shard(shard))
+            row = self._sidecars.get(shard).row(index, self.shards[shard].samples)
             key = row.key
-            tar = self._tars.get(shard)  # held by name: another thread may drop it from the open ones meanwhile
+            tar = self._tars.get(shard)  # held while it is read, so that another thread cannot make it close
             return Sample(key, *_read_pair(tar.number, row))
         except OSError as error:
-            raise OSError(f"shard {self.shards[shard].url}, {key}: {error}") from error
+            raise OSError(f"shard {masked(self.shards[shard].url)}, {key}: {error}") from error
 
     def where(self, shard: int, index: int) -> tuple[str, str]:
         """(shard path or URL, key), for messages; a number stands for the key where the index cannot be read."""
         try:
-            key = self._sidecars.get(shard).row(index, self._shard(shard)).key
+            key = self._sidecars.get(shard).row(index, self.shards[shard].samples).key
         except OSError:
             key = f"number {index}"
-        return self.shards[shard].url, key
+        return masked(self.shards[shard].url), key
 
     def caption(self, note: bytes, draw: int = 0) -> str:
         """The caption in a sample's note; `draw` (64 bits) chooses where the source's `captions` is random.
@@ -122,6 +126,22 @@ class Source:
         """Whether any of its shards comes through the cache."""
         return self._cache is not None
 
+    def cache_shortage(self, block_samples: int) -> str:
+        """What to tell of an order whose streams lie in blocks of so many samples in all, if the cache is too small for
+        it; empty: it is not, or what the shards weigh is not known yet."""
+        weights = [shard.bytes for shard in self.shards if shard.bytes and not is_local(shard.url)]
+        if not weights:
+            return ""
+        at_a_time = min(len(weights), 3 * block_samples * len(self.shards) // (2 * self.samples) + 1)
+        wanted, bound = at_a_time * sum(weights) // len(weights), self._cache.bound_bytes
+        if wanted <= bound:
+            return ""
+        return (
+            f"source {self.name!r}: its order reads about {at_a_time:,} shards by turns, {wanted / 1e9:,.1f} GB, and "
+            f"data.cache_bytes allows {bound / 1e9:,.1f} GB: shards will be fetched over and over; set data.streams "
+            "and data.block_shards so that 1.5 x streams x block_shards shards fit, or raise the bound"
+        )
+
     def prefetch(self, shards: Iterable[int]) -> None:
         """Start to fetch those of the shards that are remote; returns at once."""
         urls = [url for shard in shards if not is_local(url := self.shards[shard].url)]
@@ -141,7 +161,7 @@ class Source:
     def _open_tar(self, shard: int) -> _File:
         known = self._shard(shard)
         if not is_local(known.url):
-            return _File(self._cache.open(known.url, expect=_expected(known)))
+            return _File(self._cache.open(known.url, expect=Expected(known.bytes, known.crc32, known.sha256)))
         file = _File(os.open(known.url, os.O_RDONLY | os.O_CLOEXEC))
         stat = os.fstat(file.number)
         if (stat.st_size, stat.st_mtime_ns) != (known.bytes, known.mtime_ns):
@@ -159,10 +179,12 @@ class Source:
             raise OSError(f"{error} ({known.sidecar})") from error
 
     def _index_declared(self, declared: Shard) -> Shard:
-        file = _File(self._cache.open(declared.url))
-        lazily = dataclasses.replace(self._index, lazily=True)
-        with self._indexing:
-            shard = lazily.known(declared.url) or lazily.build(declared.url, file.number)
+        url, lazily = declared.url, dataclasses.replace(self._index, lazily=True)
+        shard = self._index.known(url) or lazily.known(url)
+        if shard is None:
+            file = _File(self._cache.open(url))
+            with self._indexing:
+                shard = lazily.known(url) or lazily.build(url, file.number)
         if shard.samples > declared.samples:
             warnings.warn(_surplus(shard, declared), stacklevel=2)
         return shard
@@ -182,9 +204,9 @@ class _OpenSidecar(NamedTuple):
     file: _File
     records: Records
 
-    def row(self, index: int, shard: Shard) -> Row:
+    def row(self, index: int, declared: int) -> Row:
         if index >= self.records.samples:
-            raise OSError(f"{self.records.samples} samples are usable, not the number declared")
+            raise OSError(f"{declared} samples were declared, {self.records.samples} are usable")
         return self.records.read(index)
 
 
@@ -232,15 +254,11 @@ def _read_exactly(file: int, offset: int, size: int) -> bytes:
     return data
 
 
-def _expected(shard: Shard) -> Any:
-    from clipscale.data.cache import Expected
-
-    return Expected(shard.bytes, shard.crc32, shard.sha256) if shard.sidecar else None
-
-
 def _surplus(shard: Shard, declared: Shard) -> str:
     more = shard.samples - declared.samples
-    return f"shard {shard.url!r} declared {declared.samples} samples: the last {more} of the usable ones are not used"
+    return (
+        f"shard {masked(shard.url)}: {declared.samples} samples were declared, the last {more} usable ones stay unused"
+    )
 
 
 def open_source(
@@ -264,13 +282,10 @@ def open_source(
     Raises:
         UserError: a shard that is not there or cannot be read, or no usable sample in any.
     """
-    urls = expand_urls(source.urls)
+    urls = expand_urls(source.urls, data.allow_pipe)
     index = Index(Rules.of(source, data, need), data.index_dir, data.cache_dir, data.hash)
-    cache = None
-    if not all(map(is_local, urls)):
-        from clipscale.data.cache import ShardCache
-
-        cache = ShardCache(data.cache_dir, data.cache_bytes, data.fetch, data.allow_pipe)
+    remote = not all(map(is_local, urls))
+    cache = ShardCache(data.cache_dir, data.cache_bytes, data.fetch, data.allow_pipe) if remote else None
     declared = {} if ahead else declared_counts(urls, source.counts, index, cache)
     wanted = [url for url in urls if url not in declared]
     indexed = index_shards(wanted, index, cache, jobs=data.index_jobs, track=track, label=f"indexing {name}")
@@ -286,21 +301,22 @@ def open_source(
 def _require_samples(source: Source, urls: str) -> None:
     if source.samples:
         return
-    wanted = "a picture and a caption" if source.need == "pairs" else "a picture and a label (.cls)"
+    wanted = "a caption" if source.need == "pairs" else "a label (.cls)"
     table = ", ".join(f"{cause}: {count}" for cause, count in source.refused().most_common())
-    causes = "; ".join(filter(None, [table, *(f"{s.url} {s.cut}" for s in source.shards if s.cut)][:4]))
+    causes = "; ".join(filter(None, [table, *(f"{masked(s.url)} {s.cut}" for s in source.shards if s.cut)][:4]))
     raise UserError(
-        f"source {source.name!r}: none of its {len(source.shards)} shards ({urls}) holds a sample with {wanted}; "
-        f"found: {causes or 'empty archives'}"
+        f"source {source.name!r}: none of its {len(source.shards)} shards ({masked(urls)}) holds a sample with "
+        f"a picture and {wanted}; found: {causes or 'empty archives'}"
     )
 
 
 def _findings(source: Source) -> Iterable[str]:
     for shard in source.shards:
+        about = f"source {source.name!r}: {masked(shard.url)}"
         if shard.changed:
-            yield f"source {source.name!r}: {shard.url} changed since it was indexed last: {shard.changed}"
+            yield f"{about} changed since it was indexed last: {shard.changed}"
         if shard.cut:
-            yield f"source {source.name!r}: {shard.url} is damaged, {shard.samples} samples are usable: {shard.cut}"
+            yield f"{about} is damaged, {shard.samples} samples are usable: {shard.cut}"
     refused = source.refused()
     if refused:
         table = ", ".join(f"{cause}: {count}" for cause, count in refused.most_common())

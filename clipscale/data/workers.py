@@ -24,13 +24,14 @@ from typing import Any
 from clipscale.data.blocks import Blocks
 from clipscale.data.fill import Done, Filler, Job, Share
 from clipscale.data.pipeline import Pipeline
+from clipscale.errors import UserError
 
 SHIELDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 _CHECK_SECONDS = 1.0
 _SILENCE_SECONDS = 120.0  # the loader's process sends a sign of life every few seconds
 
 
-class LoaderError(RuntimeError):
+class LoaderError(UserError):
     """The loader cannot go on; says what became of it."""
 
 

@@ -1,0 +1,118 @@
+"""What feeds a run: repeats in a batch, the account of masked samples, augmentation and replay by the config."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from shards import picture, write_pairs, write_shard
+from tiny import tiny_config
+
+from clipscale.data.workers import LoaderError
+from clipscale.dist import World
+from clipscale.errors import UserError
+from clipscale.feed import caption_hashes
+from clipscale.train import Trainer, train
+
+CPU = torch.device("cpu")
+ALONE = World(0, 1, 0, CPU)
+
+
+def rows(folder, name: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (folder / "run" / name).read_text().splitlines()]
+
+
+def test_hashes_tell_captions_apart():
+    tokens = torch.randint(0, 49_408, (20_000, 12), generator=torch.Generator().manual_seed(0))
+    tokens[:, 6:] = 0
+    distinct = len({tuple(row) for row in tokens.tolist()})
+    assert len(np.unique(caption_hashes(tokens))) == distinct
+    assert np.array_equal(caption_hashes(tokens[::7]), caption_hashes(tokens)[::7])
+    swapped = tokens.clone()
+    swapped[:, [0, 1]] = tokens[:, [1, 0]]
+    same = (tokens[:, 0] == tokens[:, 1]).numpy()
+    assert np.array_equal(caption_hashes(swapped) == caption_hashes(tokens), same)
+
+
+def test_captions_and_pairs_that_occur_twice_are_in_the_metrics(tmp_path):
+    """Eight samples an epoch, batches of twelve: four pairs come twice in each; a third of the captions are one."""
+    samples = [
+        (f"{i:03d}", {"jpg": picture(i, 16, 16), "txt": b"the same" if i < 3 else f"number {i}".encode()})
+        for i in range(8)
+    ]
+    urls = str(write_shard(tmp_path / "a.tar", samples))
+    words = ("train.global_batch=12", "train.samples=24", "data.allow_repeats=true")
+    train(tiny_config(tmp_path, urls, *words))
+    for row in rows(tmp_path):
+        assert row["repeated_pairs"] == 4
+        assert row["repeated_captions"] == 12 - 6  # the six captions of the epoch are all there
+
+
+def test_masked_samples_do_not_count_as_repeated_captions(tmp_path):
+    urls = write_pairs(tmp_path / "data", 2, 8, size=16, broken={0, 1, 2, 8, 9})
+    train(tiny_config(tmp_path, urls, "train.global_batch=16", "train.samples=16", "data.max_bad_fraction=0.9"))
+    assert [row["repeated_captions"] for row in rows(tmp_path)] == [0]
+    assert [row["masked_samples"] for row in rows(tmp_path)] == [5]
+
+
+def test_the_table_of_causes_is_told_before_the_run_stops(tmp_path, capsys):
+    good = write_pairs(tmp_path / "good", 2, 8, size=16)
+    bad = write_pairs(tmp_path / "bad", 2, 8, size=16, broken=range(10))
+    words = (f"data.sources.other.urls={bad}", "data.allow_repeats=true", "train.samples=64")
+    with pytest.raises(UserError, match=r"samples could not be used \(other: broken picture: \d+\)"):
+        train(tiny_config(tmp_path, good, *words))
+    assert "other: broken picture" in (tmp_path / "run" / "run.log").read_text()
+
+
+@pytest.mark.parametrize("tier", ["host", "disk", "recompute"])
+def test_a_run_is_the_same_in_every_tier(tmp_path, tier):
+    urls = write_pairs(tmp_path / "data", 4, 8, size=16, broken={3})
+    losses = []
+    for kind in ("auto", tier):
+        folder = tmp_path / f"{kind}"
+        folder.mkdir()
+        words = (f"replay.kind={kind}", f"replay.dir={tmp_path}/replay", "data.max_bad_fraction=0.5")
+        train(tiny_config(folder, urls, *words))
+        losses.append([row["loss"] for row in rows(folder)])
+    assert losses[0] == losses[1]
+    assert f"replay tier {tier}" in (tmp_path / tier / "run" / "run.log").read_text()
+
+
+def test_a_step_that_fits_nowhere_is_refused_before_the_first(tmp_path):
+    urls = write_pairs(tmp_path / "data", 4, 8, size=16)
+    with pytest.raises(UserError, match=r"replay.kind=auto: .* replay.host_bytes allows 1,000 bytes"):
+        train(tiny_config(tmp_path, urls, "replay.host_bytes=1000"))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_augmentation_changes_the_run_and_both_passes_agree(tmp_path):
+    urls = write_pairs(tmp_path / "data", 4, 8, size=16)
+    words = ("data.augment.flip=0.5", "data.augment.color_jitter=[0.4,0.4,0.4,0.1]", "data.augment.grayscale=0.2")
+    trainer = Trainer(tiny_config(tmp_path, urls, *words), ALONE)
+    plain = Trainer(tiny_config(tmp_path, urls, f"run.dir={tmp_path}/plain"), ALONE)
+    batch, unchanged = next(trainer.feed.loader), next(plain.feed.loader)
+    first = torch.cat([images.clone() for _, images in batch.images.first(CPU)])
+    again = torch.cat([images.clone() for _, images in batch.images.again(CPU)])
+    raw = torch.cat([images.clone() for _, images in unchanged.images.first(CPU)])
+    assert torch.equal(first, again)
+    assert first.dtype == torch.float32
+    assert 0 < (first - raw).abs().amax((1, 2, 3)).gt(1).sum() <= len(raw)
+    trainer.close()
+    plain.close()
+
+
+@pytest.mark.timeout(120)
+def test_training_with_a_loader_process_that_dies_is_one_line_and_not_a_hang(tmp_path):
+    urls = write_pairs(tmp_path / "data", 4, 8, size=16)
+    trainer = Trainer(tiny_config(tmp_path, urls, "data.loader=process", "train.samples=100000"), ALONE)
+    trainer.towers.model.train()
+    trainer.step(next(trainer.feed.loader))
+    os.kill(trainer.feed.loader.workers.pid, signal.SIGKILL)
+    with pytest.raises(LoaderError, match="was killed by SIGKILL") as died:
+        trainer.run()
+    assert "\n" not in str(died.value)
+    trainer.close()
