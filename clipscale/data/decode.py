@@ -2,7 +2,7 @@
 
     image_3SS = load_picture(data, draws, Decoding.of(config.data), side=224)      # a random crop: what training sees
     image_3SS = load_picture(data, None, Decoding.of(config.data), side=224)       # the middle: what evaluation sees
-    pixels_HW3 = decode(data, max_pixels=90_000_000)                               # the whole picture
+    pixels_HW3 = decode(data, max_pixels=50_000_000)                               # the whole picture
     height, width, kind = picture_size(data)                                       # its header only: 3 us
 
 The format comes from the magic bytes, never from the name. simplejpeg decodes every JPEG (libjpeg-turbo, strict, CMYK

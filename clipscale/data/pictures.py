@@ -1,6 +1,6 @@
 """Pictures on their way into shards: proved to decode, made smaller where asked, in several processes.
 
-    recipe = Recipe(max_pixels=90_000_000, short_side=256)
+    recipe = Recipe(max_pixels=50_000_000, short_side=256)
     picture = prepare(jpeg_bytes, recipe)              # Picture(extension='jpg', data, width=341, height=256, ...)
     for row, picture in read_pictures(rows, recipe, jobs=8):
         ...                                            # Picture or Refusal, in the order of the rows

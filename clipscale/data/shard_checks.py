@@ -1,6 +1,6 @@
 """One shard, verified to its last byte: what is in it, what is broken and where, and hashes of its contents.
 
-    found = check_shard("train-0000.tar", Expected(need="pairs", caption="txt", max_pixels=90_000_000), cache=None)
+    found = check_shard("train-0000.tar", Expected(need="pairs", caption="txt", max_pixels=50_000_000), cache=None)
     found.samples, found.problems[0]        # 10000, Problem(key='000017', member='000017.jpg', offset=9216, cause=...)
 
 The rules are the loader's own (clipscale/data/select.py, captions.py, decode.py), but every picture is decoded, and a
