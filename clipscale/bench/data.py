@@ -35,6 +35,7 @@ from clipscale.errors import require
 _PACKAGES = ("webdataset", "open_clip_torch", "pillow", "torchvision", "simplejpeg", "numpy")
 _LOOKED_AT = 256  # pictures whose sizes are told
 _INDEX_REPEATS = 3
+_TRANSPORT_PICTURES = 256
 _TINY_SAMPLES = 20_000
 _TRANSPORT_SECONDS = 2.0  # at most, of a turn
 
@@ -73,7 +74,7 @@ class _Run:
     def _transport(self) -> dict[str, Any]:
         seconds = min(self.options.seconds, _TRANSPORT_SECONDS)
         return measure_transport(
-            pictures=256, side=self.options.image_size, rounds=self.options.rounds, seconds=seconds
+            pictures=_TRANSPORT_PICTURES, side=self.options.image_size, rounds=self.options.rounds, seconds=seconds
         )
 
     def _index(self) -> list[dict[str, Any]]:
