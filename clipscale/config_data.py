@@ -123,10 +123,10 @@ class Data:
     accept_changes: bool = False  # resume although shards, seed, crop or decoders differ from the checkpoint's
     crop_scale: tuple[float, float] = (0.9, 1.0)  # share of the picture's area that the random crop keeps
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)
-    exif: Literal["ignore", "apply"] = "ignore"  # turn a JPEG as its EXIF says, or take its pixels as they lie
+    exif: Literal["ignore", "apply"] = "ignore"  # turn a picture as its EXIF says, or take its pixels as they lie
     scaled_decode: bool = False  # decode JPEGs at 1/2, 1/4 or 1/8 where the crop is at least twice the side wanted
     augment: Augment = field(default_factory=Augment)
-    max_pixels: int = 90_000_000  # a picture whose header promises more is refused
+    max_pixels: int = 50_000_000  # a picture whose header promises more is refused: a bound on memory too
     max_bad_fraction: float = 0.05  # more masked samples than this end the run
     loader: Literal["process", "inline"] = "process"  # decode in a process of its own, or in threads of this one
     threads: int = 2  # decode threads per rank

@@ -43,7 +43,7 @@ not read, keys that occur twice in a shard, archives that are cut short or damag
 Duplicates (equal picture bytes, equal captions, equal pairs, over all shards) are told and are no findings.
 
 --broken lists every finding, a line of JSON each: shard, key, member, offset (of the member's first byte in the shard),
-cause, detail. Hashes wait in a temporary folder (--scratch): 80 bytes a sample.
+cause, detail. Hashes wait in a temporary folder (--scratch): 112 bytes a sample.
 exit status: 0 nothing found; 1 findings; 2 wrong arguments.
 """
 LARGEST, PLACES = 10, 3  # groups of duplicates in the report, and samples named of each
@@ -228,7 +228,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--broken", type=Path, metavar="FILE", help="write every finding, a line of JSON each")
     add("--max-pixels", type=positive, default=Data.max_pixels, metavar="N", help="refuse larger; default: %(default)s")
     add("--cache-dir", metavar="DIR", help="copies of remote shards; default: the user's cache folder")
-    add("--scratch", metavar="DIR", help="for hashes and sizes, 80 bytes a sample; default: the system's")
+    add("--scratch", metavar="DIR", help="for hashes and sizes, 112 bytes a sample; default: the system's")
     add_jobs(parser)
     return parser
 

@@ -45,6 +45,7 @@ def test_the_rest_equals_pillow(mode, format):
     data = encode(image(mode=mode), format)
     pixels = decode(data, MAX_PIXELS)
     assert pixels.dtype == np.uint8
+    assert pixels.flags.writeable
     np.testing.assert_array_equal(pixels, with_pillow(data))
 
 

@@ -5,7 +5,7 @@ from PIL import Image
 from shards import picture, write_pairs, write_shard
 
 from clipscale.config_data import Data, Source
-from clipscale.data.decode import center_square, crop_and_resize, decode
+from clipscale.data.decode import Decoding, center_square, crop_and_resize, decode
 from clipscale.data.evalset import FolderPictures, ShardPictures, batches
 from clipscale.data.source import open_source
 from clipscale.errors import UserError
@@ -22,7 +22,9 @@ def test_shards_come_in_their_order_and_broken_pictures_are_marked(tmp_path, thr
     pictures = ShardPictures(source)
     assert len(pictures) == 15
     numbers = []
-    for images, notes, valid in batches(pictures, range(15), batch=4, side=20, threads=threads, max_pixels=10_000):
+    for images, notes, valid in batches(
+        pictures, range(15), batch=4, side=20, threads=threads, decoding=Decoding(max_pixels=10_000)
+    ):
         assert len(images) == len(notes) == len(valid) <= 4
         for image, note, ok in zip(images, notes, valid, strict=True):
             number = len(numbers)
@@ -42,7 +44,7 @@ def test_labels_and_the_share_of_a_rank(tmp_path):
     samples = [(str(i), {"png": picture(i, 9, 14, "PNG"), "cls": str(i % 3).encode()}) for i in range(10)]
     source = open_source("test", Source(str(write_shard(tmp_path / "test.tar", samples))), Data(), need="labelled")
     mine = range(1, 10, 2)
-    found = list(batches(ShardPictures(source), mine, batch=3, side=8, threads=2, max_pixels=1000))
+    found = list(batches(ShardPictures(source), mine, batch=3, side=8, threads=2, decoding=Decoding(max_pixels=1000)))
     assert [int(note) for _, notes, _ in found for note in notes] == [i % 3 for i in mine]
     assert torch.equal(
         torch.cat([images for images, _, _ in found]), torch.stack([view(samples[i][1]["png"], 8) for i in mine])
@@ -58,7 +60,9 @@ def test_a_folder_of_classes(tmp_path):
     (tmp_path / "dog" / "0.png").write_bytes(b"broken")
     pictures = FolderPictures(str(tmp_path))
     assert pictures.folders == ["cat", "dog", "empty"]
-    ((images, notes, valid),) = batches(pictures, range(len(pictures)), batch=9, side=16, threads=2, max_pixels=10_000)
+    ((images, notes, valid),) = batches(
+        pictures, range(len(pictures)), batch=9, side=16, threads=2, decoding=Decoding(max_pixels=10_000)
+    )
     assert (notes, valid.tolist()) == ([b"0", b"", b"1", b"1"], [True, False, True, True])
     assert torch.equal(images[0], view(picture(3, 20, 30), 16))
 

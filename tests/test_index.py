@@ -1,24 +1,31 @@
-import gzip
-import io
+"""clipscale/data/index.py, sidecar.py and indexing.py: sidecars, whole, stale and damaged; many shards at once."""
+
+import hashlib
 import json
 import os
 import random
-import shutil
-import tarfile
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
 import tracemalloc
+import zlib
+from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 import pytest
-import webdataset
-from hypothesis import given, reject, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from shards import picture, write_shard, write_tar
+from shards import picture, write_pairs, write_shard
 
+from clipscale.config_data import Select
 from clipscale.data import index as index_module
-from clipscale.data.index import IMAGE_SUFFIXES, index_shard
-from clipscale.data.source import Source, open_source
-from clipscale.data.tar import list_members
+from clipscale.data import indexing, sidecar
+from clipscale.data.index import Index, Shard
+from clipscale.data.indexing import index_shards
+from clipscale.data.select import Rules
 from clipscale.errors import UserError
 
 JPEG = picture(0, 16, 16)
@@ -28,344 +35,36 @@ def pair(caption: bytes = b"a caption", image: bytes = JPEG) -> dict[str, bytes]
     return {"jpg": image, "txt": caption}
 
 
-def read_all(path: Path, need: str = "pairs") -> list[tuple[str, bytes, bytes]]:
-    source = Source("test", [index_shard(str(path))], need)
-    samples = [tuple(source.read(0, i)) for i in range(source.samples)]
-    source.close()
-    return samples
+def index_shard(path: str, **settings) -> Shard:
+    index = Index(**settings)
+    return index.known(path) or index.build(path)
 
 
-# --- webdataset's reader is the oracle --------------------------------------------------------------------------------
+def rows(shard: Shard) -> list[sidecar.Row]:
+    with open(shard.sidecar, "rb") as file:
+        records = sidecar.Records.of(file.fileno(), shard.identity)
+        return [records.read(i) for i in range(shard.samples)]
 
 
-def read_with_webdataset(path: Path) -> list[tuple[str, bytes, bytes]]:
-    samples = []
-    for sample in webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False):
-        image = next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
-        text = sample.get("txt", b"")
-        if image is not None and text.strip():
-            samples.append((sample["__key__"], image, text))
-    return samples
-
-
-keys = st.builds(
-    "".join,
-    st.tuples(
-        st.sampled_from(["", "", "a/", "a/b.c/", "./", "/abs/", "__x/", "__meta__/", "é/", "long/" * 40]),
-        st.text("ab01_-é ", min_size=1, max_size=4) | st.sampled_from(["k" * 120, "__k__", "ключ" * 30]),
-    ),
-)
-suffixes = st.sampled_from(
-    ["jpg", "JPG", "jpeg", "png", "webp", "txt", "Txt", "cls", "json", "thumb.jpg", "txt.gz", ""]
-)
-members = st.permutations(["JPG", "txt", "cls"]) | st.lists(suffixes, min_size=1, max_size=4, unique_by=str.lower)
-formats = st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(keys, members)), formats, st.randoms())
-def test_the_index_reads_what_webdataset_reads(tmp_path_factory, groups, format, random):
-    path = tmp_path_factory.mktemp("fuzz") / "shard.tar"
-    with tarfile.open(path, "w", format=format) as tar:
-        for name in [f"{key}.{suffix}" if suffix else key for key, parts in groups for suffix in parts]:
-            member = tarfile.TarInfo(name)
-            data = random.randbytes(random.choice([0, 1, 511, 512, 513, 1300]))
-            if name.lower().endswith("txt"):
-                data = data.hex().encode()
-            member.size = len(data)
-            try:
-                tar.addfile(member, io.BytesIO(data))
-            except ValueError:  # ustar cannot hold the name
-                continue
-            if random.random() < 0.2:
-                other = tarfile.TarInfo(f"folder{random.random()}")
-                other.type = random.choice([tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
-                other.linkname = "elsewhere"
-                tar.addfile(other)
-    try:
-        expected = read_with_webdataset(path)
-    except ValueError:  # two samples of one key in a row
-        reject()
-    assert read_all(path) == expected
-    assert index_shard(str(path)).cut == ""
-
-
-def test_long_names_directories_and_odd_members(tmp_path):
-    """The same without chance: each feature is there and each sample is found."""
-    key = "folder/" * 30 + "k" * 90
-    for format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
-        path = tmp_path / f"{format}.tar"
-        members = [
-            ("__meta__/shards.txt", b"x"),
-            ("__info__", b"x"),
-            (f"{key}.JPG", b"image 1"),
-            (f"{key}.txt", b"text 1"),
-            ("readme", b"no suffix"),
-            ("b.thumb.jpg", b"not the picture"),
-            ("b.txt", b"text 2"),
-            ("b.png", b"image 2"),
-            ("b.json", b"{}"),
-        ]
-        write_tar(path, members, format)
-        assert read_all(path) == [(key, b"image 1", b"text 1"), ("b", b"image 2", b"text 2")]
-        assert read_with_webdataset(path) == read_all(path)
-
-
-def test_an_apple_double_or_hidden_file_does_not_split_a_sample(tmp_path):
-    members = [("d/._1.jpg", b"x"), ("d/1.jpg", b"image"), ("d/._1.txt", b"x"), ("d/1.txt", b"text")]
-    assert read_all(write_tar(tmp_path / "mac.tar", members)) == [("d/1", b"image", b"text")]
-
-
-def test_names_that_are_not_utf8_stay_apart(tmp_path):
-    path = tmp_path / "latin.tar"
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT, encoding="latin-1") as tar:
-        for name in ("é.jpg", "é.txt", "è.jpg", "è.txt"):
-            member = tarfile.TarInfo(name)
-            member.size = 5
-            tar.addfile(member, io.BytesIO(name.encode()[:2] + b"txt"))
-    samples = read_all(path)
-    assert [key for key, _, _ in samples] == ["\\xe9", "\\xe8"]
-    assert [text for _, _, text in samples] == ["étxt".encode(), "ètxt".encode()]
-
-
-def test_a_key_twice_in_a_row_is_two_samples(tmp_path):
-    samples = [("a", pair(b"first")), ("a", pair(b"second"))]
-    assert [text for _, _, text in read_all(write_shard(tmp_path / "twice.tar", samples))] == [b"first", b"second"]
-
-
-def test_keys_may_hold_anything(tmp_path):
-    path = tmp_path / "odd.tar"
-    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
-        for suffix in ("jpg", "txt"):
-            member = tarfile.TarInfo("plain")
-            member.pax_headers = {"path": f"a\0b\nc.{suffix}"}
-            member.size = 1
-            tar.addfile(member, io.BytesIO(b"x"))
-    assert read_all(path) == [("a\0b\nc", b"x", b"x")]
-
-
-# --- damaged archives: what lies before the damage is used, and the damage is told ------------------------------------
-
-
-@pytest.fixture
-def whole(tmp_path) -> bytes:
-    return write_shard(tmp_path / "whole.tar", [(f"{i:03d}", pair(b"caption %d" % i)) for i in range(4)]).read_bytes()
-
-
-def index_bytes(folder: Path, data: bytes):
-    path = folder / "shard.tar"
-    path.write_bytes(data)
-    return index_shard(str(path))
-
-
-def test_cut_inside_a_member(tmp_path, whole):
-    end = whole.index(b"002.jpg") + 512 + 100
-    shard = index_bytes(tmp_path, whole[:end])
-    assert shard.pairs == 2
-    assert shard.cut == f"cut short at byte {end}, inside 002.jpg"
-
-
-def test_cut_at_every_member_boundary(tmp_path, whole):
-    for i in range(1, 4):
-        end = whole.index(b"%03d.jpg" % i)
-        shard = index_bytes(tmp_path, whole[:end])
-        assert shard.pairs == i
-        assert shard.cut == f"cut short at byte {end}: no end-of-archive marker"
-
-
-def test_cut_between_picture_and_caption(tmp_path, whole):
-    shard = index_bytes(tmp_path, whole[: whole.index(b"002.txt")])
-    assert (shard.pairs, shard.refused) == (2, {"no caption": 1})
-    assert "no end-of-archive marker" in shard.cut
-
-
-def test_bad_header(tmp_path, whole):
-    data = bytearray(whole)
-    place = whole.index(b"002.jpg")
-    data[place + 2] ^= 1
-    shard = index_bytes(tmp_path, bytes(data))
-    assert shard.pairs == 2
-    assert shard.cut == f"bad tar header at byte {place}: checksum does not match"
-
-
-def test_gzip_empty_and_garbage(tmp_path, whole):
-    assert "gzip-compressed" in index_bytes(tmp_path, gzip.compress(whole)).cut
-    assert index_bytes(tmp_path, b"").cut == "cut short at byte 0: no end-of-archive marker"
-    assert index_bytes(tmp_path, bytes(10_240)).cut == ""  # a whole archive of nothing
-    assert "bad tar header at byte 0" in index_bytes(tmp_path, random.Random(0).randbytes(4096)).cut
-
-
-def test_bytes_behind_the_end_are_told(tmp_path, whole):
-    end = (whole.index(b"caption 3") // 512 + 1) * 512
-    shard = index_bytes(tmp_path, whole + whole)
-    assert shard.pairs == 4
-    assert shard.cut == f"{2 * len(whole) - end} bytes follow the end-of-archive marker at byte {end}"
-    start = whole.index(b"002.jpg")
-    shard = index_bytes(tmp_path, whole[:start] + bytes(512) + whole[start + 512 :])  # a hole
-    assert shard.pairs == 2
-    assert f"end-of-archive marker at byte {start}" in shard.cut
-    assert "bytes follow" in index_bytes(tmp_path, whole + bytes(2 << 20)).cut  # a download whose space was laid out
-
-
-def header(name: bytes, size: bytes, kind: bytes) -> bytes:
-    block = bytearray(512)
-    block[: len(name)], block[124 : 124 + len(size)], block[156:157] = name, size, kind
-    block[148:156] = b"%06o\0 " % (sum(block) + 8 * 32)
-    return bytes(block)
-
-
-@pytest.mark.parametrize(
-    ("size", "cause"),
-    [
-        (b"-0000001000", "a size of -512"),  # would turn the walk back on itself, for ever
-        (b"77777777777", "inside x.jpg"),
-        (b"\x80" + bytes(3) + b"\xff" * 8, "inside x.jpg"),
-        (b"\xff" * 12, "inside x.jpg"),
-        (b"12x4", "bad tar header"),
-    ],
-)
-def test_hostile_sizes_end_the_listing(size, cause):
-    listing = list_members(header(b"x.jpg", size, b"0") + bytes(2048))
-    assert not listing.members
-    assert cause in listing.cut
-
-
-@pytest.mark.parametrize(
-    ("records", "cause"),
-    [
-        (b"13 size=-512\n", "a size of -512"),
-        (b"12 size=abc\n", "bad pax header"),
-        (b"0 size=5\n", "a record of 0 bytes"),
-        (b"-5 size=5\n", "a record of -5 bytes"),
-        (b"size=5\n", "bad pax header"),
-        (b"22 GNU.sparse.major=1\n", "sparse member"),
-    ],
-)
-def test_hostile_pax_records_end_the_listing(records, cause):
-    data = records + bytes(-len(records) % 512)
-    tar = header(b"pax", b"%o" % len(records), b"x") + data + header(b"x.jpg", b"1", b"0") + bytes(2048)
-    listing = list_members(tar)
-    assert not listing.members
-    assert cause in listing.cut
-
-
-def test_the_size_field_of_a_folder_or_link_is_no_data():
-    for kind in b"123456":
-        tar = header(b"folder", b"1000", bytes([kind])) + header(b"x.jpg", b"1", b"0") + bytes(2048)
-        listing = list_members(tar)
-        assert ([member.name for member in listing.members], listing.cut) == (["x.jpg"], "")
-
-
-def test_sparse_members_and_large_metadata_allocate_nothing(tmp_path):
-    sparse = header(b"bomb.jpg", b"0", b"S") + bytes(1024)
-    metadata = header(b"bomb", b"77777777777", b"L") + bytes(1024)
-    tracemalloc.start()
-    assert "sparse member" in index_bytes(tmp_path, sparse).cut
-    assert "bytes of metadata" in index_bytes(tmp_path, metadata).cut
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 1 << 20
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.data())
-def test_any_damage_gives_members_that_lie_inside_the_file(data):
-    tar = bytearray(_SMALL)
-    for _ in range(data.draw(st.integers(1, 4))):
-        start = data.draw(st.integers(0, len(tar) - 1))
-        new = data.draw(st.binary(min_size=1, max_size=12))
-        tar[start : start + len(new)] = new
-    if data.draw(st.booleans()):  # with sums that hold, so that the damage is believed
-        for block in range(0, len(tar) - 511, 512):
-            tar[block + 148 : block + 156] = b" " * 8
-            tar[block + 148 : block + 156] = b"%06o\0 " % sum(tar[block : block + 512])
-    listing = list_members(bytes(tar))
-    assert all(0 <= m.offset <= m.offset + m.size <= len(tar) for m in listing.members)
-    assert [m.offset for m in listing.members] == sorted({m.offset for m in listing.members})
-
-
-def _small() -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
-        for name in ("a.jpg", "a.txt", "b" * 120 + ".jpg"):
-            member = tarfile.TarInfo(name)
-            member.size = 3
-            tar.addfile(member, io.BytesIO(b"abc"))
-    return buffer.getvalue()
-
-
-_SMALL = _small()
-
-# --- selection --------------------------------------------------------------------------------------------------------
-
-
-def test_samples_that_cannot_be_used_are_counted_by_cause(tmp_path):
-    samples = [
-        ("good", pair()),
-        ("no-caption", {"jpg": JPEG, "cls": b"3"}),
-        ("empty", pair(b" \n")),
-        ("latin", pair("caf\xe9".encode("latin-1"))),
-        ("long", pair(b"x" * 70_000)),
-        ("text-only", {"txt": b"no picture"}),
-        ("labelled", {"png": JPEG, "txt": "ünïcode".encode(), "cls": b"5"}),
-    ]
-    path = write_shard(tmp_path / "mixed.tar", samples)
-    shard = index_shard(str(path))
-    assert (shard.pairs, shard.labelled) == (2, 2)
-    assert shard.refused == {
-        "no caption": 1,
-        "empty caption": 1,
-        "caption is not UTF-8": 1,
-        "caption above 64 KiB": 1,
-        "no picture": 1,
-    }
-    assert [key for key, _, _ in read_all(path)] == ["good", "labelled"]
-    assert [(key, note) for key, _, note in read_all(path, "labelled")] == [("no-caption", b"3"), ("labelled", b"5")]
-    told = []
-    source = open_source("mine", str(path), need="pairs", warn=told.append)
-    assert source.samples == 2
-    assert told[0].startswith("source 'mine': 5 samples refused (")
-
-
-def test_damage_is_told(tmp_path, whole):
-    (tmp_path / "cut.tar").write_bytes(whole[: whole.index(b"002.jpg")])
-    told = []
-    assert open_source("mine", f"{tmp_path}/{{whole,cut}}.tar", need="pairs", warn=told.append).samples == 6
-    assert len(told) == 1
-    assert "cut.tar is damaged, 2 samples are usable: cut short at byte" in told[0]
-
-
-@pytest.mark.parametrize(
-    ("content", "found"),
-    [
-        (b"", "cut short at byte 0"),
-        (bytes(10_240), "empty archives"),
-        (gzip.compress(b"x"), "gzip"),
-        ([("a", {"jpg": JPEG})], "no caption: 1"),
-        ([("a", {"json": b"{}"})], "no picture: 1"),
-    ],
-)
-def test_no_usable_sample_is_one_clear_error(tmp_path, content, found):
-    path = tmp_path / "shard.tar"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    else:
-        write_shard(path, content)
-    with pytest.raises(UserError, match="holds a sample with a picture and a caption") as error:
-        open_source("mine", str(path), need="pairs")
-    assert found in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-# --- sidecars ---------------------------------------------------------------------------------------------------------
+def keys(shard: Shard) -> list[str]:
+    return [row.key for row in rows(shard)]
 
 
 @pytest.fixture
 def builds(monkeypatch) -> list[str]:
     """The shards indexed from their bytes so far."""
     done = []
-    build = index_module._build
-    monkeypatch.setattr(index_module, "_build", lambda path, *rest: done.append(path) or build(path, *rest))
+    choose = index_module.choose
+    monkeypatch.setattr(index_module, "choose", lambda tar, *rest: done.append(len(tar)) or choose(tar, *rest))
+    return done
+
+
+@pytest.fixture
+def hashed(monkeypatch) -> list[str]:
+    """The kinds of hash that were taken of whole shards so far."""
+    done = []
+    take = index_module._hash
+    monkeypatch.setattr(index_module, "_hash", lambda file, kind: done.append(kind) or take(file, kind))
     return done
 
 
@@ -374,92 +73,204 @@ def shard_path(tmp_path) -> str:
     return str(write_shard(tmp_path / "shard.tar", [(str(i), pair()) for i in range(3)]))
 
 
+# --- what a sidecar holds ---------------------------------------------------------------------------------------------
+
+
+def test_a_sidecar_says_what_the_shard_holds(tmp_path):
+    samples = [(f"k{i}" * (1 + 20 * (i % 2)), {"jpg": b"j" * i, "json": b"{}", "txt": b"t%d" % i}) for i in range(300)]
+    path = write_shard(tmp_path / "x.tar", samples)
+    data = path.read_bytes()
+    shard = index_shard(str(path), hash="sha256")
+    assert (shard.bytes, shard.crc32) == (len(data), zlib.crc32(data))
+    assert shard.sha256 == hashlib.sha256(data).hexdigest()
+    assert (shard.samples, shard.cut, shard.refused, shard.not_read, shard.changed) == (300, "", {}, {}, "")
+    for (key, sample), row in zip(samples, rows(shard), strict=True):
+        assert row.key == key
+        assert data[row.image_offset : row.image_offset + row.image_size] == sample["jpg"]
+        assert data[row.note_offset : row.note_offset + row.note_size] == sample["txt"]
+
+
+spans = st.tuples(
+    st.integers(0, 2**63 - 1), st.integers(0, 2**32 - 1), st.integers(0, 2**63 - 1), st.integers(0, 2**32 - 1)
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.text(st.characters(exclude_categories=["Cs"]), max_size=40), spans), max_size=9))
+def test_what_is_written_is_read(tmp_path_factory, samples):
+    import numpy as np
+
+    place = tmp_path_factory.mktemp("sidecar") / "x.index"
+    found = [key for key, _ in samples], np.array([span for _, span in samples], np.int64).reshape(-1, 4)
+    facts = sidecar.write(place, {"bytes": 7, "crc32": 9}, found[1], found[0])
+    assert (
+        sidecar.read_facts(place)
+        == facts
+        == {"bytes": 7, "crc32": 9, "samples": len(samples)} | {"identity": facts["identity"]}
+    )
+    with open(place, "rb") as file:
+        records = sidecar.Records.of(file.fileno(), facts["identity"])
+        assert [records.read(i) for i in range(len(samples))] == [(key, *span) for key, span in samples]
+        with pytest.raises(OSError, match="is damaged"):
+            records.read(len(samples))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_a_damaged_sidecar_is_an_error_or_another_identity_never_another_sample(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("damage")
+    shard = index_shard(str(write_shard(folder / "x.tar", [(f"k{i}", pair(b"%d" % i)) for i in range(5)])))
+    expected, content = rows(shard), bytearray(Path(shard.sidecar).read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
+    if data.draw(st.booleans()):
+        del content[data.draw(st.integers(0, len(content) - 1)) :]
+    Path(shard.sidecar).write_bytes(content)
+    for i in range(5):
+        with open(shard.sidecar, "rb") as file, suppress(OSError):
+            assert sidecar.Records.of(file.fileno(), shard.identity).read(i) == expected[i]
+    facts = sidecar.read_facts(Path(shard.sidecar))
+    assert facts == {} or (facts["samples"], facts["identity"]) == (5, shard.identity)
+
+
+def test_nothing_is_kept_for_each_sample(tmp_path):
+    shards = [write_shard(tmp_path / f"{n}.tar", [(f"{i}", pair(image=b"j")) for i in range(n)]) for n in (10, 4000)]
+    held = []
+    for path in shards:
+        Index().build(str(path))
+        tracemalloc.start()
+        shard = Index().known(str(path))
+        with open(shard.sidecar, "rb") as file:
+            records = sidecar.Records.of(file.fileno(), shard.identity)
+            found = [records.read(i).key for i in range(0, shard.samples, shard.samples // 10)]
+            assert len(found) == 10
+            held.append(tracemalloc.get_traced_memory()[0])
+        tracemalloc.stop()
+    assert held[1] < held[0] + 1000
+
+
+# --- when it is used again, and when not ------------------------------------------------------------------------------
+
+
 def test_a_current_sidecar_is_used_again(shard_path, builds):
     first = index_shard(shard_path)
     assert index_shard(shard_path) == first
-    assert builds == [shard_path]
-    assert Path(first.sidecar) == Path(shard_path + ".index.npz")
-    assert first.table().keys == ["0", "1", "2"]
+    assert len(builds) == 1
+    assert Path(first.sidecar) == Path(shard_path + ".index")
+    assert keys(first) == ["0", "1", "2"]
 
 
-def test_a_changed_shard_is_indexed_again(shard_path, builds):
+def test_a_changed_shard_is_indexed_again_and_told(shard_path, builds):
     first = index_shard(shard_path)
-    first.table()
+    os.utime(shard_path, ns=(1, 1))
+    touched = index_shard(shard_path)
+    assert (touched.changed, touched.identity) == ("", first.identity)
     write_shard(Path(shard_path), [("other", pair())])
     second = index_shard(shard_path)
-    assert (second.pairs, second.table().keys) == (1, ["other"])
-    os.utime(shard_path, ns=(1, 1))
-    index_shard(shard_path)
-    assert builds == [shard_path] * 3
+    assert keys(second) == ["other"]
+    assert (
+        second.changed
+        == f"{first.bytes} bytes, crc32 {first.crc32:08x} -> {second.bytes} bytes, crc32 {second.crc32:08x}"
+    )
+    assert len(builds) == 3
+    assert index_shard(shard_path).changed == ""
 
 
-def test_the_table_of_a_run_is_not_exchanged_under_it(shard_path):
-    shard = index_shard(shard_path)  # its table is not loaded yet
+def test_a_shard_that_changes_while_it_is_indexed_is_an_error(shard_path, monkeypatch):
+    choose = index_module.choose
+
+    def grow(*arguments):
+        with open(shard_path, "ab") as file:
+            file.write(bytes(512))
+        return choose(*arguments)
+
+    monkeypatch.setattr(index_module, "choose", grow)
+    with pytest.raises(OSError, match="written to while it was indexed"):
+        index_shard(shard_path)
+    assert not Path(shard_path + ".index").exists()
+
+
+def test_the_index_of_a_run_is_not_exchanged_under_it(shard_path):
+    shard = index_shard(shard_path)
     write_shard(Path(shard_path), [("other", pair())])
     index_shard(shard_path)
     with pytest.raises(OSError, match="was built again while this run was using it"):
-        shard.table()
+        rows(shard)
 
 
-@pytest.mark.parametrize("damage", ["empty", "garbage", "cut", "flipped", "no meta", "other version", "a list"])
+@pytest.mark.parametrize("damage", ["empty", "garbage", "cut", "flipped", "other version", "old npz", "no records"])
 def test_a_damaged_sidecar_is_built_again(shard_path, builds, damage):
     shard = index_shard(shard_path)
-    sidecar = Path(shard.sidecar)
-    data = sidecar.read_bytes()
-    if damage in ("no meta", "other version", "a list"):
-        with np.load(sidecar) as arrays:
-            kept = dict(arrays)
-        meta = json.loads(kept.pop("meta").tobytes())
-        if damage != "no meta":
-            changed = meta | {"version": -1} if damage == "other version" else [1, 2]
-            kept["meta"] = np.frombuffer(json.dumps(changed).encode(), np.uint8)
-        np.savez(sidecar, **kept)
-    else:
-        flipped = bytearray(data)
-        for place in range(0, len(data), 7):
-            flipped[place] ^= 0x55
-        new = {
+    place = Path(shard.sidecar)
+    data = place.read_bytes()
+    flipped = bytearray(data)
+    flipped[40] ^= 0x55
+    place.write_bytes(
+        {
             "empty": b"",
-            "garbage": b"PK\3\4" + bytes(100),
-            "cut": data[: len(data) // 2],
+            "garbage": random.Random(0).randbytes(500),
+            "cut": data[:50],
             "flipped": bytes(flipped),
-        }
-        sidecar.write_bytes(new[damage])
+            "other version": data.replace(b"CSINDEX3", b"CSINDEX2"),
+            "old npz": b"PK\3\4" + bytes(100),
+            "no records": data[: struct.unpack_from("<I", data, 8)[0] + 32],
+        }[damage]
+    )
     assert index_shard(shard_path) == shard
-    assert builds == [shard_path] * 2
+    assert len(builds) == 2
+    assert keys(shard) == ["0", "1", "2"]
 
 
-def test_a_sidecar_whose_table_is_damaged_is_an_os_error(shard_path):
-    shard = index_shard(shard_path)
-    data = bytearray(Path(shard.sidecar).read_bytes())
-    place = data.index(b"image.npy") + 200  # inside the offsets: the meta data stay whole
-    data[place] ^= 1
-    Path(shard.sidecar).write_bytes(data)
-    index_module._load_table.cache_clear()
-    with pytest.raises(OSError, match=r"is damaged .* delete it"):
-        shard.table()
+def test_other_rules_have_a_sidecar_of_their_own_and_hash_nothing_again(shard_path, builds, hashed):
+    first = index_shard(shard_path)
+    small = Rules(select=Select(min_side=20))
+    none = index_shard(shard_path, rules=small)
+    assert (none.samples, none.refused) == (0, {"picture too small": 3})
+    assert none.crc32 == first.crc32
+    assert none.identity != first.identity
+    assert index_shard(shard_path, rules=small) == none
+    assert index_shard(shard_path) == first
+    assert (len(builds), hashed) == (2, ["crc32"])
+    assert sorted(path.name for path in Path(shard_path).parent.iterdir()) == sorted(
+        ["shard.tar", "shard.tar.index", f"shard.tar.{small.tag}.index"]
+    )
+
+
+def test_sha256_is_added_where_it_is_wanted(shard_path, builds, hashed):
+    plain = index_shard(shard_path)
+    strong = index_shard(shard_path, hash="sha256")
+    assert (plain.sha256, strong.sha256) == (None, hashlib.sha256(Path(shard_path).read_bytes()).hexdigest())
+    assert strong.identity == plain.identity
+    assert index_shard(shard_path) == strong
+    assert hashed == ["crc32", "sha256"]
 
 
 def test_index_dir_and_the_cache_are_used_where_the_folder_cannot_be_written(shard_path, tmp_path, builds, monkeypatch):
     elsewhere = index_shard(shard_path, index_dir=str(tmp_path / "index"))
     assert Path(elsewhere.sidecar).parent == tmp_path / "index"
-    assert not Path(shard_path + ".index.npz").exists()
+    assert not Path(shard_path + ".index").exists()
 
-    write = index_module._write
+    write = sidecar.write
 
     def write_but_not_beside(place, *rest):
         if place.parent == Path(shard_path).parent:
             raise PermissionError(place)
-        write(place, *rest)
+        return write(place, *rest)
 
-    monkeypatch.setattr(index_module, "_write", write_but_not_beside)
+    monkeypatch.setattr(sidecar, "write", write_but_not_beside)
     cached = index_shard(shard_path, cache_dir=str(tmp_path / "cache"))
     assert Path(cached.sidecar).parent == tmp_path / "cache" / "index"
     assert index_shard(shard_path, cache_dir=str(tmp_path / "cache")) == cached
-    assert builds == [shard_path] * 2
+    assert len(builds) == 2
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(UserError, match="cannot write the index"):
-        open_source("mine", shard_path, need="pairs", cache_dir=str(tmp_path / "file"))
+    with pytest.raises(OSError, match="cannot write the index to any of"):
+        index_shard(shard_path, cache_dir=str(tmp_path / "file"))
+
+
+def test_shards_of_one_name_do_not_share_a_sidecar(tmp_path):
+    paths = [write_shard(tmp_path / name / "0.tar", [(name, pair())]) for name in ("a", "b")]
+    shards = [index_shard(str(path), index_dir=str(tmp_path / "index")) for path in paths]
+    assert [keys(shard) for shard in shards] == [["a"], ["b"]]
 
 
 def test_an_interrupted_write_leaves_no_sidecar(shard_path, tmp_path, monkeypatch):
@@ -472,13 +283,137 @@ def test_an_interrupted_write_leaves_no_sidecar(shard_path, tmp_path, monkeypatc
     assert [p.name for p in tmp_path.iterdir()] == ["shard.tar"]
 
 
-def test_the_fingerprint_follows_the_content_not_the_place(tmp_path):
+def test_the_identity_follows_the_content_not_the_place(tmp_path):
     samples = [(str(i), pair(b"caption %d" % i)) for i in range(3)]
-    fingerprint = open_source("a", str(write_shard(tmp_path / "here" / "a.tar", samples)), need="pairs").fingerprint()
-    (tmp_path / "there").mkdir()
-    shutil.copy(tmp_path / "here" / "a.tar", tmp_path / "there" / "b.tar")
-    assert open_source("b", str(tmp_path / "there" / "b.tar"), need="pairs").fingerprint() == fingerprint
+    here = index_shard(str(write_shard(tmp_path / "here" / "a.tar", samples)))
+    there = index_shard(str(write_shard(tmp_path / "there" / "b.tar", samples)))
+    assert there.identity == here.identity
     samples[1] = ("1", pair(b"caption X"))  # as long as before
-    changed = write_shard(tmp_path / "changed.tar", samples)
-    assert changed.stat().st_size == (tmp_path / "here" / "a.tar").stat().st_size
-    assert open_source("c", str(changed), need="pairs").fingerprint() != fingerprint
+    changed = index_shard(str(write_shard(tmp_path / "changed.tar", samples)))
+    assert (changed.bytes, changed.samples) == (here.bytes, here.samples)
+    assert changed.identity != here.identity
+
+
+# --- many shards ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def processes(monkeypatch) -> None:
+    """As if the shards were large: workers at once."""
+    monkeypatch.setattr(indexing, "_INLINE_BYTES", {"fast": 0, "decode": 0})
+
+
+def paths_of(folder: Path, shards: int, **settings) -> list[str]:
+    write_pairs(folder, shards, 3, size=8, **settings)
+    return [f"{folder}/{i:04d}.tar" for i in range(shards)]
+
+
+def test_processes_find_what_one_finds(tmp_path, processes):
+    paths = paths_of(tmp_path, 5)
+    rules = Rules(caption="TXT", select=Select(min_side=4))
+    shown = []
+    ours = index_shards(paths, Index(rules), None, jobs=2, track=lambda urls, label: shown.append(label) or urls)
+    assert shown == ["indexing"]
+    written = [Path(shard.sidecar).read_bytes() for shard in ours]
+    assert [shard.url for shard in ours] == paths
+    for shard in ours:
+        os.unlink(shard.sidecar)
+    assert [Index(rules).build(path) for path in paths] == ours
+    assert [Path(shard.sidecar).read_bytes() for shard in ours] == written
+    assert index_shards(paths, Index(rules), None, track=lambda *_: pytest.fail("nothing is left to do")) == ours
+
+
+def test_only_what_is_missing_is_indexed(tmp_path, builds):
+    paths = paths_of(tmp_path, 4)
+    index_shards(paths[:2], Index(), None)
+    index_shards(paths, Index(), None)
+    assert len(builds) == 4
+
+
+def test_the_readable_shards_are_indexed_before_the_others_are_told(tmp_path):
+    paths = paths_of(tmp_path, 4)
+    for path in paths[1:3]:
+        os.unlink(path)
+    with pytest.raises(UserError, match=r"0001.tar'.*No such file.*\(and 1 more of 4 shards\)"):
+        index_shards(paths, Index(), None)
+    assert Index().known(paths[3]) is not None
+
+
+def test_a_killed_worker_is_one_clear_error(tmp_path, processes, monkeypatch):
+    paths = paths_of(tmp_path, 6)
+    monkeypatch.setattr(indexing, "_WORKER", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"shard '.*tar': the process that indexed it was killed by SIGKILL"):
+        index_shards(paths, Index(), None, jobs=2)
+    monkeypatch.setattr(indexing, "_WORKER", "raise SystemExit(3)")
+    with pytest.raises(UserError, match="ended with status 3"):
+        index_shards(paths, Index(), None, jobs=2)
+    assert time.monotonic() - start < 20
+
+
+def test_a_worker_that_is_killed_while_it_works(tmp_path, processes, monkeypatch):
+    """It is busy (it never answers); the error comes with its death, and the other worker is ended too."""
+    paths = paths_of(tmp_path, 6)
+    monkeypatch.setattr(indexing, "_WORKER", "import time\ntime.sleep(600)")
+    started = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
+
+    def kill():
+        while len(started) < 2:
+            time.sleep(0.01)
+        started[1].send_signal(signal.SIGTERM)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    with pytest.raises(UserError, match="was killed by SIGTERM"):
+        index_shards(paths, Index(), None, jobs=2)
+    thread.join()
+    assert all(process.poll() is not None for process in started)
+
+
+def test_workers_are_no_part_of_the_main_program(tmp_path):
+    """A script without a __main__ guard is not run again by them, signals to its group do not reach them, and the lines
+    that it prints are its own."""
+    paths = paths_of(tmp_path, 3)
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, signal\n"
+        "from clipscale.data import indexing\n"
+        "from clipscale.data.index import Index\n"
+        "signal.signal(signal.SIGUSR1, signal.SIG_IGN)\n"
+        "indexing._INLINE_BYTES['fast'] = 0\n"
+        "start = indexing._Worker.__init__\n"
+        "def started(self, index):\n"
+        "    start(self, index)\n"
+        "    os.killpg(0, signal.SIGUSR1)\n"
+        "indexing._Worker.__init__ = started\n"
+        f"print(sum(s.samples for s in indexing.index_shards({paths!r}, Index(), None, jobs=2)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=120, start_new_session=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "9\n", "")
+
+
+def test_processes_that_index_the_same_shards_at_once_do_not_disturb_each_other(tmp_path):
+    paths = paths_of(tmp_path / "shards", 4)
+    code = (
+        "import json, sys; from clipscale.data.index import Index; from clipscale.data.indexing import index_shards\n"
+        "print([s.identity for s in index_shards(json.loads(sys.argv[1]), Index(), None)])"
+    )
+    running = [
+        subprocess.Popen([sys.executable, "-c", code, json.dumps(paths)], stdout=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    answers = {process.communicate(timeout=120)[0] for process in running}
+    assert [process.returncode for process in running] == [0] * 4
+    assert answers == {f"{[shard.identity for shard in index_shards(paths, Index(), None)]}\n"}
+    assert len([*(tmp_path / "shards").iterdir()]) == 8  # no temporary file is left
+
+
+def test_an_error_of_a_worker_is_told_as_here(tmp_path, processes):
+    paths = paths_of(tmp_path, 2)
+    rules = Rules(select=Select(uids=str(tmp_path / "none.txt")), uids_hash="x")
+    with pytest.raises(UserError, match=r"none\.txt' cannot be read"):
+        index_shards(paths, Index(rules), None, jobs=2)

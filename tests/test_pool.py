@@ -51,6 +51,16 @@ def test_a_dead_process_is_an_error_and_not_a_hang():
         list(map_in_processes(os._exit, [3], 2))
 
 
+def test_the_main_program_is_not_run_again(tmp_path):
+    (tmp_path / "main.py").write_text("""
+import math
+from clipscale.data.pool import map_in_processes
+print(sum(map_in_processes(math.sqrt, [4, 9], 2)))
+""")  # without if __name__ == "__main__"
+    done = subprocess.run([sys.executable, tmp_path / "main.py"], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr, done.returncode) == ("5.0\n", "", 0)
+
+
 def test_processes_end_when_their_caller_is_killed(tmp_path):
     code = """
 import os, time

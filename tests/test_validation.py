@@ -16,6 +16,7 @@ from tiny import MODEL
 
 from clipscale.config import Loss, Validation
 from clipscale.config_data import Data, Source
+from clipscale.data.decode import Decoding
 from clipscale.data.source import open_source
 from clipscale.data.tokenize import build_tokenizer
 from clipscale.dist import World
@@ -36,7 +37,7 @@ def evaluate(rank: int, size: int, urls: str, samples: int) -> ValidationResult:
         Loss(tile=4),
         chunk=4,
         threads=1,
-        max_pixels=10_000,
+        decoding=Decoding(max_pixels=10_000),
     )
 
 

@@ -16,6 +16,7 @@ from tiny import MODEL
 
 from clipscale.config import ZeroShot
 from clipscale.config_data import Data
+from clipscale.data.decode import Decoding
 from clipscale.data.tokenize import build_tokenizer
 from clipscale.dist import World
 from clipscale.errors import UserError
@@ -61,7 +62,7 @@ def settings(places: Path, **changes) -> ZeroShot:
 
 
 def classify(towers: Towers, config: ZeroShot, world: World = ALONE, **changes) -> ZeroShotResult:
-    reading = {"batch": 8, "text_chunk": 5, "threads": 2, "max_pixels": 10_000} | changes
+    reading = {"batch": 8, "text_chunk": 5, "threads": 2, "decoding": Decoding(max_pixels=10_000)} | changes
     return evaluate_zeroshot(towers, load_task(config, Data()), TOKENIZE, world, **reading)
 
 

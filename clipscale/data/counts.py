@@ -42,9 +42,9 @@ def declared_counts(urls: list[str], counts: str | None, index: Index, cache: Sh
         return {}
     found: dict[str, int] = {}
     places = [url for url in remote if scheme_of(url) != "pipe"]
-    for folder in dict.fromkeys(map(_folder, places)):
-        here = [url for url in places if _folder(url) == folder]
-        sizes = _fetch_json(f"{folder}/sizes.json", cache)
+    for sizes_json in dict.fromkeys(_beside(url, "sizes.json") for url in places):
+        here = [url for url in places if _beside(url, "sizes.json") == sizes_json]
+        sizes = _fetch_json(sizes_json, cache)
         if sizes is not None:
             found |= {url: sizes[name] for url in here if _is_count(sizes.get(name := basename(url)))}
         else:
@@ -78,7 +78,7 @@ def _from_file(remote: list[str], counts: str) -> dict[str, int]:
 def _from_statistics(urls: list[str], cache: ShardCache) -> dict[str, int]:
     """img2dataset writes {"successes": n, ...} beside each shard; where the first has none, none is looked for."""
     found: dict[str, int] = {}
-    places = {url: _folder(url) + "/" + basename(url).removesuffix(".tar") + "_stats.json" for url in urls}
+    places = {url: _beside(url, basename(url).removesuffix(".tar") + "_stats.json") for url in urls}
     for number, (url, place) in enumerate(places.items()):
         facts = _fetch_json(place, cache)
         if facts is None and number == 0:
@@ -111,5 +111,7 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _folder(url: str) -> str:
-    return urlsplit(url)._replace(query="", fragment="").geturl().rpartition("/")[0]
+def _beside(url: str, name: str) -> str:
+    """The URL of a file in the same folder, with the same query: it may hold a token that is good for the folder."""
+    parts = urlsplit(url)
+    return parts._replace(path=f"{parts.path.rpartition('/')[0]}/{name}").geturl()

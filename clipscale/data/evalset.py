@@ -1,7 +1,7 @@
 """Pictures for evaluation, in a fixed order, centre-cropped: shards with captions or labels, or an ImageFolder tree.
 
 pictures = ShardPictures(source)                       # or FolderPictures("imagenet/val")
-for images, notes, valid in batches(pictures, range(0, 1000), batch=256, side=224, threads=4, max_pixels=...):
+for images, notes, valid in batches(pictures, range(0, 1000), batch=256, side=224, threads=4, decoding=...):
     ...                                                 # uint8 [M, 3, S, S], list of M bytes, bool [M]
 """
 
@@ -69,14 +69,12 @@ class FolderPictures:
 
 
 def batches(
-    pictures: Pictures, indices: Sequence[int], *, batch: int, side: int, threads: int, max_pixels: int
+    pictures: Pictures, indices: Sequence[int], *, batch: int, side: int, threads: int, decoding: Decoding
 ) -> Iterator[tuple[torch.Tensor, list[bytes], torch.Tensor]]:
     """(images uint8 [M, 3, side, side], notes, valid bool [M]) for `batch` indices at a time; M <= batch.
 
     A picture that cannot be decoded is zeros and not valid: the caller counts it.
     """
-
-    decoding = Decoding(max_pixels)
 
     def load(i: int) -> tuple[torch.Tensor | None, bytes]:
         try:

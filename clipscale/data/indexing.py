@@ -16,8 +16,9 @@ import queue
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import Any
 
 from clipscale.data.cache import ShardCache
@@ -64,9 +65,10 @@ def index_shards(
     jobs = min(jobs or os.cpu_count() or 1, len(missing))
     if missing:
         with _Builders(index, cache, jobs, inline=_is_little(missing, index)) as builders:
-            futures = {url: builders.submit(url) for url in missing}
-            for url in track(missing, label) if track else missing:
-                found = futures[url].result()
+            futures = {builders.submit(url): url for url in missing}
+            shown = track(missing, label) if track else missing
+            for _, future in zip(shown, as_completed(futures), strict=True):
+                url, found = futures[future], future.result()
                 if isinstance(found, OSError):
                     unreadable[url] = str(found)
                 else:
@@ -99,20 +101,22 @@ class _Builders:
         self._pool = ThreadPoolExecutor(jobs)
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._workers: list[_Worker] = []
+        self._lock, self._ended = threading.Lock(), False
 
     def __enter__(self) -> _Builders:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: object, *_: object) -> None:
         """Also in the middle, after an error or an interrupt: nothing goes on behind it."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            self._ended = True  # no further worker is started
         for worker in self._workers:
             worker.end()
-        self._pool.shutdown()
-        for worker in self._workers:
-            worker.end()
+        if error and self._cache is not None:
+            self._cache.close()  # ends the waiting for downloads
+        self._pool.shutdown(cancel_futures=True)
 
-    def submit(self, url: str) -> Any:
+    def submit(self, url: str) -> Future:
         return self._pool.submit(_or_error, self._build, url)
 
     def _build(self, url: str) -> Shard:
@@ -130,8 +134,11 @@ class _Builders:
         try:
             worker = self._idle.get_nowait()
         except queue.Empty:
-            worker = _Worker(self._index)
-            self._workers.append(worker)
+            with self._lock:
+                if self._ended:
+                    raise UserError("the indexing was ended") from None
+                worker = _Worker(self._index)
+                self._workers.append(worker)
         shard = worker.build(url, None if file is None else f"/proc/{os.getpid()}/fd/{file}")
         self._idle.put(worker)
         return shard
@@ -172,8 +179,6 @@ class _Worker:
     def end(self) -> None:
         self._process.kill()
         self._process.wait()
-        self._process.stdin.close()
-        self._process.stdout.close()
 
 
 def serve() -> None:

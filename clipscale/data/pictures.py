@@ -1,6 +1,6 @@
 """Pictures on their way into shards: proved to decode, made smaller where asked, in several processes.
 
-    recipe = Recipe(max_pixels=90_000_000, short_side=256)
+    recipe = Recipe(max_pixels=50_000_000, short_side=256)
     picture = prepare(jpeg_bytes, recipe)              # Picture(extension='jpg', data, width=341, height=256, ...)
     for row, picture in read_pictures(rows, recipe, jobs=8):
         ...                                            # Picture or Refusal, in the order of the rows
@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from multiprocessing import parent_process
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -121,8 +122,8 @@ def read_pictures(rows: Iterable[Row], recipe: Recipe, jobs: int) -> Iterator[tu
 
 
 def _read_chunk(rows: list[Row], recipe: Recipe) -> list[tuple[Row, Picture | Refusal]]:
-    torch.set_num_threads(1)  # the processes are the parallelism
-    Image.MAX_IMAGE_PIXELS = None  # the recipe's max_pixels takes its place
+    if parent_process() is not None:
+        torch.set_num_threads(1)  # the processes are the parallelism
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow on odd metadata of pictures that decode well
         return [(row, read_picture(row, recipe)) for row in rows]

@@ -13,10 +13,13 @@ import multiprocessing
 import os
 import queue
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from clipscale.errors import UserError
@@ -35,7 +38,7 @@ def map_in_processes(function: Callable, items: Iterable, jobs: int, *arguments:
     """function(item, *arguments) for each item, in the order of `items`. One job: in this process, without any other.
 
     Args:
-        function: at the top level of an importable module; its exceptions are raised here.
+        function: at the top level of a module that can be imported (never the main one); what it raises is raised here.
 
     Raises:
         UserError: a process died.
@@ -50,7 +53,8 @@ def map_in_processes(function: Callable, items: Iterable, jobs: int, *arguments:
         for _ in range(jobs):
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs, function, arguments), daemon=True)
-            process.start()
+            with _without_main():
+                process.start()
             theirs.close()
             workers.append(_Worker(process, ours, deque()))
         yield from _in_order(workers, iter(items))
@@ -58,6 +62,17 @@ def map_in_processes(function: Callable, items: Iterable, jobs: int, *arguments:
         _end(workers, at_once=True)
         raise
     _end(workers, at_once=False)
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """So that a new process does not import the program again: seconds of each, and no `if __name__` is forgotten."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _in_order(workers: list[_Worker], items: Iterator) -> Iterator[Any]:

@@ -43,7 +43,7 @@ class Rules:
     need: Need = "pairs"
     caption: str = "txt"  # as a source has it; of no meaning to labelled pictures
     select: Select = field(default_factory=Select)
-    max_pixels: int = 90_000_000  # of a picture, where all are decoded
+    max_pixels: int = Data.max_pixels  # of a picture, where all are decoded
     uids_hash: str | None = None  # of the content of `select.uids`
 
     @classmethod

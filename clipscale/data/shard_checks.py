@@ -1,6 +1,6 @@
 """One shard, verified to its last byte: what is in it, what is broken and where, and hashes of its contents.
 
-    found = check_shard("train-0000.tar", Expected(need="pairs", caption="txt", max_pixels=90_000_000), cache=None)
+    found = check_shard("train-0000.tar", Expected(need="pairs", caption="txt", max_pixels=50_000_000), cache=None)
     found.samples, found.problems[0]        # 10000, Problem(key='000017', member='000017.jpg', offset=9216, cause=...)
 
 The rules are the loader's own (clipscale/data/select.py, captions.py, decode.py), but every picture is decoded, and a
@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from clipscale.data.cache import ShardCache
 from clipscale.data.captions import MAX_JSON_BYTES, CaptionError, CaptionRule, parse_json
@@ -84,7 +83,6 @@ def opened(url: str, cache: ShardCache | None) -> Iterator[bytes]:
 
 
 def check_shard(url: str, expected: Expected, cache: ShardCache | None) -> Checked:
-    Image.MAX_IMAGE_PIXELS = None  # max_pixels takes its place
     try:
         with opened(url, cache) as tar, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow on odd metadata of pictures that decode well

@@ -71,11 +71,11 @@ class Records(NamedTuple):
             key = os.pread(self.file, key_bytes, self.start + _RECORD.size * self.samples + key_at)
             if zlib.crc32(key, zlib.crc32(_COVERED.pack(index, *spans, key_at, key_bytes))) != crc32:
                 raise ValueError("its checksum does not match")
+            return Row(key.decode(), *spans)
         except (struct.error, ValueError, OverflowError) as error:
             raise OSError(
                 f"record {index} of the index is damaged ({error}); delete it, the next run builds it again"
             ) from error
-        return Row(key.decode(), *spans)
 
 
 def write(place: Path, facts: dict[str, Any], spans: np.ndarray, keys: list[str]) -> dict[str, Any]:

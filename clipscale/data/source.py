@@ -17,6 +17,7 @@ import threading
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -94,11 +95,12 @@ class Source:
             raise OSError(f"shard {masked(self.shards[shard].url)}, {key}: {error}") from error
 
     def where(self, shard: int, index: int) -> tuple[str, str]:
-        """(shard path or URL, key), for messages; a number stands for the key where the index cannot be read."""
-        try:
-            key = self._sidecars.get(shard).row(index, self.shards[shard].samples).key
-        except OSError:
-            key = f"number {index}"
+        """(shard path or URL, key), for messages. A number stands for the key where the index cannot be read or is not
+        there yet: nothing is fetched for it."""
+        key = f"number {index}"
+        if self._shard(shard).sidecar:
+            with suppress(OSError):
+                key = self._sidecars.get(shard).row(index, self.shards[shard].samples).key
         return masked(self.shards[shard].url), key
 
     def caption(self, note: bytes, draw: int = 0) -> str:
@@ -238,9 +240,9 @@ class _OpenFiles:
 def _read_pair(file: int, row: Row) -> tuple[bytes, bytes]:
     """Picture and note, by one read where they are neighbours."""
     _, image, image_size, note, note_size = row
-    if image_size > MAX_PICTURE_BYTES or note_size > MAX_JSON_BYTES:
-        raise OSError(f"its index claims a picture of {image_size} bytes and a note of {note_size}")
     start, end = min(image, note), max(image + image_size, note + note_size)
+    if image_size > MAX_PICTURE_BYTES or note_size > MAX_JSON_BYTES or end >= 2**63:
+        raise OSError(f"its index claims a picture of {image_size} bytes at {image}, a note of {note_size} at {note}")
     if end - start - image_size - note_size > _NEIGHBOUR_BYTES:
         return _read_exactly(file, image, image_size), _read_exactly(file, note, note_size)
     both = _read_exactly(file, start, end - start)

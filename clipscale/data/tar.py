@@ -120,7 +120,7 @@ def _follow(tar: bytes | mmap.mmap, heads: list[int], listing: Listing, long_nam
                 long_name = _text(data.split(b"\0")[0])
             elif kind == b"x" and not _tells_only_the_time(data):
                 records = _pax_records(data, position)
-                long_name = records.get("path", long_name)
+                long_name = records["path"].rstrip("/") if "path" in records else long_name  # as tarfile has it
                 pax_size = int(records["size"]) if "size" in records else None
         elif kind == b"S":
             raise _sparse(position)

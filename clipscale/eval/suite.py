@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from clipscale.config import Config
 from clipscale.config_data import Source
+from clipscale.data.decode import Decoding
 from clipscale.data.source import open_source
 from clipscale.data.tokenize import Tokenize
 from clipscale.dist import World
@@ -26,7 +27,7 @@ class EvalSuite:
             open_source("validation", Source(validation.urls), config.data, need="pairs") if validation.urls else None
         )
         self._task = load_task(zeroshot, config.data) if zeroshot.enabled else None
-        self._reading = {"threads": config.data.threads, "max_pixels": config.data.max_pixels}
+        self._reading = {"threads": config.data.threads, "decoding": Decoding.of(config.data)}
 
     def validation(self) -> dict[str, float]:
         """Metrics of the held-out pairs; none without `eval.validation.urls`. Collective."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from clipscale.config import Loss, Validation
+from clipscale.data.decode import Decoding
 from clipscale.data.evalset import ShardPictures, batches
 from clipscale.data.source import Source
 from clipscale.data.tokenize import Tokenize
@@ -38,7 +39,7 @@ def evaluate_validation(
     *,
     chunk: int,
     threads: int,
-    max_pixels: int,
+    decoding: Decoding,
 ) -> ValidationResult:
     """Collective; the same result on every rank. Puts the model in eval mode for the time.
 
@@ -55,7 +56,7 @@ def evaluate_validation(
         mine = range(start + world.rank, start + size, world.size)
         images, texts = [_nothing(towers)], [_nothing(towers)]
         for pixels, captions, valid in batches(
-            pictures, mine, batch=chunk, side=towers.image_size, threads=threads, max_pixels=max_pixels
+            pictures, mine, batch=chunk, side=towers.image_size, threads=threads, decoding=decoding
         ):
             if valid.any():
                 tokens = tokenize([text.decode() for text, ok in zip(captions, valid, strict=True) if ok])

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from clipscale.config import ZeroShot
 from clipscale.config_data import Data, Source
+from clipscale.data.decode import Decoding
 from clipscale.data.evalset import FolderPictures, Pictures, ShardPictures, batches
 from clipscale.data.source import open_source
 from clipscale.data.tokenize import Tokenize
@@ -93,7 +94,7 @@ def evaluate_zeroshot(
     batch: int,
     text_chunk: int,
     threads: int,
-    max_pixels: int,
+    decoding: Decoding,
 ) -> ZeroShotResult:
     """Classify every picture, each rank its share. Collective; the same result on every rank.
 
@@ -107,7 +108,7 @@ def evaluate_zeroshot(
     bad = 0
     mine = range(world.rank, len(task.pictures), world.size)
     for images, notes, valid in batches(
-        task.pictures, mine, batch=batch, side=towers.image_size, threads=threads, max_pixels=max_pixels
+        task.pictures, mine, batch=batch, side=towers.image_size, threads=threads, decoding=decoding
     ):
         bad += int((~valid).sum())
         if not valid.any():

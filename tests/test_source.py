@@ -1,0 +1,421 @@
+"""clipscale/data/source.py and counts.py: samples by number, local and remote, with known and with declared counts."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import webdataset
+from http_server import Fault, Server, serve
+from shards import picture, write_pairs, write_shard
+
+from clipscale import config_data
+from clipscale.config_data import Data, Fetch, Select
+from clipscale.data import source as source_module
+from clipscale.data.decode import BadSample
+from clipscale.data.source import Source, open_source
+from clipscale.errors import UserError
+
+JPEG = picture(0, 16, 16)
+QUICK = Fetch(stall_seconds=2, retries=1, backoff_seconds=0.05)
+
+
+def pair(caption: bytes = b"a caption") -> dict[str, bytes]:
+    return {"jpg": JPEG, "txt": caption}
+
+
+def opened(urls: object, need: str = "pairs", warn=None, ahead: bool = False, data: Data | None = None, **settings):
+    return open_source(
+        "mine", config_data.Source(str(urls), **settings), data or Data(), need=need, warn=warn, ahead=ahead
+    )
+
+
+def read_all(source: Source) -> list[tuple[str, bytes, bytes]]:
+    return [tuple(source.read(s, i)) for s in range(len(source.shards)) for i in range(source.counts[s])]
+
+
+# --- local shards -----------------------------------------------------------------------------------------------------
+
+
+def test_samples_are_webdatasets(tmp_path):
+    """Members that are neighbours and members that are not; notes before pictures; empty pictures."""
+    samples = []
+    for i in range(40):
+        parts = {"jpg": os.urandom(i * 97 % 3000), "json": b"{}" + b" " * (i * 701 % 9000), "txt": b"text %d" % i}
+        order = sorted(parts, key=lambda suffix, i=i: hash((suffix, i)))
+        samples.append((f"{i:04d}", {suffix: parts[suffix] for suffix in order}))
+    write_shard(tmp_path / "0.tar", samples[:15])
+    write_shard(tmp_path / "1.tar", samples[15:])
+    source = opened(tmp_path / "{0..1}.tar")
+    expected = [
+        (sample["__key__"], sample["jpg"], sample["txt"])
+        for path in ("0.tar", "1.tar")
+        for sample in webdataset.WebDataset(str(tmp_path / path), shardshuffle=False)
+    ]
+    assert (source.counts.tolist(), source.samples) == ([15, 25], 40)
+    assert read_all(source) == expected
+    assert source.where(1, 3) == (str(tmp_path / "1.tar"), "0018")
+
+
+def test_labels(tmp_path):
+    samples = [(str(i), {"png": JPEG, "cls": b"%d" % i, "txt": b"x"}) for i in range(3)]
+    source = opened(write_shard(tmp_path / "x.tar", samples), need="labelled")
+    assert [sample[2] for sample in read_all(source)] == [b"0", b"1", b"2"]
+
+
+def test_threads_and_pickled_copies_read_the_same_with_few_open_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(source_module, "_MAX_OPEN_FILES", 2)
+    source = opened(write_pairs(tmp_path, 7, 9, size=8))
+    expected = read_all(source)
+    copy = pickle.loads(pickle.dumps(source))
+    assert copy.fingerprint() == source.fingerprint()
+    before = len(os.listdir("/proc/self/fd"))
+    for reader in (source, copy):
+        with ThreadPoolExecutor(8) as pool:
+            numbers = [(s, i) for _ in range(5) for i in range(9) for s in range(7)]
+            found = list(pool.map(lambda n, reader=reader: tuple(reader.read(*n)), numbers))
+        assert found == [expected[s * 9 + i] for s, i in numbers]
+    assert len(os.listdir("/proc/self/fd")) <= before + 4
+    source.close()
+    copy.close()
+    assert read_all(source) == expected  # opens them again
+
+
+def test_a_spawned_process_reads_it(tmp_path):
+    source = opened(write_pairs(tmp_path, 2, 3, size=8))
+    code = (
+        "import pickle, sys; source = pickle.load(sys.stdin.buffer); sample = source.read(1, 2); "
+        "print(sample.key, source.caption(sample.note))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(source), capture_output=True, timeout=120)
+    assert (done.stdout, done.returncode) == (b"000005 number 2 of shard 1\n", 0), done.stderr
+
+
+def test_the_captions_policy(tmp_path):
+    samples = [("0", {"jpg": JPEG, "json": json.dumps({"c": ["one", "two"]}).encode()})]
+    path = write_shard(tmp_path / "x.tar", samples)
+    sources = [opened(path, caption="json:c", captions=policy) for policy in ("whole", "first", "random")]
+    note = sources[0].read(0, 0).note
+    assert [source.caption(note, 3) for source in sources] == ["one\ntwo", "one", "two"]
+    assert len({source.fingerprint() for source in sources}) == 3
+    for note, cause in ((b"{}", "caption cannot be used"), (b'{"c": "\\ud800"}', "caption is not UTF-8")):
+        with pytest.raises(BadSample) as error:
+            sources[0].caption(note, 0)
+        assert error.value.cause == cause
+
+
+def test_the_fingerprint_follows_content_and_rules_not_places(tmp_path):
+    samples = [(str(i), {"jpg": picture(i, 8 + i, 20), "txt": b"caption %d" % i}) for i in range(3)]
+    here = opened(write_shard(tmp_path / "here" / "a.tar", samples)).fingerprint()
+    (tmp_path / "there").mkdir()
+    shutil.copy(tmp_path / "here" / "a.tar", tmp_path / "there" / "b.tar")
+    assert opened(tmp_path / "there" / "b.tar").fingerprint() == here
+    changed = write_shard(tmp_path / "changed.tar", [*samples[:2], ("2", samples[2][1] | {"txt": b"caption X"})])
+    assert changed.stat().st_size == (tmp_path / "here" / "a.tar").stat().st_size
+    assert opened(changed).fingerprint() != here
+    (tmp_path / "a.txt").write_text("0\n")
+    (tmp_path / "b.txt").write_text("1\n")
+    subsets = [
+        opened(tmp_path / "here" / "a.tar", select=Select(uids=str(tmp_path / name), uid_field="__key__"))
+        for name in ("a.txt", "b.txt")
+    ]
+    assert [source.samples for source in subsets] == [1, 1]
+    assert len({here, *(source.fingerprint() for source in subsets)}) == 3
+
+
+# --- what goes wrong --------------------------------------------------------------------------------------------------
+
+
+def test_damage_change_and_refusals_are_told(tmp_path):
+    whole = write_shard(tmp_path / "whole.tar", [(str(i), pair()) for i in range(4)]).read_bytes()
+    (tmp_path / "cut.tar").write_bytes(whole[: whole.index(b"2.jpg")])
+    write_shard(tmp_path / "odd.tar", [("a", pair()), ("b", {"jpg": JPEG}), ("c", pair(b" "))])
+    told = []
+    source = opened(tmp_path / "{whole,cut,odd}.tar", warn=told.append)
+    assert source.counts.tolist() == [4, 2, 1]
+    assert len(told) == 2
+    assert f"cut.tar is damaged, 2 samples are usable: cut short at byte {whole.index(b'2.jpg')}" in told[0]
+    assert told[1] == "source 'mine': 2 samples refused (no caption: 1, empty caption: 1); 7 are usable"
+    assert source.refused() == {"no caption": 1, "empty caption": 1}
+    write_shard(tmp_path / "whole.tar", [("0", pair(b"other"))])
+    told.clear()
+    opened(tmp_path / "whole.tar", warn=told.append)
+    assert len(told) == 1
+    assert "whole.tar changed since it was indexed last: " in told[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"", "cut short at byte 0"),
+        (bytes(10_240), "empty archives"),
+        (b"\x1f\x8b" + bytes(600), "gzip"),
+        ([("a", {"jpg": JPEG})], "no caption: 1"),
+        ([("a", {"json": b"{}"})], "no picture: 1"),
+    ],
+)
+def test_no_usable_sample_is_one_clear_error(tmp_path, content, found):
+    path = tmp_path / "shard.tar"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        write_shard(path, content)
+    with pytest.raises(UserError, match="holds a sample with a picture and a caption") as error:
+        opened(path)
+    assert found in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_one_sample_in_one_shard(tmp_path):
+    source = opened(write_shard(tmp_path / "x.tar", [("k", pair(b"only"))]))
+    assert read_all(source) == [("k", JPEG, b"only")]
+
+
+def test_a_shard_that_changes_or_goes_while_it_is_used(tmp_path):
+    source = opened(write_pairs(tmp_path, 3, 2, size=8))
+    os.unlink(tmp_path / "0000.tar")
+    write_shard(tmp_path / "0001.tar", [("other", pair()), ("more", pair())])
+    with pytest.raises(OSError, match=r"shard .*0000.tar, 000001: .*No such file"):
+        source.read(0, 1)
+    with pytest.raises(OSError, match=r"shard .*0001.tar, 000002: the shard changed since this run began"):
+        source.read(1, 0)
+    assert source.read(2, 0).key == "000004"
+    os.truncate(tmp_path / "0002.tar", 600)  # while it is open
+    with pytest.raises(OSError, match=r"0002.tar, 000005: \d+ bytes at \d+ were expected, 0 are there"):
+        source.read(2, 1)
+
+
+def test_an_index_that_goes_or_is_damaged_while_it_is_used(tmp_path):
+    source = opened(write_pairs(tmp_path, 2, 3, size=8))
+    os.unlink(tmp_path / "0000.tar.index")
+    place = tmp_path / "0001.tar.index"
+    data = bytearray(place.read_bytes())
+    data[-20] ^= 1  # of a key
+    place.write_bytes(data)
+    with pytest.raises(OSError, match=r"0000.tar, number 1: .*No such file"):
+        source.read(0, 1)
+    assert source.where(0, 1) == (str(tmp_path / "0000.tar"), "number 1")
+    found = []
+    for i in range(3):
+        try:
+            found.append(source.read(1, i).key)
+        except OSError as error:
+            found.append("is damaged" in str(error))
+    assert sorted(map(str, found)) in (["000003", "000004", "True"], ["000003", "000005", "True"])
+
+
+# --- remote shards ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(tmp_path) -> Iterator[Server]:
+    (tmp_path / "served").mkdir()
+    with serve(tmp_path / "served") as running:
+        yield running
+
+
+@pytest.fixture
+def remote(tmp_path) -> Data:
+    return Data(cache_dir=str(tmp_path / "cache"), fetch=QUICK)
+
+
+def evict(data: Data) -> None:
+    shutil.rmtree(Path(data.cache_dir, "shards"))
+
+
+def test_a_remote_shard_is_read_as_its_local_copy(server, remote):
+    here = opened(write_pairs(server.folder, 2, 3, size=8))
+    there = opened(f"{server.url}/{{0000..0001}}.tar", data=remote)
+    assert there.fingerprint() == here.fingerprint()
+    assert read_all(there) == read_all(here)
+    assert there.where(1, 0) == (f"{server.url}/0001.tar", "000003")
+    assert opened(f"{server.url}/{{0000..0001}}.tar", data=remote).fingerprint() == here.fingerprint()
+    assert (server.requests["/0000.tar"], server.requests["/0001.tar"]) == (1, 1)
+    evict(remote)  # the index outlives the copies
+    again = opened(f"{server.url}/{{0000..0001}}.tar", data=remote)
+    assert server.requests["/0001.tar"] == 1
+    assert read_all(again) == read_all(here)
+    assert server.requests["/0001.tar"] == 2
+
+
+def test_shards_of_one_name_in_two_folders_do_not_collide(server, remote):
+    for name in ("a", "b"):
+        write_shard(server.folder / name / "00.tar", [(name, pair(b"in " + name.encode()))])
+    source = opened(f"{server.url}/{{a,b}}/00.tar", data=remote)
+    assert [source.read(shard, 0).note for shard in range(2)] == [b"in a", b"in b"]
+
+
+def test_a_remote_shard_that_is_another_one_after_eviction(server, remote):
+    urls = write_pairs(server.folder, 1, 3, size=8)
+    source = opened(f"{server.url}/0000.tar", data=remote)
+    evict(remote)
+    shutil.rmtree(server.folder)
+    write_pairs(server.folder, 1, 3, size=8, seed=9)
+    with pytest.raises(OSError, match=r"0000.tar, 000001: .*expected"):
+        source.read(0, 1)
+    assert opened(urls).samples == 3
+
+
+def test_a_missing_remote_shard_is_a_clear_error(server, remote):
+    write_pairs(server.folder, 1, 3, size=8)
+    with pytest.raises(UserError, match=r"shard 'http.*0001.tar\?token=...': .*404") as error:
+        opened(f"{server.url}/{{0000..0001}}.tar?token=secret", data=remote)
+    assert "secret" not in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_prefetch_is_for_remote_shards(server, remote, tmp_path):
+    write_pairs(server.folder, 2, 3, size=8)
+    urls = f"{write_pairs(tmp_path / 'here', 1, 1, size=8)}::{server.url}/0001.tar"
+    (server.folder / "sizes.json").write_text('{"0001.tar": 3}')
+    source = opened(urls, data=remote)
+    assert server.requests["/0001.tar"] == 0
+    source.prefetch([0])
+    source.prefetch([1, 0])
+    assert [sample[0] for sample in read_all(source)] == ["000000", "000003", "000004", "000005"]
+    assert server.requests["/0001.tar"] == 1
+
+
+# --- declared counts --------------------------------------------------------------------------------------------------
+
+
+def declare(server: Server, kind: str, counts: list[int], tmp_path: Path) -> str | None:
+    """Write the counts as `kind` has them; gives the source's `counts`."""
+    if kind == "statistics":
+        for i, count in enumerate(counts):
+            facts = {"count": count + 5, "successes": count, "failed_to_download": 5}
+            (server.folder / f"{i:04d}_stats.json").write_text(json.dumps(facts))
+        return None
+    sizes = json.dumps({f"{i:04d}.tar": count for i, count in enumerate(counts)})
+    if kind == "sizes.json":
+        (server.folder / "sizes.json").write_text(sizes)
+        return None
+    (tmp_path / "counts.json").write_text(sizes)
+    return str(tmp_path / "counts.json")
+
+
+@pytest.mark.parametrize("kind", ["sizes.json", "statistics", "file"])
+def test_declared_shards_are_not_fetched_ahead(server, remote, tmp_path, kind):
+    expected = read_all(opened(write_pairs(server.folder, 3, 4, size=8)))
+    counts = declare(server, kind, [4, 4, 4], tmp_path)
+    urls = f"{server.url}/{{0000..0002}}.tar"
+    source = opened(urls, data=remote, counts=counts)
+    assert source.counts.tolist() == [4, 4, 4]
+    assert not [path for path in server.requests if path.endswith(".tar")]
+    assert source.where(1, 2) == (f"{server.url}/0001.tar", "number 2")
+    assert read_all(pickle.loads(pickle.dumps(source))) == read_all(source) == expected
+    assert source.where(1, 2) == (f"{server.url}/0001.tar", "000006")
+    again = opened(urls, data=remote, counts=counts)
+    assert again.fingerprint() == source.fingerprint()
+    evict(remote)
+    assert read_all(again) == expected
+    assert server.requests["/0001.tar"] == 2
+
+
+def test_fewer_or_more_than_declared(server, remote, tmp_path):
+    write_pairs(server.folder, 3, 4, size=8)
+    counts = declare(server, "file", [6, 4, 3], tmp_path)
+    source = opened(f"{server.url}/{{0000..0002}}.tar", data=remote, counts=counts)
+    before = source.fingerprint()
+    assert source.read(0, 3).key == "000003"
+    for index in (4, 5):
+        with pytest.raises(OSError, match=rf"0000.tar, number {index}: 6 samples were declared, 4 are usable"):
+            source.read(0, index)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        source.read(1, 3)
+    with pytest.warns(UserWarning, match=r"0002.tar: 3 samples were declared, the last 1 usable ones stay unused"):
+        assert source.read(2, 2).key == "000010"
+    assert source.samples == 13
+    assert source.fingerprint() == before
+
+
+def test_a_dead_declared_shard_is_an_error_that_names_it(server, remote, tmp_path):
+    write_pairs(server.folder, 2, 4, size=8)
+    source = opened(f"{server.url}/{{0000..0001}}.tar", data=remote, counts=declare(server, "file", [4, 4], tmp_path))
+    os.unlink(server.folder / "0001.tar")
+    for index in range(4):
+        with pytest.raises(OSError, match=rf"0001.tar, number {index}: .*404"):
+            source.read(1, index)
+    assert server.requests["/0001.tar"] == 1
+    assert source.read(0, 0).key == "000000"
+
+
+def test_indexing_ahead_makes_found_counts_needless(server, remote, tmp_path):
+    """`clipscale index` fetches what is declared; afterwards what is usable is known, and that counts."""
+    write_pairs(server.folder, 2, 4, size=8)
+    declare(server, "sizes.json", [5, 5], tmp_path)
+    urls = f"{server.url}/{{0000..0001}}.tar"
+    lazy = opened(urls, data=remote)
+    lazy.read(0, 0)
+    lazy.read(1, 0)
+    assert opened(urls, data=remote).counts.tolist() == [5, 5]  # what reading found out changes nothing
+    assert opened(urls, data=remote, ahead=True).counts.tolist() == [4, 4]
+    assert opened(urls, data=remote).counts.tolist() == [4, 4]
+
+
+def test_shards_that_a_found_file_lacks_are_indexed_at_once(server, remote):
+    write_pairs(server.folder, 3, 4, size=8)
+    (server.folder / "sizes.json").write_text('{"0000.tar": 9, "0001.tar": "many", "0002.tar": true}')
+    source = opened(f"{server.url}/{{0000..0002}}.tar", data=remote)
+    assert source.counts.tolist() == [9, 4, 4]
+    assert server.requests["/0000.tar"] == 0
+
+
+@pytest.mark.parametrize("content", ["[1]", "no JSON", "[" * 5000, ""])
+def test_found_files_of_another_form_are_passed_over(server, remote, content):
+    write_pairs(server.folder, 1, 4, size=8)
+    (server.folder / "sizes.json").write_text(content)
+    assert opened(f"{server.url}/0000.tar", data=remote).counts.tolist() == [4]
+
+
+def test_a_server_that_fails_says_nothing_about_counts(server, remote):
+    """Else a node that reaches it and one that does not would disagree about the order."""
+    write_pairs(server.folder, 1, 4, size=8)
+    server.faults["/sizes.json"] = [Fault(status=503)] * 9
+    with pytest.raises(UserError, match=r"sizes.json: HTTP 503 .*how many samples"):
+        opened(f"{server.url}/0000.tar", data=remote)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[1]", "must be a JSON object"),
+        ("{", "cannot be read"),
+        (None, "cannot be read"),
+        ('{"0000.tar": 4}', "has no number of samples for shard '0001.tar'"),
+        ('{"0000.tar": 4, "0001.tar": -1}', "has no number of samples for shard '0001.tar'"),
+        ('{"0000.tar": 4, "0001.tar": 1.5}', "has no number of samples for shard '0001.tar'"),
+        ('{"0000.tar": 0, "0001.tar": 0}', "none of its 2 shards"),
+    ],
+)
+def test_counts_files_that_cannot_be_used(server, remote, tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "counts.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        opened(f"{server.url}/{{0000..0001}}.tar", data=remote, counts=str(tmp_path / "counts.json"))
+
+
+def test_counts_by_url_where_names_are_the_same(server, remote, tmp_path):
+    urls = f"{server.url}/{{a,b}}/0.tar"
+    (tmp_path / "counts.json").write_text('{"0.tar": 3}')
+    with pytest.raises(UserError, match="is the name of 2 shards"):
+        opened(urls, data=remote, counts=str(tmp_path / "counts.json"))
+    (tmp_path / "counts.json").write_text(
+        json.dumps({f"{server.url}/{name}/0.tar": n for name, n in (("a", 1), ("b", 2))})
+    )
+    assert opened(urls, data=remote, counts=str(tmp_path / "counts.json")).counts.tolist() == [1, 2]
+
+
+def test_local_shards_are_counted_not_declared(tmp_path):
+    urls = write_pairs(tmp_path, 1, 4, size=8)
+    (tmp_path / "sizes.json").write_text('{"0000.tar": 99}')
+    assert opened(urls).counts.tolist() == [4]
+    assert opened(urls, counts=str(tmp_path / "none.json")).counts.tolist() == [4]
