@@ -140,7 +140,7 @@ def test_memory_that_grows_is_told_by_the_status(small, tmp_path, monkeypatch, c
     monkeypatch.setattr(soak, "BOUND_BYTES", 2**20)
     kept = []
     receive = soak.receive
-    monkeypatch.setattr(soak, "receive", lambda batch: (kept.append(b"x" * 2**19), receive(batch)))
+    monkeypatch.setattr(soak, "receive", lambda batch: (kept.append(b"x" * 2**22), receive(batch)))
     words = ["--samples", "32", "--parts", "none", "--soak", "1000", "--cache-dir", str(tmp_path), "--name", "x"]
     assert main(["bench", "data", *words, "--output", str(tmp_path)]) == 1
     document = json.loads((tmp_path / "x.json").read_text())
