@@ -78,6 +78,7 @@ class Feed:
             recorded=recorded,
             warn=log.line,
         )
+        _require_equal(world.gather(self.pipeline.identity()))
         for source, order in zip(self.pipeline.sources, self.pipeline.orders, strict=True):
             if shortage := source.cache_shortage(order.block_samples()):
                 log.line(shortage)
@@ -142,6 +143,18 @@ def caption_hashes(tokens_NL: torch.Tensor) -> np.ndarray:
     """int64 [N]: the same for the same tokens. A dot product with odd 64-bit constants, modulo 2^64."""
     weights = np.random.default_rng(0).integers(0, 2**63, tokens_NL.shape[1], np.int64) * 2 + 1
     return (tokens_NL * torch.from_numpy(weights)).sum(1).numpy()
+
+
+def _require_equal(identities: list[dict[str, Any]]) -> None:
+    """Every rank means the same by a position."""
+    for rank, identity in enumerate(identities):
+        different = [key for key in identity if identity[key] != identities[0][key]]
+        if different:
+            key = different[0]
+            raise SharedError(
+                f"rank {rank} sees other data than rank 0: {key} is {identity[key]}, not {identities[0][key]}; let "
+                "data.index_dir name a folder that all nodes share, or make the shards and their indexes the same"
+            )
 
 
 class Skips:

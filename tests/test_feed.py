@@ -15,7 +15,7 @@ from tiny import tiny_config
 from clipscale.data.workers import LoaderError
 from clipscale.dist import World
 from clipscale.errors import UserError
-from clipscale.feed import caption_hashes
+from clipscale.feed import _require_equal, caption_hashes
 from clipscale.train import Trainer, train
 
 CPU = torch.device("cpu")
@@ -50,6 +50,13 @@ def test_captions_and_pairs_that_occur_twice_are_in_the_metrics(tmp_path):
     for row in rows(tmp_path):
         assert row["repeated_pairs"] == 4
         assert row["repeated_captions"] == 12 - 6  # the six captions of the epoch are all there
+
+
+def test_ranks_that_see_other_data_are_refused():
+    same = {"seed": 1, "content": {"mine": "abc"}}
+    _require_equal([same, dict(same)])
+    with pytest.raises(UserError, match=r"rank 2 sees other data than rank 0: content is \{'mine': 'xyz'\}, not"):
+        _require_equal([same, same, {"seed": 1, "content": {"mine": "xyz"}}])
 
 
 def test_masked_samples_do_not_count_as_repeated_captions(tmp_path):

@@ -85,6 +85,11 @@ def test_pipes_are_refused_and_never_run(folder, pattern):
     assert not (folder / "ran").exists()
 
 
+def test_a_glob_does_not_mean_the_indexes_that_lie_beside_shards(folder):
+    Path("train-00.tar.index").write_bytes(b"")
+    assert expand_urls("train-0*") == ["train-00.tar", "train-01.tar", "train-02.tar"]
+
+
 def test_forty_thousand_shards_are_expanded_in_seconds():
     start = time.process_time()
     assert len(expand_urls("https://host/{00000..41454}.tar")) == 41_455

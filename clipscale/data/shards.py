@@ -19,6 +19,7 @@ import fsspec
 from clipscale.errors import UserError, require
 
 HTTP = ("http", "https")
+_INDEX_SUFFIX = ".index"  # of the sidecars that lie beside shards: no glob means them
 EXTRAS = {"s3": "s3", "gs": "gcs", "gcs": "gcs"}  # scheme -> the extra of clipscale that brings its client
 FSSPEC = ("s3", "gs", "gcs", "hf")
 _SECRET = re.compile(
@@ -56,7 +57,7 @@ def expand_urls(urls: str, allow_pipe: bool = False) -> list[str]:
             continue
         path = _without_scheme(pattern)
         if not os.path.isfile(path) and any(sign in path for sign in "*?["):
-            matches = sorted(glob.glob(path, recursive=True))
+            matches = sorted(found for found in glob.glob(path, recursive=True) if not found.endswith(_INDEX_SUFFIX))
             require(bool(matches), f"shards {pattern!r}: no file matches the pattern")
             expanded.extend(matches)
         else:
