@@ -116,6 +116,24 @@ def test_a_second_pass_that_is_not_walked_holds_nothing_up(urls, tmp_path, tier)
     loader.close()
 
 
+@pytest.mark.parametrize("tier", ["host", "disk", "recompute"])
+@pytest.mark.parametrize("walk", ["first", "again"])
+def test_walks_that_are_left_in_the_middle_cost_no_blocks(urls, tmp_path, tier, walk):
+    """More of them than there are blocks."""
+    loader = open_loader(pipeline(urls, 40), 40, tier=tier, folder=str(tmp_path), block=9)
+    kept = []
+    for step in range(12):
+        images = next(loader).images
+        if walk == "again":
+            list(images.first(CPU))
+        kept.append(getattr(images, walk)(CPU))
+        next(kept[-1])
+        if step % 2:  # the others end when the run does
+            kept.clear()
+    assert take(loader).chain() == read(pipeline(urls, 40), 1, 40, start=12 * 40)[0].chain()
+    loader.close()
+
+
 def test_a_full_disk_is_an_error_at_once(tmp_path):
     from clipscale.data.replay import Disk
 

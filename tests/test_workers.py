@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from loading import CPU, open_loader, pipeline, read, take, tokenize
 from shards import write_pairs
 
 from clipscale.data import workers
+from clipscale.data.fill import Job
 from clipscale.data.loader import Loader
 from clipscale.data.workers import LoaderError
 
@@ -88,7 +91,7 @@ def test_signals_to_the_whole_group_do_not_end_it(urls):
 
 
 def test_a_loader_that_is_silent_is_an_error(urls, monkeypatch):
-    monkeypatch.setattr(workers, "_SILENCE_SECONDS", 8.0)  # a sign of life comes every five
+    monkeypatch.setattr(workers, "_SILENCE_SECONDS", 8)  # a sign of life comes every five
     loader = open_loader(pipeline(urls, 40), 40, mode="process")
     take(loader)
     os.kill(loader.workers.pid, signal.SIGSTOP)
@@ -96,6 +99,96 @@ def test_a_loader_that_is_silent_is_an_error(urls, monkeypatch):
         take_several(loader)
     loader.close()
     wait_until_gone(loader.workers.pid, 0)
+
+
+_SUSPENDED = """
+import dataclasses, sys
+from loading import open_loader, pipeline, take
+from test_workers import slow
+from clipscale.data import workers
+pipe = dataclasses.replace(pipeline(sys.argv[1], 96), tokenize=slow)
+loader = open_loader(pipe, 96, mode="process", threads=1, block=64)
+take(loader)
+workers._SILENCE_SECONDS = 6  # a sign of life comes every five
+print(loader.workers.pid, flush=True)
+for _ in range(20):
+    take(loader)
+"""
+
+
+def test_a_job_that_is_suspended_as_a_whole_goes_on(urls):
+    """Ctrl-Z and fg, or a scheduler's suspension: nobody was silent, nobody ran."""
+    training = subprocess.Popen([sys.executable, "-c", _SUSPENDED, urls], stdout=subprocess.PIPE, text=True, cwd=TESTS)
+    processes = training.pid, int(training.stdout.readline())
+    for pid in processes:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(8)
+    for pid in processes:
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(2)
+    assert training.wait(60) == 0
+    training.stdout.close()
+
+
+class SlowToNote:
+    """In the loader's process, a job is done before anybody has asked to be told of it."""
+
+    name = "characters"
+
+    def __call__(self, captions: list[str]) -> torch.Tensor:
+        return tokenize(captions)
+
+    def __setstate__(self, _state: dict) -> None:
+        note = Future.add_done_callback
+
+        def note_late(future: Future, function: Callable) -> None:
+            time.sleep(0.002)
+            note(future, function)
+
+        Future.add_done_callback = note_late
+
+    def __getstate__(self) -> dict:
+        return {"state": "not empty"}
+
+
+def test_thousands_of_jobs_at_once_do_not_fill_the_wire_both_ways(urls):
+    pipe = dataclasses.replace(pipeline(urls, 40, image_size=8), tokenize=SlowToNote())
+    loader = open_loader(pipe, 40, mode="process", block=1, ahead=2000)
+    expected = read(pipeline(urls, 40, image_size=8), 1, 40)
+    assert take(loader).chain() == expected[0].chain()
+    loader.close()
+
+
+def test_a_loader_that_is_halted_while_it_is_sent_jobs_is_an_error(urls, monkeypatch):
+    monkeypatch.setattr(workers, "_SILENCE_SECONDS", 8)
+    start = workers.LoaderProcess.submit
+
+    def submit_to_the_halted(self: workers.LoaderProcess, job: Job) -> None:
+        os.kill(self.pid, signal.SIGSTOP)
+        start(self, job)
+
+    monkeypatch.setattr(workers.LoaderProcess, "submit", submit_to_the_halted)
+    with pytest.raises(LoaderError, match=r"has been silent for 8 s") as silent:
+        open_loader(pipeline(urls, 40), 40, mode="process", block=1, ahead=2000)
+    process = next(f.frame.f_locals["self"] for f in silent.traceback if f.name == "submit_to_the_halted")
+    process.close()
+
+
+class Foreign:
+    """A tokenizer that the loader's process cannot make."""
+
+    name = "foreign"
+
+    def __reduce__(self) -> tuple:
+        return int, ("not a number",)
+
+
+def test_why_it_ended_is_told_also_to_one_who_is_still_sending_jobs(urls):
+    pipe = dataclasses.replace(pipeline(urls, 40), tokenize=Foreign())
+    loader = open_loader(pipe, 40, mode="process", block=1, ahead=2000)
+    with pytest.raises(LoaderError, match="the loader failed: ValueError: invalid literal for int"):
+        take(loader)
+    loader.close()
 
 
 def fail(captions: list[str]) -> torch.Tensor:
@@ -109,7 +202,7 @@ def slow(captions: list[str]) -> torch.Tensor:
 
 def test_a_fault_of_ours_comes_with_its_traceback(urls):
     loader = open_loader(dataclasses.replace(pipeline(urls, 40), tokenize=fail), 40, mode="process")
-    with pytest.raises(LoaderError, match=r"(?s)the loader failed: Traceback.*RuntimeError: tokenizer"):
+    with pytest.raises(LoaderError, match=r"(?s)the loader failed: RuntimeError: tokenizer; Traceback.*fail"):
         take(loader)
     loader.close()
 
@@ -121,6 +214,32 @@ def test_close_gives_up_what_is_not_decoded(urls):
     begin = time.monotonic()
     loader.close()
     assert time.monotonic() - begin < 5
+
+
+_ONE_BATCH = """
+import os, sys
+for file in map(int, sys.argv[2:]):
+    os.close(file)
+from loading import open_loader, pipeline, take
+loader = open_loader(pipeline(sys.argv[1], 40), 40, mode="process")
+take(loader)
+loader.close()
+"""
+
+
+def test_files_in_the_working_directory_are_not_taken_for_modules(urls, tmp_path):
+    (tmp_path / "queue.py").write_text("raise SystemExit('not the real one')")
+    script = tmp_path / "elsewhere" / "train.py"
+    script.parent.mkdir()
+    script.write_text(_ONE_BATCH)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
+    subprocess.run([sys.executable, script, urls], cwd=tmp_path, env=environment, timeout=60, check=True)
+
+
+@pytest.mark.parametrize("files", ["0", "012"])
+def test_without_standard_streams(urls, files):
+    """The first files that a process opens then get their numbers."""
+    subprocess.run([sys.executable, "-c", _ONE_BATCH, urls, *files], cwd=TESTS, timeout=60, check=True)
 
 
 _ENDLESS = """

@@ -162,6 +162,7 @@ class _Feed:
         steps = -(-loader.share.slots // loader.setup.block)
         self._left, self._left_again = steps, steps * loader.tier.asks_twice
         self._checksums: list[int] = []
+        self._out: set[int] = set()  # blocks that the tier has and has not freed
 
     def arrive(self) -> Iterator[Block]:
         """Pass 1: tokens, valid and skips come with the pixels."""
@@ -192,10 +193,12 @@ class _Feed:
             yield self._block(coming)
 
     def finish(self) -> None:
-        """Take what was not asked for, so that its blocks go round again."""
+        """Take back what was not freed, and take what was not asked for, so that its blocks go round again."""
+        self._loader.tier.clear()
+        for block in [*self._out]:
+            self._free(block)
         for block in self.arrive():
             block.free()
-        self._loader.tier.clear()
         while self._left_again:
             coming, _ = self._loader._take()
             self._left_again -= 1
@@ -203,7 +206,13 @@ class _Feed:
 
     def _block(self, coming: _Coming) -> Block:
         data = self._loader._blocks.images[coming.block, : coming.stop - coming.start]
-        return Block(coming.start, data, partial(self._loader._release, coming.block))
+        self._out.add(coming.block)
+        return Block(coming.start, data, partial(self._free, coming.block))
+
+    def _free(self, block: int) -> None:
+        if block in self._out:  # once: a walk that was left in the middle may end after its step did
+            self._out.remove(block)
+            self._loader._release(block)
 
 
 class Pictures:

@@ -6,6 +6,7 @@ Ends when the wire does, that is with the training process, however that ends.
 from __future__ import annotations
 
 import os
+import queue
 import signal
 import sys
 import threading
@@ -22,10 +23,14 @@ _SIGN_OF_LIFE_SECONDS = 5.0
 
 
 class _Voice:
-    """The wire, for several threads that speak."""
+    """The wire, for several threads that speak. None of them is the one that listens: it would wait for the training
+    process to read, which may wait for it to read."""
 
     def __init__(self, wire: Connection) -> None:
         self._wire, self._lock = wire, threading.Lock()
+        self.results: queue.SimpleQueue[Future] = queue.SimpleQueue()
+        for work in (self._live, self._tell_results):
+            threading.Thread(target=work, daemon=True).start()
 
     def tell(self, message: object) -> None:
         try:
@@ -34,13 +39,15 @@ class _Voice:
         except OSError:  # nobody listens any more
             os._exit(0)
 
-    def tell_result(self, future: Future) -> None:
-        try:
-            self.tell(future.result())
-        except BaseException:
-            self.tell(traceback.format_exc())
+    def _tell_results(self) -> None:
+        while True:
+            future = self.results.get()
+            try:
+                self.tell(future.result())
+            except BaseException:
+                self.tell(traceback.format_exc())
 
-    def live(self) -> None:
+    def _live(self) -> None:
         while True:
             self.tell("")
             time.sleep(_SIGN_OF_LIFE_SECONDS)
@@ -53,12 +60,11 @@ def main() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SHIELDED)
     wire, memory = Connection(int(sys.argv[1])), int(sys.argv[2])
     voice = _Voice(wire)
-    threading.Thread(target=voice.live, daemon=True).start()
     try:
         pipeline, share, layout, threads = wire.recv()
         filler = Filler(pipeline, share, Blocks(layout, memory), threads)
         while True:
-            filler.submit(wire.recv()).add_done_callback(voice.tell_result)
+            filler.submit(wire.recv()).add_done_callback(voice.results.put)
     except EOFError:
         os._exit(0)  # threads may be in the middle of a picture
     except BaseException:

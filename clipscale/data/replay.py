@@ -133,9 +133,8 @@ class Host:
         return to_device(self._give(), device)
 
     def clear(self) -> None:
-        """Give back what pass 2 did not ask for."""
-        for block in self._give():
-            block.free()
+        """Forget what pass 2 did not ask for: the loader has it back."""
+        self._held.clear()
 
     def close(self) -> None:
         pass

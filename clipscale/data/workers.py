@@ -12,11 +12,13 @@ ends first.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
-import time
 from concurrent.futures import Future
 from multiprocessing import Pipe
 from typing import Any
@@ -28,7 +30,8 @@ from clipscale.errors import UserError
 
 SHIELDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 _CHECK_SECONDS = 1.0
-_SILENCE_SECONDS = 120.0  # the loader's process sends a sign of life every few seconds
+_SILENCE_SECONDS = 120  # the loader's process sends a sign of life every few seconds
+_START = "import sys; sys.path[:] = sys.argv[3:]; from clipscale.data.loader_process import main; main()"
 
 
 class LoaderError(UserError):
@@ -58,11 +61,11 @@ class LoaderProcess:
     def __init__(self, pipeline: Pipeline, share: Share, blocks: Blocks, threads: int) -> None:
         self._wire, theirs = Pipe()
         self._done: dict[int, Done] = {}
-        self._heard = time.monotonic()
-        command = [sys.executable, "-c", "from clipscale.data.loader_process import main; main()"]
-        inherited = (theirs.fileno(), blocks.file)
+        with socket.socket(fileno=os.dup(self._wire.fileno())) as wire:
+            wire.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _SILENCE_SECONDS, 0))
+        # Not 0, 1 or 2, which this process may have been started without.
+        inherited = [fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 3) for file in (theirs.fileno(), blocks.file)]
         environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
             "CUDA_VISIBLE_DEVICES": "",  # its torch works on the CPU and must not open a context on the GPU
             "OMP_NUM_THREADS": "1",
         }
@@ -70,11 +73,16 @@ class LoaderProcess:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SHIELDED)
         try:
             self._process = subprocess.Popen(
-                [*command, *map(str, inherited)], pass_fds=inherited, env=environment, stdin=subprocess.DEVNULL
+                [sys.executable, "-c", _START, *map(str, inherited), *sys.path],
+                pass_fds=inherited,
+                env=environment,
+                stdin=subprocess.DEVNULL,
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             theirs.close()
+            for file in inherited:
+                os.close(file)
         self._send((pipeline, share, blocks.layout, threads))
 
     @property
@@ -90,19 +98,19 @@ class LoaderProcess:
         Raises:
             LoaderError: the process has ended, is silent, or failed at a job.
         """
+        silent_seconds = 0.0  # by checks, not by the clock: all processes may have been suspended together
         while number not in self._done:
             try:
                 message = self._wire.recv() if self._wire.poll(_CHECK_SECONDS) else None
             except (EOFError, OSError):
                 raise LoaderError(self._ending()) from None
-            if message is not None:
-                self._heard = time.monotonic()
+            silent_seconds = silent_seconds + _CHECK_SECONDS if message is None else 0.0
             if isinstance(message, Done):
                 self._done[message.number] = message
-            elif isinstance(message, str) and message:
-                raise LoaderError(f"the loader failed: {message}")
-            elif time.monotonic() - self._heard > _SILENCE_SECONDS:
-                raise LoaderError(f"the loader (process {self.pid}) has been silent for {_SILENCE_SECONDS:.0f} s")
+            elif message:
+                raise LoaderError(f"the loader failed: {message.splitlines()[-1]}; {message}")
+            elif silent_seconds > _SILENCE_SECONDS:
+                raise LoaderError(self._silence())
         return self._done.pop(number)
 
     def close(self) -> None:
@@ -116,8 +124,13 @@ class LoaderProcess:
     def _send(self, message: Any) -> None:
         try:
             self._wire.send(message)
+        except BlockingIOError:
+            raise LoaderError(self._silence()) from None
         except OSError:
-            raise LoaderError(self._ending()) from None
+            pass  # it has ended: `wait` reads its last words, and says so
+
+    def _silence(self) -> str:
+        return f"the loader (process {self.pid}) has been silent for {_SILENCE_SECONDS} s"
 
     def _ending(self) -> str:
         """What became of the process, now that its end of the wire is closed."""
