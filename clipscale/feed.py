@@ -103,7 +103,7 @@ class Feed:
         )
 
     def _plan_replay(self, config: Config, share: Share, block: int, side: int) -> tuple[Plan, Need]:
-        """The same tier on every rank, by the tightest budget of any; collective."""
+        """The same tier on every rank, by the tightest budget and the fullest node of any; collective."""
         here = socket.gethostname(), budgets(config.replay, self.world.device)
         everywhere = self.world.gather(here)
         ahead_bytes = config.data.prefetch_bytes
@@ -114,7 +114,7 @@ class Feed:
             ahead_blocks=min(
                 config.data.prefetch_steps * -(-share.slots // block), ahead_bytes // (block * 3 * side**2)
             ),
-            local_ranks=sum(host == here[0] for host, _ in everywhere),
+            local_ranks=max(Counter(host for host, _ in everywhere).values()),
         )
         return choose(config.replay, need, tightest([budget for _, budget in everywhere])), need
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,10 +13,12 @@ import torch
 from shards import picture, write_pairs, write_shard
 from tiny import tiny_config
 
+from clipscale import feed
+from clipscale.data.fill import Share
 from clipscale.data.workers import LoaderError
 from clipscale.dist import World
 from clipscale.errors import UserError
-from clipscale.feed import _require_equal, caption_hashes
+from clipscale.feed import Feed, _require_equal, caption_hashes
 from clipscale.train import Trainer, train
 
 CPU = torch.device("cpu")
@@ -94,6 +97,22 @@ def test_a_step_that_fits_nowhere_is_refused_before_the_first(tmp_path):
     with pytest.raises(UserError, match=r"replay.kind=auto: .* replay.host_bytes allows 1,000 bytes"):
         train(tiny_config(tmp_path, urls, "replay.host_bytes=1000"))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_nodes_of_several_sizes_take_one_decision(tmp_path, monkeypatch):
+    """Two ranks here, one there: what does not fit on one node is refused on both, or one would wait for the other."""
+    enough, too_little = (
+        tiny_config(tmp_path, "none.tar", "replay.kind=host", f"replay.host_bytes={n}") for n in (40_000, 20_000)
+    )
+    share, plans = Share(global_batch=24, world=3), []
+    for host in ("crowded", "roomy"):
+        monkeypatch.setattr(feed.socket, "gethostname", lambda host=host: host)
+        world = SimpleNamespace(device=CPU, gather=lambda mine: [("crowded", mine[1])] * 2 + [("roomy", mine[1])])
+        plan, need = Feed._plan_replay(SimpleNamespace(world=world), enough, share, 4, 16)
+        plans.append((plan, need.local_ranks))
+        with pytest.raises(UserError, match=r"replay.host_bytes allows 20,000 bytes"):
+            Feed._plan_replay(SimpleNamespace(world=world), too_little, share, 4, 16)
+    assert plans[0] == plans[1]
 
 
 def test_augmentation_changes_the_run_and_both_passes_agree(tmp_path):

@@ -15,6 +15,7 @@ from shards import picture, write_pairs, write_shard
 
 from clipscale.data import source as source_module
 from clipscale.data.decode import decode
+from clipscale.data.fill import Share
 from clipscale.data.pipeline import Pipeline
 from clipscale.errors import UserError
 
@@ -368,3 +369,27 @@ def test_fewer_shards_or_samples_than_ranks(tmp_path, shards, per_shard, world):
 def test_a_source_of_weight_0_is_not_even_opened(tmp_path):
     sources = {"mine": (write_pairs(tmp_path, 1, 8, size=28), 1.0), "off": ("no-such.tar", 0.0)}
     assert len(read(pipeline(sources, 8), 1, 8)[0].keys) == 8
+
+
+@pytest.mark.parametrize("sources", [1, 2])
+def test_a_rank_fetches_ahead_what_it_will_read_itself(tmp_path, monkeypatch, sources):
+    """Ranks on other nodes have caches of their own. Half a block of these streams is no multiple of them."""
+    per_shard = (9, 12)
+    urls = {f"{n}": (write_pairs(tmp_path / f"{n}", 16, per_shard[n], size=8), 1.0) for n in range(sources)}
+    pipe = pipeline(urls, 16, streams=4, block_shards=1, image_size=8)
+    asked: set[tuple] = set()
+    monkeypatch.setattr(source_module.Source, "remote", True)
+    monkeypatch.setattr(
+        source_module.Source, "prefetch", lambda self, shards: asked.update((self.name, s) for s in shards)
+    )
+
+    def shards_of(share: Share, steps: range) -> set[tuple]:
+        positions = np.concatenate([share.positions(pipe, 16 * step) for step in steps])
+        source, _, shard, _ = pipe.locate(positions)
+        return {(pipe.sources[i].name, int(s)) for i, s in zip(source, shard, strict=True)}
+
+    for rank in range(2):
+        asked.clear()
+        read(pipe, 4, 16, world=2, rank=rank, ahead=3, block=8)
+        share, later = Share(16, 2, rank), max(1, pipe.horizon() // 16)
+        assert shards_of(share, range(later, later + 4)) <= asked <= shards_of(share, range(later, later + 8))

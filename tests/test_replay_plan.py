@@ -83,3 +83,41 @@ def test_budgets_default_to_shares_of_the_machine(tmp_path):
         * 1024
     )
     assert 0 < available_bytes() < total
+
+
+GB = 2**30
+
+
+def write_group(folder: Path, files: tuple[str, str], limit: int | str, usage: int, prefix: str = "") -> None:
+    """A control group: of its usage, 10 GB are cached files and the rest is taken."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stat = {"active_file": 4 * GB, "inactive_file": 6 * GB, "anon": usage - 10 * GB}
+    rows = [f"{prefix}{name} {value}\n" for name, value in stat.items()]
+    for name, text in ((files[0], f"{limit}\n"), (files[1], f"{usage}\n"), ("memory.stat", "".join(rows))):
+        (folder / name).write_text(text)
+
+
+V2, V1 = ("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
+
+
+@pytest.mark.parametrize(
+    ("membership", "folder", "files", "prefix"),
+    [
+        ("0::/", "", V2, ""),  # in a container, which sees its own group as the root
+        ("0::/slurm/job_7/step_0", "slurm/job_7", V2, ""),  # the limit is the job's, one above
+        ("5:cpu,memory:/slurm/job_7\n0::/", "memory/slurm/job_7", V1, "total_"),
+        ("5:memory:/docker/3018c\n0::/", "memory", V1, "total_"),  # named as the host sees it
+    ],
+)
+def test_memory_is_what_the_control_group_leaves_and_cached_files_give_way(tmp_path, membership, folder, files, prefix):
+    proc, groups = tmp_path / "proc", tmp_path / "groups"
+    (proc / "self").mkdir(parents=True)
+    (proc / "meminfo").write_text(f"MemTotal: {2**30} kB\nMemAvailable: {500 * 2**20} kB\n")
+    (proc / "self" / "cgroup").write_text(membership + "\n")
+    assert available_bytes(proc, groups) == 500 * GB
+    write_group(groups / folder, files, 64 * GB, 63 * GB, prefix)
+    assert available_bytes(proc, groups) == 11 * GB
+    write_group(groups / folder, files, 2**63 - 4096, 63 * GB, prefix)  # as version 1 says 'no limit'
+    assert available_bytes(proc, groups) == 500 * GB
+    write_group(groups / folder, files, "max", 63 * GB, prefix)
+    assert available_bytes(proc, groups) == 500 * GB

@@ -78,8 +78,11 @@ class Filler:
     def __init__(self, pipeline: Pipeline, share: Share, blocks: Blocks, threads: int) -> None:
         self.pipeline, self.blocks = pipeline, blocks
         self._decoding = Decoding.of(pipeline.data)
-        self._horizon = pipeline.horizon() if any(source.remote for source in pipeline.sources) else 0
+        self._ahead_steps = 0  # shards are fetched for the batch so many steps later; 0: none is remote
+        if any(source.remote for source in pipeline.sources):
+            self._ahead_steps = max(1, pipeline.horizon() // share.global_batch)
         self._pool = ThreadPoolExecutor(threads, "decode", initializer=torch.set_num_threads, initargs=(1,))
+        self._global_batch = share.global_batch
         self._positions = lru_cache(maxsize=4)(partial(share.positions, pipeline))  # once for all jobs
         blocks.fault_in(self._pool)
 
@@ -96,8 +99,8 @@ class Filler:
         part = slice(job.offset, job.offset + len(positions))
         images, valid = self.blocks.images[job.block, part], self.blocks.valid[job.block, part]
         valid.fill_(True)
-        if self._horizon:
-            self._fetch_ahead(positions)
+        if self._ahead_steps:
+            self._fetch_ahead(job)
         crops = uniform(draw(fold(pipe.seed, "crop"), positions)[:, None], np.arange(DRAWS_PER_SAMPLE)[None, :])
         choices = draw(fold(pipe.seed, "caption"), positions)
         for slot, (source_id, _, shard, index) in enumerate(zip(*pipe.locate(positions), strict=True)):
@@ -127,9 +130,10 @@ class Filler:
         load_picture(sample.image, crop, self._decoding, self.pipeline.image_size, out_3SS)
         return caption
 
-    def _fetch_ahead(self, positions: np.ndarray) -> None:
-        """Start to download the shards that these slots' streams come to next."""
-        source, _, shard, _ = self.pipeline.locate(positions + self._horizon)
+    def _fetch_ahead(self, job: Job) -> None:
+        """Start to download the shards that the same slots of this rank need some steps later."""
+        later = self._positions(job.position + self._ahead_steps * self._global_batch)[job.start : job.stop]
+        source, _, shard, _ = self.pipeline.locate(later)
         for i in np.unique(source):
             self.pipeline.sources[i].prefetch(np.unique(shard[source == i]).tolist())
 

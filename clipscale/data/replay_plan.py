@@ -10,6 +10,7 @@ n + ahead lie in memory; in the others `ahead` do.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,15 +83,32 @@ def tightest(all_ranks: list[Budgets]) -> Budgets:
     )
 
 
-def available_bytes() -> int:
-    """Memory that can still be had on this node, or in this container where that is less."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
+def available_bytes(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Memory that can still be had on this node, or in a control group of this process (Slurm's, a container's) where
+    that is less."""
+    lines = (proc / "meminfo").read_text().splitlines()
     node = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    try:
-        group = Path("/sys/fs/cgroup")
-        return min(node, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):  # no control group, or 'max': no limit
-        return node
+    left = [node]
+    membership = proc / "self" / "cgroup"
+    for line in membership.read_text().splitlines() if membership.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:  # version 2
+            left += _group_bytes(groups, path, "memory.max", "memory.current", "")
+        elif "memory" in controllers.split(","):
+            left += _group_bytes(groups / "memory", path, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+    return min(left)
+
+
+def _group_bytes(root: Path, path: str, limit: str, usage: str, prefix: str) -> Iterator[int]:
+    """What the group and those above it leave, each that has a limit. Cached files are in their usage, and give way."""
+    folder = root / path.lstrip("/")
+    for group in (folder, *folder.parents):
+        try:
+            bound, used = int((group / limit).read_text()), int((group / usage).read_text())
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):  # not there, seen from a container; or 'max': no limit
+            continue
+        yield bound - used + sum(int(stat[f"{prefix}{kind}_file"]) for kind in ("active", "inactive"))
 
 
 def choose(replay: Replay, need: Need, budget: Budgets) -> Plan:

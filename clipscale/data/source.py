@@ -124,6 +124,11 @@ class Source:
         return sum((Counter(shard.not_read) for shard in self.shards), Counter())
 
     @property
+    def rules(self) -> Rules:
+        """By which its samples were chosen."""
+        return self._index.rules
+
+    @property
     def remote(self) -> bool:
         """Whether any of its shards comes through the cache."""
         return self._cache is not None
@@ -303,7 +308,9 @@ def open_source(
 def _require_samples(source: Source, urls: str) -> None:
     if source.samples:
         return
-    wanted = "a caption" if source.need == "pairs" else "a label (.cls)"
+    place = source.rules.caption
+    place = place if place.startswith("json:") else f".{place}"
+    wanted = f"a caption ({place})" if source.need == "pairs" else "a label (.cls)"
     table = ", ".join(f"{cause}: {count}" for cause, count in source.refused().most_common())
     causes = "; ".join(filter(None, [table, *(f"{masked(s.url)} {s.cut}" for s in source.shards if s.cut)][:4]))
     raise UserError(
