@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -234,6 +235,19 @@ def test_files_in_the_working_directory_are_not_taken_for_modules(urls, tmp_path
     script.write_text(_ONE_BATCH)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
     subprocess.run([sys.executable, script, urls], cwd=tmp_path, env=environment, timeout=60, check=True)
+
+
+def test_a_mixture_of_many_shards_has_files_enough(tmp_path):
+    """Of each source 64 stay open, with an index each: eight sources come to 1,024, the limit of many systems."""
+    pipe = pipeline(write_pairs(tmp_path, 60, 2, size=8), 120, image_size=8)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, before[1]))
+    try:
+        loader = open_loader(pipe, 120, mode="process")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert take(loader).valid.all()
+    loader.close()
 
 
 @pytest.mark.parametrize("files", ["0", "012"])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import queue
+import resource
 import signal
 import sys
 import threading
@@ -58,6 +59,8 @@ def main() -> None:
     for number in SHIELDED:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SHIELDED)
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each source keeps many shards open
     wire, memory = Connection(int(sys.argv[1])), int(sys.argv[2])
     voice = _Voice(wire)
     try:
