@@ -16,13 +16,16 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from http_server import wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import alive, parent
 from shards import picture, write_pairs, write_shard
 
-from clipscale.config_data import Select
+from clipscale.config_data import Fetch, Select
 from clipscale.data import index as index_module
 from clipscale.data import indexing, sidecar
+from clipscale.data.cache import ShardCache
 from clipscale.data.index import Index, Shard
 from clipscale.data.indexing import index_shards
 from clipscale.data.select import Rules
@@ -298,7 +301,7 @@ def test_the_identity_follows_the_content_not_the_place(tmp_path):
 
 
 @pytest.fixture
-def processes(monkeypatch) -> None:
+def in_processes(monkeypatch) -> None:
     """As if the shards were large: workers at once."""
     monkeypatch.setattr(indexing, "_INLINE_BYTES", {"fast": 0, "decode": 0})
 
@@ -308,7 +311,7 @@ def paths_of(folder: Path, shards: int, **settings) -> list[str]:
     return [f"{folder}/{i:04d}.tar" for i in range(shards)]
 
 
-def test_processes_find_what_one_finds(tmp_path, processes):
+def test_processes_find_what_one_finds(tmp_path, in_processes):
     paths = paths_of(tmp_path, 5)
     rules = Rules(caption="TXT", select=Select(min_side=4))
     shown = []
@@ -339,61 +342,111 @@ def test_the_readable_shards_are_indexed_before_the_others_are_told(tmp_path):
     assert Index().known(paths[3]) is not None
 
 
-def test_a_killed_worker_is_one_clear_error(tmp_path, processes, monkeypatch):
+def killed(*_) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def ended(*_) -> None:
+    os._exit(3)
+
+
+def stuck(url: str, *_) -> None:
+    Path(f"{url}.{os.getpid()}.pid").touch()
+    time.sleep(600)
+
+
+def test_a_killed_worker_is_one_clear_error(tmp_path, in_processes, monkeypatch):
     paths = paths_of(tmp_path, 6)
-    monkeypatch.setattr(indexing, "_WORKER", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    monkeypatch.setattr(indexing, "_build", killed)
     start = time.monotonic()
     with pytest.raises(UserError, match=r"shard '.*tar': the process that indexed it was killed by SIGKILL"):
         index_shards(paths, Index(), None, jobs=2)
-    monkeypatch.setattr(indexing, "_WORKER", "raise SystemExit(3)")
+    monkeypatch.setattr(indexing, "_build", ended)
     with pytest.raises(UserError, match="ended with status 3"):
         index_shards(paths, Index(), None, jobs=2)
     assert time.monotonic() - start < 20
 
 
-def test_a_worker_that_is_killed_while_it_works(tmp_path, processes, monkeypatch):
-    """It is busy (it never answers); the error comes with its death, and the other worker is ended too."""
+def test_a_worker_that_is_killed_while_it_works(tmp_path, in_processes, monkeypatch):
+    """It is busy (it never answers); the error comes with its death, names its shard, and the other worker is ended."""
     paths = paths_of(tmp_path, 6)
-    monkeypatch.setattr(indexing, "_WORKER", "import time\ntime.sleep(600)")
-    started = []
-    popen = subprocess.Popen
-    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
+    monkeypatch.setattr(indexing, "_build", stuck)
+    pids = {}
 
     def kill():
-        while len(started) < 2:
+        while len(pids) < 2:
             time.sleep(0.01)
-        started[1].send_signal(signal.SIGTERM)
+            pids.update(path.name.split(".")[::2] for path in tmp_path.glob("*.pid"))
+        os.kill(int(pids["0001"]), signal.SIGTERM)
 
     thread = threading.Thread(target=kill)
     thread.start()
-    with pytest.raises(UserError, match="was killed by SIGTERM"):
+    with pytest.raises(UserError, match=r"0001.tar': the process that indexed it was killed by SIGTERM"):
         index_shards(paths, Index(), None, jobs=2)
     thread.join()
-    assert all(process.poll() is not None for process in started)
+    assert not any(alive(int(pid)) for pid in pids.values())
 
 
 def test_workers_are_no_part_of_the_main_program(tmp_path):
-    """A script without a __main__ guard is not run again by them, signals to its group do not reach them, and the lines
-    that it prints are its own."""
-    paths = paths_of(tmp_path, 3)
+    """A script without a __main__ guard is not run again by them, and signals to its group do not reach them."""
+    paths = paths_of(tmp_path, 30)
     script = tmp_path / "script.py"
     script.write_text(
         "import os, signal\n"
         "from clipscale.data import indexing\n"
         "from clipscale.data.index import Index\n"
-        "signal.signal(signal.SIGUSR1, signal.SIG_IGN)\n"
+        "for number in (signal.SIGUSR1, signal.SIGTERM):\n"
+        "    signal.signal(number, lambda *_: None)\n"
         "indexing._INLINE_BYTES['fast'] = 0\n"
-        "start = indexing._Worker.__init__\n"
-        "def started(self, index):\n"
-        "    start(self, index)\n"
-        "    os.killpg(0, signal.SIGUSR1)\n"
-        "indexing._Worker.__init__ = started\n"
-        f"print(sum(s.samples for s in indexing.index_shards({paths!r}, Index(), None, jobs=2)))\n"
+        "def track(urls, label):\n"
+        "    for number, url in enumerate(urls):\n"
+        "        if number:\n"  # the workers have been started
+        "            os.killpg(0, signal.SIGUSR1)\n"
+        "            os.killpg(0, signal.SIGTERM)\n"
+        "        yield url\n"
+        f"print(sum(s.samples for s in indexing.index_shards({paths!r}, Index(), None, jobs=2, track=track)))\n"
     )
     done = subprocess.run(
         [sys.executable, script], capture_output=True, text=True, timeout=120, start_new_session=True, check=False
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "9\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "90\n", "")
+
+
+def test_a_remote_shard_that_cannot_be_had_does_not_end_the_others(tmp_path, in_processes):
+    paths = paths_of(tmp_path, 3)
+    cache = ShardCache(str(tmp_path / "cache"), None, Fetch(retries=0), allow_pipe=True)
+    index = Index(cache_dir=str(tmp_path / "cache"))
+    there, gone = f"pipe:cat {write_shard(tmp_path / 'x.tar', [('a', pair())])}", "pipe:exit 7"
+    with pytest.raises(UserError, match=r"shard 'pipe:exit 7': .*ended with status 7.*; mend it, or take it out"):
+        index_shards([gone, paths[0], there, *paths[1:]], index, cache, jobs=2)
+    again = index_shards([there, *paths], index, cache, track=lambda *_: pytest.fail("they are indexed"))
+    assert [shard.samples for shard in again] == [1, 3, 3, 3]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_nothing_goes_on_behind_an_indexing_that_is_ended(tmp_path, number):
+    """No worker, no command of theirs, no file half written."""
+    urls = [f"pipe:echo $$ > {tmp_path}/{i}.pid; exec sleep 600" for i in range(3)]
+    code = (
+        "import sys; from clipscale.data.index import Index; from clipscale.data.indexing import index_shards\n"
+        "from clipscale.config_data import Fetch; from clipscale.data.cache import ShardCache\n"
+        "index_shards(sys.argv[2:], Index(), ShardCache(sys.argv[1], None, Fetch(), allow_pipe=True), jobs=2)"
+    )
+    main = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path / "cache", *urls],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_until(lambda: sum(path.stat().st_size > 0 for path in tmp_path.glob("*.pid")) == 2)
+    commands = [int(path.read_text()) for path in tmp_path.glob("*.pid")]
+    workers = [parent(pid) for pid in commands]
+    assert len(set(workers)) == 2
+    os.killpg(main.pid, number) if number == signal.SIGINT else main.kill()
+    error = main.communicate(timeout=20)[1]
+    wait_until(lambda: not any(map(alive, [*workers, *commands])))
+    assert not [*(tmp_path / "cache" / "shards" / "parts").iterdir()]
+    assert error.count("Traceback") == (number == signal.SIGINT)  # the program's own
 
 
 def test_processes_that_index_the_same_shards_at_once_do_not_disturb_each_other(tmp_path):
@@ -412,7 +465,7 @@ def test_processes_that_index_the_same_shards_at_once_do_not_disturb_each_other(
     assert len([*(tmp_path / "shards").iterdir()]) == 8  # no temporary file is left
 
 
-def test_an_error_of_a_worker_is_told_as_here(tmp_path, processes):
+def test_an_error_of_a_worker_is_told_as_here(tmp_path, in_processes):
     paths = paths_of(tmp_path, 2)
     rules = Rules(select=Select(uids=str(tmp_path / "none.txt")), uids_hash="x")
     with pytest.raises(UserError, match=r"none\.txt' cannot be read"):

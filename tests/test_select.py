@@ -244,6 +244,3 @@ def test_rules_that_differ_have_tags_that_differ(tmp_path):
     assert Rules.of(same, Data(max_pixels=7), "pairs").tag == tags[6]
     decoded = Source("x", select=Select(check="decode"))
     assert Rules.of(decoded, Data(max_pixels=7), "pairs").tag != tags[3]
-    for source in every:
-        rules = Rules.of(source, Data(), "pairs")
-        assert Rules.from_dict(json.loads(json.dumps(rules.to_dict()))) == rules

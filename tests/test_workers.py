@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from loading import CPU, open_loader, pipeline, read, take, tokenize
+from processes import alive
 from shards import write_pairs
 
 from clipscale.data import workers
@@ -31,14 +32,6 @@ pytestmark = pytest.mark.timeout(120)
 def urls(tmp_path_factory) -> str:
     """4 shards of 25 pairs, one of them broken."""
     return write_pairs(tmp_path_factory.mktemp("pairs"), 4, 25, size=28, broken={33})
-
-
-def alive(pid: int) -> bool:
-    """Not gone, and not a zombie either."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def wait_until_gone(pid: int, seconds: float) -> None:
@@ -259,6 +252,7 @@ def test_without_standard_streams(urls, files):
 _ENDLESS = """
 import sys
 from loading import open_loader, pipeline, take
+from processes import alive
 loader = open_loader(pipeline(sys.argv[1], 40), 40, mode="process")
 take(loader)
 print(loader.workers.pid, flush=True)

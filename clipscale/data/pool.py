@@ -3,8 +3,9 @@
     for report in map_in_processes(check_shard, paths, 8, settings):     # check_shard(path, settings), in 8 processes
         ...
 
-Processes come from a fork server: they hold none of the caller's threads, locks or GPU contexts. Each has a pipe of its
-own: one that dies ends the work with a `UserError`, and one whose caller is gone ends too.
+Processes come from a fork server: they hold none of the caller's threads, locks or GPU contexts, and signals to the
+caller's process group do not reach them. Each has a pipe of its own: one that dies ends the work with a `UserError`;
+one whose caller is gone, or wants no more, is interrupted as if by Ctrl-C, so that it clears up, and ends.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import queue
 import signal
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -26,12 +29,26 @@ from clipscale.errors import UserError
 
 _QUEUED = 2  # items sent to each process: the one it works on, and the next
 _AHEAD = 4  # items begun for each process, beyond the oldest that is not done
+_CLEAR_UP_SECONDS = 5.0
+_HELD_BACK = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+
+
+class WorkerDied(UserError):
+    """A process ended by itself. `item`: what it was at work on; `how` it ended."""
+
+    def __init__(self, process: multiprocessing.process.BaseProcess, item: Any) -> None:
+        code = process.exitcode
+        killed = code is not None and code < 0
+        self.item = item
+        self.how = f"was killed by {signal.Signals(-code).name}" if killed else f"ended with status {code}"
+        fix = "most often for want of memory; use fewer processes" if killed else "its own message stands above"
+        super().__init__(f"worker process {process.pid} {self.how}: {fix}")
 
 
 class _Worker(NamedTuple):
     process: multiprocessing.process.BaseProcess
     connection: Connection
-    sent: deque[int]  # numbers of the items it has not answered yet
+    sent: deque[tuple[int, Any]]  # the items it has not answered yet, and their numbers
 
 
 def map_in_processes(function: Callable, items: Iterable, jobs: int, *arguments: Any) -> Iterator[Any]:
@@ -41,27 +58,25 @@ def map_in_processes(function: Callable, items: Iterable, jobs: int, *arguments:
         function: at the top level of a module that can be imported (never the main one); what it raises is raised here.
 
     Raises:
-        UserError: a process died.
+        WorkerDied: a process was killed, or ended by itself.
     """
     if jobs == 1:
         yield from (function(item, *arguments) for item in items)
         return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([function.__module__])
-    workers = []
+    workers: list[_Worker] = []
     try:
         for _ in range(jobs):
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs, function, arguments), daemon=True)
-            with _without_main():
+            with _without_main(), _signals_held_back():
                 process.start()
             theirs.close()
             workers.append(_Worker(process, ours, deque()))
         yield from _in_order(workers, iter(items))
-    except BaseException:  # also GeneratorExit: the caller wants no more
-        _end(workers, at_once=True)
-        raise
-    _end(workers, at_once=False)
+    finally:  # also where the caller wants no more
+        _end(workers)
 
 
 @contextmanager
@@ -75,6 +90,18 @@ def _without_main() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """For the life of the fork server, if it begins here; the caller takes them in afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK)
+    try:
+        resource_tracker.ensure_running()  # the fork server would start it, and it may end with SIGINT let through
+        signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _in_order(workers: list[_Worker], items: Iterator) -> Iterator[Any]:
     begun, given, done, more = 0, 0, {}, True
     while True:
@@ -86,8 +113,8 @@ def _in_order(workers: list[_Worker], items: Iterator) -> Iterator[Any]:
                     except StopIteration:
                         more = False
                         break
+                    worker.sent.append((begun, item))
                     _send(worker, item)
-                    worker.sent.append(begun)
                     begun += 1
         if given in done:
             yield done.pop(given)
@@ -101,7 +128,7 @@ def _in_order(workers: list[_Worker], items: Iterator) -> Iterator[Any]:
                 value, error = _receive(worker)
                 if error is not None:
                     raise error
-                done[worker.sent.popleft()] = value
+                done[worker.sent.popleft()[0]] = value
 
 
 def _send(worker: _Worker, item: Any) -> None:
@@ -118,40 +145,47 @@ def _receive(worker: _Worker) -> tuple[Any, Exception | None]:
         raise _died(worker) from error
 
 
-def _died(worker: _Worker) -> UserError:
+def _died(worker: _Worker) -> WorkerDied:
     worker.process.join(5)
-    code = worker.process.exitcode
-    fix = "most often for want of memory; use fewer processes" if code == -9 else "its own message stands above"
-    return UserError(f"worker process {worker.process.pid} died with exit code {code}: {fix}")
+    _, item = worker.sent[0]
+    return WorkerDied(worker.process, item)
 
 
-def _end(workers: list[_Worker], at_once: bool) -> None:
+def _end(workers: list[_Worker]) -> None:
     for worker in workers:
-        if at_once:
-            worker.process.kill()
         worker.connection.close()
+    give_up = time.monotonic() + _CLEAR_UP_SECONDS
     for worker in workers:
+        worker.process.join(max(0.0, give_up - time.monotonic()))
+        worker.process.kill()
         worker.process.join()
 
 
 def _work(connection: Connection, function: Callable, arguments: tuple) -> None:
     """One process: answers every item with (value, None) or (None, exception), until the caller closes the pipe."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the caller decides
+    os.setsid()  # Ctrl-C and a scheduler's signals reach the caller's whole group; the caller decides
     items: queue.SimpleQueue = queue.SimpleQueue()
-    # Items are taken in by a thread, so that sending one never waits for a result that waits to be taken.
-    threading.Thread(target=_take_in, args=(connection, items), daemon=True).start()
-    while True:
-        item = items.get()
-        try:
-            answer = function(item, *arguments), None
-        except Exception as error:  # the caller raises it
-            answer = None, error
-        connection.send(answer)
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        # Items are taken in by a thread, so that sending one never waits for a result that waits to be taken.
+        threading.Thread(target=_take_in, args=(connection, items), daemon=True).start()
+        while True:
+            item = items.get()
+            try:
+                answer = function(item, *arguments), None
+            except Exception as error:  # the caller raises it
+                answer = None, error
+            connection.send(answer)
+    except (KeyboardInterrupt, ConnectionError):  # `_take_in` has seen the end, or not yet
+        os._exit(0)
 
 
 def _take_in(connection: Connection, items: queue.SimpleQueue) -> None:
-    while True:
-        try:
+    try:
+        while True:
             items.put(connection.recv())
-        except (EOFError, OSError):  # the caller has closed the pipe, or is gone
-            os._exit(0)
+    except (EOFError, OSError):  # the caller has closed the pipe, or is gone
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        time.sleep(_CLEAR_UP_SECONDS)
+        os._exit(0)

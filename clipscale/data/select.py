@@ -70,13 +70,6 @@ class Rules:
         select = self.select
         return select.check == "decode" or select.min_side > 0 or select.max_aspect is not None
 
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, facts: dict[str, Any]) -> Rules:
-        return cls(**facts | {"select": Select(**facts["select"])})
-
 
 _NO_SELECTION = {name: value for name, value in dataclasses.asdict(Select()).items() if name != "uids"}
 
