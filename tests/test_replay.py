@@ -1,4 +1,5 @@
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from loading import CPU, open_loader, pipeline, read, take
 from shards import write_pairs
 
 from clipscale.data.replay import Held
+from clipscale.data.source import Sample, Source
 from clipscale.data.workers import LoaderError
 
 
@@ -142,3 +144,31 @@ def test_a_full_disk_is_an_error_at_once(tmp_path):
     with pytest.raises(OSError, match=r"No space left|File too large"):
         Disk(pictures, 224, 16, str(tmp_path), pin=False)
     assert not list(Path(tmp_path).iterdir())
+
+
+@pytest.mark.parametrize("which", ["first", "second"])
+def test_recomputing_needs_only_what_the_first_pass_could_read(tmp_path, monkeypatch, which):
+    """A masked slot has no part in the loss: a server that is well again by the second pass does not end the run."""
+    readings: Counter[tuple[int, int]] = Counter()
+    really_read = Source.read
+
+    def read_once(self: Source, shard: int, index: int) -> Sample:
+        readings[shard, index] += 1
+        if (shard, index) == (0, 7) and readings[shard, index] == {"first": 1, "second": 2}[which]:
+            raise OSError("503 Service Unavailable")
+        return really_read(self, shard, index)
+
+    monkeypatch.setattr(Source, "read", read_once)
+    pipe = pipeline(write_pairs(tmp_path, 2, 20, broken={33}), 40)
+    loader = open_loader(pipe, 40, tier="recompute", block=8, threads=1)
+    batch = next(loader)
+    first = torch.cat([images.clone() for _, images in batch.images.first(CPU)])
+    if which == "first":
+        again = torch.cat([images.clone() for _, images in batch.images.again(CPU)])
+        assert (~batch.valid).sum() == 2
+        assert (first != again).flatten(1).any(1).sum() == 1
+        assert torch.equal(first[batch.valid], again[batch.valid])
+    else:
+        with pytest.raises(LoaderError, match=r"a second time \(cannot be read: 503 Service"):
+            list(batch.images.again(CPU))
+    loader.close()

@@ -161,7 +161,7 @@ class _Feed:
         self.skips: list[Skip] = []
         steps = -(-loader.share.slots // loader.setup.block)
         self._left, self._left_again = steps, steps * loader.tier.asks_twice
-        self._checksums: list[int] = []
+        self._checksums = np.zeros(loader.share.slots, np.uint64)  # of the pictures of pass 1
         self._out: set[int] = set()  # blocks that the tier has and has not freed
 
     def arrive(self) -> Iterator[Block]:
@@ -174,22 +174,23 @@ class _Feed:
             self.tokens[coming.start : coming.stop] = blocks.tokens[coming.block, :size]
             self.valid[coming.start : coming.stop] = blocks.valid[coming.block, :size]
             self.skips.extend(skip for part in done for skip in part.skips)
-            self._checksums.extend(part.checksum for part in done)
+            self._checksums[coming.start : coming.stop] = np.concatenate([part.checksums for part in done])
             yield self._block(coming)
 
     def arrive_again(self) -> Iterator[Block]:
-        """Pass 2, read anew: the same pixels, or an error."""
-        checksums = iter(self._checksums)
+        """Pass 2, read anew: the same pixels in every slot that is valid, or an error."""
         while self._left_again:
             coming, done = self._loader._take()
             self._left_again -= 1
-            for part in done:
-                if part.checksum != next(checksums):
-                    what = part.skips[0].detail if part.skips else "other pixels than in the first pass"
-                    raise LoaderError(
-                        f"replay.kind=recompute: slots {coming.start} to {coming.stop} of the batch at position "
-                        f"{self._position} cannot be read a second time ({what}); a shard has changed or is gone"
-                    )
+            slots = slice(coming.start, coming.stop)
+            changed = np.concatenate([part.checksums for part in done]) != self._checksums[slots]
+            if (changed & self.valid[slots].numpy()).any():
+                new = {skip for part in done for skip in part.skips}.difference(self.skips)
+                what = min(new).detail if new else "other pixels than in the first pass"
+                raise LoaderError(
+                    f"replay.kind=recompute: slots {coming.start} to {coming.stop} of the batch at position "
+                    f"{self._position} cannot be read a second time ({what}); a shard has changed or is gone"
+                )
             yield self._block(coming)
 
     def finish(self) -> None:
