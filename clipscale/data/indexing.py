@@ -49,10 +49,10 @@ def index_shards(
             try:
                 found |= zip(track(missing, label) if track else missing, built, strict=True)
             except WorkerDied as died:
-                raise UserError(
-                    f"shard {masked(died.item)!r}: the process that indexed it {died.how}; if memory is short, set "
-                    "fewer data.index_jobs (--jobs)"
-                ) from died
+                what = (
+                    f"shard {masked(died.item)!r}: the process that indexed it" if died.item else "an indexing process"
+                )
+                raise UserError(f"{what} {died.how}; if memory is short, set fewer data.index_jobs (--jobs)") from died
     unreadable = [url for url in urls if isinstance(found[url], str)]
     if unreadable:
         more = f" (and {len(unreadable) - 1} more of {len(urls)} shards)" if len(unreadable) > 1 else ""

@@ -34,7 +34,7 @@ _HELD_BACK = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
 class WorkerDied(UserError):
-    """A process ended by itself. `item`: what it was at work on; `how` it ended."""
+    """A process ended by itself. `item`: what it was at work on, None while it started; `how` it ended."""
 
     def __init__(self, process: multiprocessing.process.BaseProcess, item: Any) -> None:
         code = process.exitcode
@@ -74,6 +74,8 @@ def map_in_processes(function: Callable, items: Iterable, jobs: int, *arguments:
                 process.start()
             theirs.close()
             workers.append(_Worker(process, ours, deque()))
+        for worker in workers:
+            _receive(worker)  # it has left the caller's group: signals to that reach it no more
         yield from _in_order(workers, iter(items))
     finally:  # also where the caller wants no more
         _end(workers)
@@ -147,8 +149,7 @@ def _receive(worker: _Worker) -> tuple[Any, Exception | None]:
 
 def _died(worker: _Worker) -> WorkerDied:
     worker.process.join(5)
-    _, item = worker.sent[0]
-    return WorkerDied(worker.process, item)
+    return WorkerDied(worker.process, worker.sent[0][1] if worker.sent else None)
 
 
 def _end(workers: list[_Worker]) -> None:
@@ -166,6 +167,7 @@ def _work(connection: Connection, function: Callable, arguments: tuple) -> None:
     os.setsid()  # Ctrl-C and a scheduler's signals reach the caller's whole group; the caller decides
     items: queue.SimpleQueue = queue.SimpleQueue()
     try:
+        connection.send((None, None))
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         # Items are taken in by a thread, so that sending one never waits for a result that waits to be taken.
