@@ -144,7 +144,7 @@ def _copy(blocks: Blocks, wire: Connection) -> None:
         job = wire.recv()
         part = slice(job.start, job.stop)
         blocks.images[job.block, part].copy_(ready[part])
-        wire.send(Done(job.number, [], 0))
+        wire.send(Done(job.number, [], np.zeros(job.stop - job.start, np.uint64)))
 
 
 def _read(images: torch.Tensor) -> int:
