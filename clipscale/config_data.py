@@ -74,7 +74,7 @@ class Fetch:
     stall_seconds: float = 30.0  # without a byte for so long, an attempt is given up
     retries: int = 6  # further attempts, each after a longer pause
     backoff_seconds: float = 1.0  # the first pause; each next one is twice as long, up to a minute
-    parallel: int = 4  # downloads at a time, of each rank
+    parallel: int = 4  # downloads ahead at a time, of each remote source on each rank
 
     def __post_init__(self) -> None:
         for name in ("stall_seconds", "backoff_seconds"):
@@ -112,7 +112,7 @@ class Data:
     index_jobs: int | None = None  # processes that index shards; default: the cores
     hash: Literal["crc32", "sha256"] = "crc32"  # of a shard's bytes, in its index
     cache_dir: str | None = None  # copies of remote shards; default: the user's cache folder
-    cache_bytes: int | None = None  # bound of those copies; default: 80 % of what the disk has free at the start
+    cache_bytes: int | None = None  # bound of those copies; default: 80 % of the disk's free space and what they take
     fetch: Fetch = field(default_factory=Fetch)
     allow_pipe: bool = False  # let 'pipe:' URLs run shell commands
     sampling: Literal["epochs", "resampled"] = "epochs"  # each sample once an epoch, or shards drawn with replacement

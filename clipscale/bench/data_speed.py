@@ -1,6 +1,6 @@
 """Pictures per second and CPU time per picture, end to end: the open_clip recipe and clipscale over the same shards.
 
-    speed = measure_speed(urls, pipeline, settings=Recipe(workers=2, batch=64), rounds=5, seconds=6)
+    speed = measure_speed(urls, pipeline, settings=Recipe(workers=2, batch=64), rounds=5, seconds=6, say=print)
     speed["rows"][0]["images_per_second"]["median"]
 
 The training process takes batches as fast as they come and does nothing with them.

@@ -1,6 +1,6 @@
 """clipscale's loader as the data benchmarks call it: everything that knows its interface.
 
-pipeline = open_pipeline("shards/*.tar", image_size=224, global_batch=2048)
+pipeline = open_pipeline("shards/*.tar", image_size=224)
 loader = open_loader(pipeline, mode="process", threads=2)
 pictures = receive(next(loader))
 """

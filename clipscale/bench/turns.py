@@ -1,6 +1,6 @@
 """Contestants that hand over batches, taking turns in one process: wall time and CPU time per batch, fairly.
 
-    turns = take_turns([Contestant("a", take_a), Contestant("b", take_b)], rounds=5, seconds=6)
+    field, turns = take_turns([Contestant("a", take_a), Contestant("b", take_b)], rounds=5, seconds=6)
     [turn.wall_seconds / turn.items for turn in turns["a"]]
 
 A round is one turn of each. Before a turn its contestant hands over what it had ready, untimed, and after it the next

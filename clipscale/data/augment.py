@@ -1,7 +1,7 @@
 """Changes drawn for each position of the run, on the device that trains: flips, colour jitter, grayscale.
 
     augment = Augment(config.data.augment, seed)
-    pixels = augment(images, positions)            # float32 [M, 3, S, S] in 0..255; uint8 as it came where all is off
+    pixels = augment(images, positions)            # float32 [M, 3, S, S] in 0..255; uint8 where no colours change
 
 What a picture gets is a function of (seed, position) alone: both passes of gradient caching, any chunking, any number
 of ranks draw the same. The hash is `counter.draw`, bit for bit, in torch's 64-bit integers.

@@ -2,7 +2,7 @@
 
     blocks = Blocks.make(Layout(blocks=12, slots=256, side=224, length=77))
     blocks.images[3], blocks.tokens[3], blocks.valid[3]       # block 3: uint8 [M, 3, S, S], int32 [M, L], bool [M]
-    Blocks.attach(blocks.layout, blocks.file)                 # the same bytes in another process, by an inherited file
+    Blocks(blocks.layout, blocks.file)                        # the same bytes in another process, by an inherited file
 
 A memory file (memfd) rather than /dev/shm: it has no name to leak when a run is killed, and containers do not cap it.
 

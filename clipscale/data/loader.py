@@ -159,8 +159,8 @@ class _Feed:
     def __init__(self, loader: Loader, position: int, tokens: torch.Tensor, valid: torch.Tensor) -> None:
         self._loader, self._position, self.tokens, self.valid = loader, position, tokens, valid
         self.skips: list[Skip] = []
-        steps = -(-loader.share.slots // loader.setup.block)
-        self._left, self._left_again = steps, steps * loader.tier.asks_twice
+        blocks = -(-loader.share.slots // loader.setup.block)
+        self._left, self._left_again = blocks, blocks * loader.tier.asks_twice
         self._checksums = np.zeros(loader.share.slots, np.uint64)  # of the pictures of pass 1
         self._out: set[int] = set()  # blocks that the tier has and has not freed
 

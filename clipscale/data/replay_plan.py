@@ -155,8 +155,10 @@ def _try(kind: str, need: Need, budget: Budgets) -> Plan | str:
 
 
 def build_tier(plan: Plan, replay: Replay, need: Need, device: torch.device) -> Tier:
-    """Raises:
-    UserError: replay.dir cannot be written, or has less room than its budget says.
+    """The tier that the plan names.
+
+    Raises:
+        UserError: replay.dir cannot be written, or has less room than its budget says.
     """
     if plan.kind == "host":
         return Host()
