@@ -22,13 +22,13 @@ from clipscale.bench.data_stages import measure_stages
 from clipscale.bench.order import order_rows
 from clipscale.bench.ours import open_pipeline
 from clipscale.bench.photos import photo_shards, tiny_shards
-from clipscale.bench.processes import cores
 from clipscale.bench.recipe import Recipe
 from clipscale.bench.report import write
 from clipscale.bench.soak import measure_soak
 from clipscale.bench.stamp import package_version, result_name, stamp
 from clipscale.bench.transport import measure_transport
 from clipscale.data.decode import picture_size
+from clipscale.data.pool import cores
 from clipscale.data.shards import cache_folder, expand_urls, is_local
 from clipscale.errors import require
 

@@ -15,10 +15,10 @@ from typing import Any
 
 from clipscale.bench.measure import Spread
 from clipscale.bench.ours import MODES, STEP, Mode, open_loader, receive
-from clipscale.bench.processes import cores
 from clipscale.bench.recipe import Recipe, recipe
 from clipscale.bench.turns import Contestant, Turn, take_turns
 from clipscale.data.pipeline import Pipeline
+from clipscale.data.pool import cores
 
 RECIPE, RECIPE_UINT8 = "open_clip recipe", "open_clip recipe, uint8"
 OURS = {"process": "clipscale", "inline": "clipscale, inline"}

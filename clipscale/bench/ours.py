@@ -20,7 +20,7 @@ from clipscale.config_data import Data, Source
 from clipscale.data import decode, fill
 from clipscale.data.blocks import Blocks, Layout
 from clipscale.data.fill import Filler, Job, Share
-from clipscale.data.loader import Loader, Setup, StepBatch
+from clipscale.data.loader import SLOTS_PER_JOB, Loader, Setup, StepBatch
 from clipscale.data.pipeline import Pipeline, build_pipeline
 from clipscale.data.replay import Host
 from clipscale.data.tokenize import build_tokenizer
@@ -29,7 +29,6 @@ Mode = Literal["process", "inline"]
 MODES: tuple[Mode, ...] = ("process", "inline")
 STEP = 2048  # pictures of a step
 BLOCK = 256
-SLOTS_PER_JOB = 64
 _LENGTH = 77
 
 

@@ -67,11 +67,6 @@ def memory(pid: int) -> Memory:
     return Memory(sizes["Rss"], sizes["Pss"], sizes["Anonymous"])
 
 
-def cores() -> int:
-    """That this process may run on."""
-    return len(os.sched_getaffinity(0))
-
-
 def _cpu_seconds_of(pid: int) -> float:
     """The process's clock (its number is made as clock_getcpuclockid does) and its own ended children's; 0: gone."""
     try:

@@ -10,7 +10,6 @@ destination, recipe = packing_of(parser.parse_args())
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from rich.text import Text
 from clipscale.config_data import Data
 from clipscale.data.packing import Destination, Written, printable
 from clipscale.data.pictures import Recipe
+from clipscale.data.pool import cores
 from clipscale.errors import UserError
 
 
@@ -95,11 +95,6 @@ def shown(text: str, limit: int) -> str:
     """Text of unknown origin for a terminal: one line, cut, control characters as escapes."""
     cut = text if len(text) <= limit else text[: limit - 3] + "..."
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in cut)
-
-
-def cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def positive(text: str) -> int:

@@ -15,9 +15,8 @@ from collections import Counter
 from typing import Any
 from urllib.parse import urlsplit
 
-from clipscale.data.cache import ShardCache
+from clipscale.data.cache import FetchError, ShardCache
 from clipscale.data.index import Index, basename
-from clipscale.data.remote import FetchError
 from clipscale.data.shards import is_local, masked, scheme_of
 from clipscale.errors import UserError, require
 

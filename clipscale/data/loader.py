@@ -33,7 +33,7 @@ from clipscale.data.replay import Block
 from clipscale.data.replay_plan import Tier
 from clipscale.data.workers import InlineWorkers, LoaderError, LoaderProcess
 
-_SLOTS_PER_JOB = 64
+SLOTS_PER_JOB = 64
 Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (uint8 [M, 3, S, S], positions [M]) -> [M, 3, S, S]
 
 
@@ -117,8 +117,8 @@ class Loader(Iterator[StepBatch]):
             block = self._free.popleft()
             position, start, stop = next(self._plan)
             numbers = []
-            for first in range(start, stop, _SLOTS_PER_JOB):
-                last = min(first + _SLOTS_PER_JOB, stop)
+            for first in range(start, stop, SLOTS_PER_JOB):
+                last = min(first + SLOTS_PER_JOB, stop)
                 numbers.append(next(self._numbers))
                 self.workers.submit(Job(numbers[-1], block, first - start, position, first, last))
             self._coming.append(_Coming(block, start, stop, numbers))

@@ -11,7 +11,7 @@ that would give a position another sample, other pixels or other tokens is refus
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -21,6 +21,7 @@ import numpy as np
 
 from clipscale.config_data import Data
 from clipscale.counter import fold
+from clipscale.data.indexing import Track
 from clipscale.data.mixture import Mixture, begin, quotas, resumed
 from clipscale.data.order import Order, Resampled, default_streams, rank_positions
 from clipscale.data.source import Source, open_source
@@ -133,7 +134,7 @@ def build_pipeline(
     global_batch: int,
     position: int = 0,
     recorded: dict[str, Any] | None = None,
-    track: Callable[[Iterable[str], str], Iterable[str]] | None = None,
+    track: Track | None = None,
     warn: Callable[[str], None] | None = None,
 ) -> Pipeline:
     """Open every source and lay out the order, as the checkpoint recorded it where a run is resumed.

@@ -33,6 +33,11 @@ _CLEAR_UP_SECONDS = 5.0
 _HELD_BACK = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
+def cores() -> int:
+    """Those that this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
 class WorkerDied(UserError):
     """A process ended by itself. `item`: what it was at work on, None while it started; `how` it ended."""
 

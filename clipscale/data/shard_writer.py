@@ -18,8 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Literal
 
-IMAGE_EXTENSIONS = ("jpg", "png", "webp")
-EXTENSIONS = (*IMAGE_EXTENSIONS, "txt", "cls", "json")  # also the order of a sample's members
+EXTENSIONS = ("jpg", "png", "webp", "txt", "cls", "json")  # also the order of a sample's members
 
 # USTAR (no extended headers) has 100 characters for a name, which leaves this for the key and its folders.
 MAX_KEY_CHARACTERS = 100 - len(".json")

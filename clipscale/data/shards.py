@@ -19,9 +19,9 @@ import fsspec
 from clipscale.errors import UserError, require
 
 HTTP = ("http", "https")
-_INDEX_SUFFIX = ".index"  # of the sidecars that lie beside shards: no glob means them
-EXTRAS = {"s3": "s3", "gs": "gcs", "gcs": "gcs"}  # scheme -> the extra of clipscale that brings its client
 FSSPEC = ("s3", "gs", "gcs", "hf")
+_EXTRAS = {"s3": "s3", "gs": "gcs", "gcs": "gcs"}  # scheme -> the extra of clipscale that brings its client
+_INDEX_SUFFIX = ".index"  # of the sidecars that lie beside shards: no glob means them
 _SECRET = re.compile(
     r"(?i)([\w-]*(?:authorization|api-?key|access_key|token|password|secret)[\w-]*\s*[:=]\s*"
     r"(?:(?:bearer|basic|token)\s+)?)[^\s'\"&]+"
@@ -120,7 +120,7 @@ def check_scheme(url: str, allow_pipe: bool) -> None:
         f"shards {shown!r}: no host or bucket follows; write {scheme}://<host or bucket>/<path>",
     )
     if scheme in FSSPEC:
-        package = f"clipscale[{EXTRAS[scheme]}]" if scheme in EXTRAS else "huggingface_hub"
+        package = f"clipscale[{_EXTRAS[scheme]}]" if scheme in _EXTRAS else "huggingface_hub"
         try:
             fsspec.get_filesystem_class(scheme)
         except ImportError as error:

@@ -23,14 +23,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clipscale import config_data
-from clipscale.data.cache import ShardCache
+from clipscale.data.cache import Expected, ShardCache
 from clipscale.data.captions import MAX_JSON_BYTES, CaptionError, CaptionRule
 from clipscale.data.counts import declared_counts
 from clipscale.data.decode import CAUSES as BAD_CAUSES
 from clipscale.data.decode import BadSample
 from clipscale.data.index import Index, Shard
 from clipscale.data.indexing import Track, index_shards
-from clipscale.data.remote import Expected
 from clipscale.data.select import MAX_PICTURE_BYTES, Need, Rules
 from clipscale.data.shards import expand_urls, is_local, masked
 from clipscale.data.sidecar import Records, Row
@@ -60,8 +59,8 @@ class Source:
         self._prepare()
 
     def _prepare(self) -> None:
-        self._tars: _OpenFiles[_File] = _OpenFiles(self._open_tar)
-        self._sidecars: _OpenFiles[_OpenSidecar] = _OpenFiles(self._open_sidecar)
+        self._tars = _OpenFiles(self._open_tar)
+        self._sidecars = _OpenFiles(self._open_sidecar)
         self._indexing = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -122,11 +121,6 @@ class Source:
     def not_read(self) -> Counter[str]:
         """Members whose suffix is not on the allow-list, by suffix."""
         return sum((Counter(shard.not_read) for shard in self.shards), Counter())
-
-    @property
-    def rules(self) -> Rules:
-        """By which its samples were chosen."""
-        return self._index.rules
 
     @property
     def remote(self) -> bool:
@@ -299,22 +293,21 @@ def open_source(
     shards = {shard.url: shard for shard in indexed}
     shards |= {url: Shard.declared(url, count) for url, count in declared.items()}
     opened = Source(name, [shards[url] for url in urls], index, CaptionRule.of(source.caption, source.captions), cache)
-    _require_samples(opened, source.urls)
+    _require_samples(opened, source)
     for line in _findings(opened) if warn else ():
         warn(line)
     return opened
 
 
-def _require_samples(source: Source, urls: str) -> None:
-    if source.samples:
+def _require_samples(opened: Source, source: config_data.Source) -> None:
+    if opened.samples:
         return
-    place = source.rules.caption
-    place = place if place.startswith("json:") else f".{place}"
-    wanted = f"a caption ({place})" if source.need == "pairs" else "a label (.cls)"
-    table = ", ".join(f"{cause}: {count}" for cause, count in source.refused().most_common())
-    causes = "; ".join(filter(None, [table, *(f"{masked(s.url)} {s.cut}" for s in source.shards if s.cut)][:4]))
+    place = source.caption if source.caption.startswith("json:") else f".{source.caption}"
+    wanted = f"a caption ({place})" if opened.need == "pairs" else "a label (.cls)"
+    table = ", ".join(f"{cause}: {count}" for cause, count in opened.refused().most_common())
+    causes = "; ".join(filter(None, [table, *(f"{masked(s.url)} {s.cut}" for s in opened.shards if s.cut)][:4]))
     raise UserError(
-        f"source {source.name!r}: none of its {len(source.shards)} shards ({masked(urls)}) holds a sample with "
+        f"source {opened.name!r}: none of its {len(opened.shards)} shards ({masked(source.urls)}) holds a sample with "
         f"a picture and {wanted}; found: {causes or 'empty archives'}"
     )
 
