@@ -226,11 +226,15 @@ def test_settle_waits_for_work_to_end():
 
 
 def test_memory_of_a_process():
-    before = memory(os.getpid())
-    block = np.ones(32 << 20, np.uint8)
-    after = memory(os.getpid())
-    for kind in ("resident_bytes", "proportional_bytes", "private_bytes"):
-        assert abs(getattr(after, kind) - getattr(before, kind) - block.nbytes) < 1 << 20
+    """Shares of libraries change also when another process that maps them comes or goes, but not every time."""
+
+    def error_bytes() -> int:
+        before = memory(os.getpid())
+        block = np.ones(32 << 20, np.uint8)
+        after = memory(os.getpid())
+        return max(abs(now - then - block.nbytes) for now, then in zip(after, before, strict=True))
+
+    assert min(error_bytes() for _ in range(5)) < 1 << 20
 
 
 # --- turns and stopwatch ----------------------------------------------------------------------------------------------
