@@ -24,10 +24,10 @@ from clipscale.config_data import Data, Fetch
 from clipscale.data.cache import ShardCache
 from clipscale.data.commands import add_jobs, positive, run, shown
 from clipscale.data.pool import map_in_processes
-from clipscale.data.shard_checks import Checked, Expected, check_shard, look_up_sample
+from clipscale.data.shard_checks import Checked, Wanted, check_shard, look_up_sample
 from clipscale.data.shard_writer import whole_file, write_file
 from clipscale.data.shards import expand_urls, is_local, masked
-from clipscale.data.tally import Digests, Numbers
+from clipscale.data.tally import Digests, Numbers, summary
 from clipscale.errors import require
 from clipscale.telemetry import progress_bar
 
@@ -115,8 +115,8 @@ class Totals:
             "pictures_by_suffix": dict(self.kinds),
             "members_not_read": dict(self.not_read.most_common(LARGEST)),
             "sizes": {
-                "samples in a shard": summary([shard["samples"] for shard in self.shards]),
-                "shard bytes": summary([shard["bytes"] for shard in self.shards]),
+                "samples in a shard": summary(np.array([shard["samples"] for shard in self.shards])),
+                "shard bytes": summary(np.array([shard["bytes"] for shard in self.shards])),
                 **{name: numbers.summary() for name, numbers in self.numbers.items()},
             },
             "duplicates": duplicates,
@@ -132,16 +132,6 @@ def combined(pictures: np.ndarray, captions: np.ndarray) -> np.ndarray:
     return np.roll(pictures, 1, axis=1) ^ captions
 
 
-def summary(values: list[int]) -> dict[str, float]:
-    numbers = np.array(values)
-    return {
-        "min": int(numbers.min()),
-        "median": float(np.median(numbers)),
-        "max": int(numbers.max()),
-        "mean": float(numbers.mean()),
-    }
-
-
 def check_shards(arguments: argparse.Namespace) -> int:
     urls = expand_urls("::".join(arguments.urls))
     for path in filter(None, (arguments.json, arguments.broken)):  # before the work, not after it
@@ -149,13 +139,13 @@ def check_shards(arguments: argparse.Namespace) -> int:
     cache = None
     if not all(map(is_local, urls)):
         cache = ShardCache(arguments.cache_dir, None, Fetch(), allow_pipe=False)
-    expected = Expected(arguments.need, arguments.caption, arguments.max_pixels)
+    wanted = Wanted(arguments.need, arguments.caption, arguments.max_pixels)
     start = time.perf_counter()
     jobs = min(arguments.jobs, len(urls))
     with tempfile.TemporaryDirectory(prefix="check_shards.", dir=arguments.scratch) as scratch:
         totals = Totals(Path(scratch))
         with whole_file(arguments.broken or Path(scratch) / "broken.jsonl") as broken, progress_bar("checking") as bar:
-            for done, found in enumerate(map_in_processes(check_shard, urls, jobs, expected, cache), 1):
+            for done, found in enumerate(map_in_processes(check_shard, urls, jobs, wanted, cache), 1):
                 for row in totals.add(found):
                     print(json.dumps(row), file=broken)
                 bar(done, len(urls))

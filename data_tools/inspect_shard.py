@@ -79,7 +79,7 @@ def read_tile(tar: bytes, listing: Listing, key: str, sample: dict[str, int], ar
         number = sample.get(suffix)
         if number is None or listing.sizes[number] > most_bytes:
             return None
-        return tar[listing.offsets[number] : listing.offsets[number] + listing.sizes[number]]
+        return listing.data(tar, number)
 
     rule = CaptionRule.of(arguments.caption)
     note, label = member(rule.suffix, rule.max_bytes), member("cls", MAX_LABEL_BYTES)

@@ -301,11 +301,7 @@ def crop_and_resize(pixels_HWC: np.ndarray, box: Box, side: int, out_3SS: torch.
 
 def _scaled_box(box: Box, full: tuple[int, int], scaled: tuple[int, int]) -> Box:
     """The box in the coordinates of the picture decoded smaller, rounded; no smaller than box / reduction."""
-    (top, height), (left, width) = (
-        (min(round(start * b / a), b - length), length)
-        for start, a, b, length in (
-            (box[0], full[0], scaled[0], max(1, round(box[2] * scaled[0] / full[0]))),
-            (box[1], full[1], scaled[1], max(1, round(box[3] * scaled[1] / full[1]))),
-        )
-    )
+    height, width = (max(1, round(box[2 + axis] * scaled[axis] / full[axis])) for axis in (0, 1))
+    top = min(round(box[0] * scaled[0] / full[0]), scaled[0] - height)
+    left = min(round(box[1] * scaled[1] / full[1]), scaled[1] - width)
     return top, left, height, width

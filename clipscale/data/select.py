@@ -106,14 +106,15 @@ class _Selector:
         not_read: Counter[str] = Counter()
         keys, pictures, notes = [], [], []
         note_of = self._caption if self.rules.need == "pairs" else self._label
-        extra = self.asks_json or self.rules.looks_into_pictures
+        looks_into_pictures = self.rules.looks_into_pictures
         for key, sample in group(self.listing.names):
             if not self.allowed.issuperset(sample):
                 not_read.update(suffix for suffix in sample if suffix not in self.allowed)
             try:
                 picture, note = self._picture(sample), note_of(sample)
-                if extra:
+                if self.asks_json:
                     self._check_json(key, sample)
+                if looks_into_pictures:
                     self._check_picture(picture)
             except _Refused as cause:
                 refused[str(cause)] += 1
@@ -125,10 +126,6 @@ class _Selector:
         columns = [column[rows] for rows in (pictures, notes) for column in (offsets, sizes)] if keys else []
         spans = np.stack(columns, axis=1) if keys else np.empty((0, 4), np.int64)
         return Chosen(keys, spans, dict(refused), _told(not_read))
-
-    def _bytes(self, member: int) -> bytes:
-        offset = self.listing.offsets[member]
-        return self.tar[offset : offset + self.listing.sizes[member]]
 
     def _picture(self, sample: dict[str, int]) -> int:
         for suffix in IMAGE_SUFFIXES:
@@ -146,7 +143,7 @@ class _Selector:
         if self.listing.sizes[member] > self.caption.max_bytes:
             raise _Refused(self.caption.too_large)
         try:
-            self.caption.pick(self._bytes(member))
+            self.caption.pick(self.listing.data(self.tar, member))
         except CaptionError as error:
             raise _Refused(str(error)) from error
         return member
@@ -160,8 +157,6 @@ class _Selector:
         return member
 
     def _check_json(self, key: str, sample: dict[str, int]) -> None:
-        if not self.asks_json:
-            return
         select, facts = self.rules.select, self._json(sample)
         if self.uids is not None:
             uid = key if select.uid_field == "__key__" else _found(facts, select.uid_field)
@@ -184,16 +179,14 @@ class _Selector:
         if self.listing.sizes[member] > MAX_JSON_BYTES:
             raise _Refused("JSON above 1 MiB")
         try:
-            return parse_json(self._bytes(member))
+            return parse_json(self.listing.data(self.tar, member))
         except ValueError as error:
             raise _Refused("broken JSON") from error
 
     def _check_picture(self, picture: int) -> None:
-        if not self.rules.looks_into_pictures:
-            return
         from clipscale.data.decode import BadSample, decode, picture_size  # with torch, which the other rules can spare
 
-        select, data = self.rules.select, self._bytes(picture)
+        select, data = self.rules.select, self.listing.data(self.tar, picture)
         try:
             height, width, _ = picture_size(data)
             if select.check == "decode":

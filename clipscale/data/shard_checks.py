@@ -1,6 +1,6 @@
 """One shard, verified to its last byte: what is in it, what is broken and where, and hashes of its contents.
 
-    found = check_shard("train-0000.tar", Expected(need="pairs", caption="txt", max_pixels=50_000_000), cache=None)
+    found = check_shard("train-0000.tar", Wanted(need="pairs", caption="txt", max_pixels=50_000_000), cache=None)
     found.samples, found.problems[0]        # 10000, Problem(key='000017', member='000017.jpg', offset=9216, cause=...)
 
 The rules are the loader's own (clipscale/data/select.py, captions.py, decode.py), but every picture is decoded, and a
@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -31,7 +32,7 @@ DIGEST_BYTES = 16
 
 
 @dataclass(frozen=True)
-class Expected:
+class Wanted:
     """What a sample should be."""
 
     need: Literal["any", "pairs", "labelled"]  # beside the picture: any: a caption or a label
@@ -82,11 +83,11 @@ def opened(url: str, cache: ShardCache | None) -> Iterator[bytes]:
         os.close(file)
 
 
-def check_shard(url: str, expected: Expected, cache: ShardCache | None) -> Checked:
+def check_shard(url: str, wanted: Wanted, cache: ShardCache | None) -> Checked:
     try:
         with opened(url, cache) as tar, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow on odd metadata of pictures that decode well
-            return _Check(url, tar, expected).run()
+            return _Check(url, tar, wanted).run()
     except OSError as error:
         return Checked(url, problems=[Problem("", "", 0, "shard cannot be read", str(error))])
 
@@ -98,10 +99,10 @@ class _Fault(Exception):
 
 
 class _Check:
-    def __init__(self, url: str, tar: bytes, expected: Expected) -> None:
-        self.tar, self.expected = tar, expected
+    def __init__(self, url: str, tar: bytes, wanted: Wanted) -> None:
+        self.tar, self.wanted = tar, wanted
         self.listing: Listing = list_members(tar)
-        self.rule = CaptionRule.of(expected.caption)
+        self.rule = CaptionRule.of(wanted.caption)
         self.found = Checked(url, bytes=len(tar), members=len(self.listing.names))
         self.pictures, self.captions = [], []
         self.picture_digests, self.caption_digests = [], []
@@ -141,26 +142,22 @@ class _Check:
         name, offset = self.listing.names[member], self.listing.offsets[member]
         self.found.problems.append(Problem(key, name, offset, cause, detail))
 
-    def _bytes(self, member: int) -> bytes:
-        offset = self.listing.offsets[member]
-        return self.tar[offset : offset + self.listing.sizes[member]]
-
     def _picture(self, number: int, sample: dict[str, int]) -> None:
         member = next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
         if member is None:
             raise _Fault(next(iter(sample.values())), "no picture")
         if self.listing.sizes[member] > MAX_PICTURE_BYTES:
             raise _Fault(member, "picture above 64 MiB", f"{self.listing.sizes[member]} bytes")
-        data = self._bytes(member)
+        data = self.listing.data(self.tar, member)
         try:
-            height, width, _ = decode(data, self.expected.max_pixels).shape
+            height, width, _ = decode(data, self.wanted.max_pixels).shape
         except BadSample as bad:
             raise _Fault(member, bad.cause, str(bad)) from bad
         self.pictures.append((number, len(data), width, height))
         self.picture_digests.append(digest(data))
 
     def _caption(self, number: int, sample: dict[str, int]) -> None:
-        need, member = self.expected.need, sample.get(self.rule.suffix)
+        need, member = self.wanted.need, sample.get(self.rule.suffix)
         if need == "labelled":
             return
         if member is None:
@@ -170,19 +167,19 @@ class _Check:
         if self.listing.sizes[member] > self.rule.max_bytes:
             raise _Fault(member, self.rule.too_large)
         try:
-            text = self.rule.pick(self._bytes(member))
+            text = self.rule.pick(self.listing.data(self.tar, member))
         except CaptionError as error:
             raise _Fault(member, str(error)) from error
         self.captions.append((number, len(text)))
         self.caption_digests.append(digest(text.encode()))
 
     def _label(self, number: int, sample: dict[str, int]) -> None:
-        need, member = self.expected.need, sample.get("cls")
+        need, member = self.wanted.need, sample.get("cls")
         if need == "labelled" and member is None:
             raise _Fault(next(iter(sample.values())), "no label")
         if need == "pairs" or member is None:
             return
-        note = self._bytes(member) if self.listing.sizes[member] <= MAX_LABEL_BYTES else b""
+        note = self.listing.data(self.tar, member) if self.listing.sizes[member] <= MAX_LABEL_BYTES else b""
         if not note.strip().isdigit():
             raise _Fault(member, "label is not a number", repr(note))
 
@@ -193,7 +190,7 @@ class _Check:
         if self.listing.sizes[member] > MAX_JSON_BYTES:
             raise _Fault(member, "JSON above 1 MiB")
         try:
-            parse_json(self._bytes(member))
+            parse_json(self.listing.data(self.tar, member))
         except ValueError as error:
             raise _Fault(member, "broken JSON", str(error)) from error
 
@@ -211,11 +208,10 @@ def look_up_sample(url: str, number: int, caption: str, cache: ShardCache | None
     rule = CaptionRule.of(caption)
     with opened(url, cache) as tar:
         listing = list_members(tar)
-        key, sample = next(found for i, found in enumerate(group(listing.names)) if i == number)
+        key, sample = next(islice(group(listing.names), number, None))
         member = sample.get(rule.suffix)
         if member is None:
             return key, ""
         with suppress(CaptionError):
-            start = listing.offsets[member]
-            return key, rule.pick(tar[start : start + listing.sizes[member]])
+            return key, rule.pick(listing.data(tar, member))
         return key, ""

@@ -38,10 +38,13 @@ class Numbers:
     def summary(self) -> dict[str, float] | None:
         """None: there are none."""
         values = np.fromfile(self._path, np.int64)
-        if not len(values):
-            return None
-        mean, least, most = float(values.mean()), int(values.min()), int(values.max())
-        return {"min": least, "median": float(np.median(values, overwrite_input=True)), "max": most, "mean": mean}
+        return summary(values) if len(values) else None
+
+
+def summary(values: np.ndarray) -> dict[str, float]:
+    """Leaves the values in another order: so it takes no memory beside them."""
+    mean, least, most = float(values.mean()), int(values.min()), int(values.max())
+    return {"min": least, "median": float(np.median(values, overwrite_input=True)), "max": most, "mean": mean}
 
 
 class Group(NamedTuple):

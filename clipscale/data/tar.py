@@ -53,6 +53,10 @@ class Listing:
     def members(self) -> list[Member]:
         return [Member(*facts) for facts in zip(self.names, self.offsets, self.sizes, strict=True)]
 
+    def data(self, tar: bytes | mmap.mmap, member: int) -> bytes:
+        """What the member of this number holds. `tar`: the archive that was listed."""
+        return tar[self.offsets[member] : self.offsets[member] + self.sizes[member]]
+
 
 class _Damaged(Exception):
     """The archive cannot be followed further; the message says where and why."""
