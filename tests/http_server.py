@@ -11,10 +11,9 @@ import hashlib
 import os
 import re
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -145,12 +144,3 @@ def serve(folder: Path) -> Iterator[Server]:
                 del os.environ["no_proxy"]
             else:
                 os.environ["no_proxy"] = before
-
-
-def wait_until(condition, seconds: float = 20.0) -> None:
-    """Returns as soon as `condition()` holds."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"not so after {seconds} s"
-        with suppress(InterruptedError):
-            time.sleep(0.01)

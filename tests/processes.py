@@ -1,5 +1,8 @@
-"""What the system says about processes, for the tests."""
+"""What the system says about processes, and waiting for it, for the tests."""
 
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -18,3 +21,12 @@ def parent(pid: int) -> int:
 def _facts(pid: int) -> list[str]:
     """Those that follow the name."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 20.0) -> None:
+    """Returns as soon as `condition()` holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not so after {seconds} s"
+        with suppress(InterruptedError):
+            time.sleep(0.01)

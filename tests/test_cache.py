@@ -15,7 +15,8 @@ from itertools import repeat
 from pathlib import Path
 
 import pytest
-from http_server import Fault, serve, wait_until
+from http_server import Fault, serve
+from processes import wait_until
 
 from clipscale.config_data import Fetch
 from clipscale.data import cache as cache_module

@@ -9,16 +9,14 @@ import signal
 import subprocess
 import sys
 import tarfile
-import threading
-import time
 from collections import Counter
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
+from http_server import serve
 from PIL import Image
+from processes import wait_until
 from shards import picture, write_pairs, write_shard, write_tar
 from tools import FOLDER, load_tool
 
@@ -207,19 +205,10 @@ def test_processes_and_remote_shards_find_the_same(check, tmp_path, capsys):
     write_pairs(tmp_path / "set", shards=4, per_shard=6, broken={2, 3, 20})
     _, report, findings, _ = check(tmp_path / "set/*.tar")
     assert [row["key"] for row in findings] == ["000002", "000003", "000020"]
-
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=tmp_path / "set"))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        urls = f"http://127.0.0.1:{server.server_port}/{{0000..0003}}.tar"
+    with serve(tmp_path / "set") as server:
+        urls = f"{server.url}/{{0000..0003}}.tar"
         status, remote, found, _ = check(urls, "--cache-dir", tmp_path / "cache", "--jobs=3")
         lost, _, more, _ = check(urls.replace("0003", "0004"), "--cache-dir", tmp_path / "cache")
-    finally:
-        server.shutdown()
     assert status == lost == 1
     assert [row | {"shard": Path(row["shard"]).name} for row in found] == [
         row | {"shard": Path(row["shard"]).name} for row in findings
@@ -257,10 +246,7 @@ def test_ctrl_c_leaves_nothing(tmp_path):
     command = [sys.executable, FOLDER / "check_shards.py", tmp_path / "set/*.tar", "--scratch", tmp_path / "scratch"]
     command += ["--json", tmp_path / "report.json", "--broken", tmp_path / "broken.jsonl", "--jobs=2"]
     done = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("*.partial")):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: list(tmp_path.glob("*.partial")), 60)
     done.send_signal(signal.SIGINT)
     assert "interrupted, nothing was written" in done.communicate(timeout=60)[1]
     assert done.returncode == 130

@@ -16,10 +16,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from http_server import wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processes import alive, parent
+from processes import alive, parent, wait_until
 from shards import picture, write_pairs, write_shard
 
 from clipscale.config_data import Fetch, Select

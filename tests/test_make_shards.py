@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import webdataset as wds
 from PIL import Image, ImageOps
+from processes import wait_until
 from tools import FOLDER, load_tool
 
 from clipscale import config_data
@@ -427,10 +427,7 @@ def test_ctrl_c_adds_no_shard(tmp_path):
         (folder / f"{number:03}.txt").write_text("x")
     command = [sys.executable, TOOL, folder, "--output", tmp_path / "out", "--samples-per-shard=5", "--jobs=2"]
     done = subprocess.Popen([*map(str, command), "--resize=100"], stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("out/.train.building/*.tar")):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: list(tmp_path.glob("out/.train.building/*.tar")), 60)
     done.send_signal(signal.SIGINT)
     assert "interrupted, no shard was added" in done.communicate(timeout=60)[1]
     assert done.returncode == 130

@@ -12,8 +12,7 @@ import sys
 import time
 
 import pytest
-from http_server import wait_until
-from processes import alive
+from processes import alive, wait_until
 
 from clipscale.data.pool import WorkerDied, map_in_processes
 

@@ -11,13 +11,16 @@ import sys
 import threading
 import time
 import zlib
+from collections.abc import Iterator
 from itertools import repeat
+from pathlib import Path
 
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
-from http_server import Fault, serve, wait_until
+from http_server import Fault, serve
+from processes import wait_until
 
 from clipscale.config_data import Fetch
 from clipscale.data import streams
@@ -170,15 +173,16 @@ def test_a_server_that_forgets_ranges_meanwhile(server):
     assert server.log[1][1]["range"] == "bytes=100000-"  # answered with the whole
 
 
+def cut_and_changed(path: Path, new: bytes) -> Iterator[Fault]:
+    """The first answer is cut; before the second the file becomes another one."""
+    yield Fault(send_bytes=100_000)
+    path.write_bytes(new)
+    yield Fault()
+
+
 def test_a_shard_that_changes_meanwhile_is_the_new_one(server, tmp_path):
     new = DATA[::-1][:-7]
-
-    def faults():
-        yield Fault(send_bytes=100_000)
-        (tmp_path / "00.tar").write_bytes(new)
-        yield Fault()
-
-    server.faults["/00.tar"] = faults()
+    server.faults["/00.tar"] = cut_and_changed(tmp_path / "00.tar", new)
     assert fetched(f"{server.url}/00.tar") == new
     assert [headers.get("range") for _, headers in server.log] == [None, "bytes=100000-"]
 
@@ -187,13 +191,7 @@ def test_a_server_that_resumes_another_version_is_noticed(server, tmp_path):
     """One that does not heed If-Range."""
     new = DATA[::-1]
     server.if_range = False
-
-    def faults():
-        yield Fault(send_bytes=100_000)
-        (tmp_path / "00.tar").write_bytes(new)
-        yield Fault()
-
-    server.faults["/00.tar"] = faults()
+    server.faults["/00.tar"] = cut_and_changed(tmp_path / "00.tar", new)
     assert fetched(f"{server.url}/00.tar") == new
     assert [headers.get("range") for _, headers in server.log] == [None, "bytes=100000-", None]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from loading import CPU, open_loader, pipeline, read, take, tokenize
-from processes import alive
+from processes import alive, wait_until
 from shards import write_pairs
 
 from clipscale.data import workers
@@ -34,13 +34,6 @@ def urls(tmp_path_factory) -> str:
     return write_pairs(tmp_path_factory.mktemp("pairs"), 4, 25, size=28, broken={33})
 
 
-def wait_until_gone(pid: int, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while alive(pid):
-        assert time.monotonic() < deadline, f"process {pid} is still there after {seconds} s"
-        time.sleep(0.05)
-
-
 def take_several(loader: Loader) -> None:
     """More than were filled already."""
     for _ in range(10):
@@ -54,7 +47,7 @@ def test_the_same_batches_as_inline_and_a_clean_end(urls):
     loader.close()
     assert [batch.chain() for batch in found] == [batch.chain() for batch in expected]
     assert [sorted(batch.skips) for batch in found] == [sorted(batch.skips) for batch in expected]
-    wait_until_gone(loader.workers.pid, 0)
+    assert not alive(loader.workers.pid)
 
 
 @pytest.mark.parametrize("when", ["at once", "in the middle"])
@@ -92,7 +85,7 @@ def test_a_loader_that_is_silent_is_an_error(urls, monkeypatch):
     with pytest.raises(LoaderError, match=r"has been silent for 8 s"):
         take_several(loader)
     loader.close()
-    wait_until_gone(loader.workers.pid, 0)
+    assert not alive(loader.workers.pid)
 
 
 _SUSPENDED = """
@@ -252,7 +245,6 @@ def test_without_standard_streams(urls, files):
 _ENDLESS = """
 import sys
 from loading import open_loader, pipeline, take
-from processes import alive
 loader = open_loader(pipeline(sys.argv[1], 40), 40, mode="process")
 take(loader)
 print(loader.workers.pid, flush=True)
@@ -271,5 +263,5 @@ def test_it_ends_with_the_training_process_however_that_ends(urls, number):
     assert alive(loader)
     training.send_signal(number)
     training.wait(20)
-    wait_until_gone(loader, 10)
+    wait_until(lambda: not alive(loader), 10)
     training.stdout.close()
