@@ -140,14 +140,10 @@ def bars(document: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _bar(what: str, value: float, *, at_least: float | None = None, at_most: float | None = None) -> dict[str, Any]:
     if at_least is not None:
-        return {
-            "what": what,
-            "bound": f"at least {at_least:.3g}",
-            "value": value,
-            "met": value >= at_least,
-            "always": False,
-        }
-    return {"what": what, "bound": f"at most {at_most:.3g}", "value": value, "met": value <= at_most, "always": False}
+        bound, met = f"at least {at_least:.3g}", value >= at_least
+    else:
+        bound, met = f"at most {at_most:.3g}", value <= at_most
+    return {"what": what, "bound": bound, "value": value, "met": met, "always": False}
 
 
 def _document(options: DataBench, run: _Run, command: str) -> dict[str, Any]:

@@ -33,8 +33,16 @@ class Need:
     local_ranks: int
 
     @property
+    def picture_bytes(self) -> int:
+        return 3 * self.side**2
+
+    @property
     def block_bytes(self) -> int:
-        return self.block * 3 * self.side**2
+        return self.block * self.picture_bytes
+
+    @property
+    def step_bytes(self) -> int:
+        return self.slots * self.picture_bytes
 
     @property
     def step_blocks(self) -> int:
@@ -126,7 +134,7 @@ def choose(replay: Replay, need: Need, budget: Budgets) -> Plan:
         problems.append(f"{kind}: {plan}")
     raise UserError(
         f"replay.kind={replay.kind}: the pixels of a step have no place to wait for the second pass, "
-        f"{need.slots:,} pictures of {3 * need.side**2:,} bytes on each of {need.local_ranks} ranks of this node "
+        f"{need.slots:,} pictures of {need.picture_bytes:,} bytes on each of {need.local_ranks} ranks of this node "
         f"({'; '.join(problems)}). Raise a budget, use more ranks or a smaller train.global_batch, or set "
         "replay.kind=recompute, which reads and decodes every picture twice"
     )
@@ -134,15 +142,14 @@ def choose(replay: Replay, need: Need, budget: Budgets) -> Plan:
 
 def _try(kind: str, need: Need, budget: Budgets) -> Plan | str:
     """The plan, or why it cannot be."""
-    step_bytes = need.slots * 3 * need.side**2
     if kind == "gpu" and budget.gpu is None:
         return "this rank has none"
-    if kind == "gpu" and step_bytes > budget.gpu:
-        return f"{_gb(step_bytes)} needed, replay.gpu_bytes allows {_gb(budget.gpu)}"
+    if kind == "gpu" and need.step_bytes > budget.gpu:
+        return f"{_gb(need.step_bytes)} needed, replay.gpu_bytes allows {_gb(budget.gpu)}"
     if kind == "disk" and budget.disk is None:
         return "replay.dir is not set"
-    if kind == "disk" and step_bytes * need.local_ranks > budget.disk:
-        return f"{_gb(step_bytes * need.local_ranks)} needed, replay.disk_bytes allows {_gb(budget.disk)}"
+    if kind == "disk" and need.step_bytes * need.local_ranks > budget.disk:
+        return f"{_gb(need.step_bytes * need.local_ranks)} needed, replay.disk_bytes allows {_gb(budget.disk)}"
     held = need.step_blocks if kind == "host" else 0
     room = budget.host // (need.local_ranks * need.block_bytes) - held
     if room < _LEAST_AHEAD:
@@ -169,7 +176,7 @@ def build_tier(plan: Plan, replay: Replay, need: Need, device: torch.device) -> 
     try:
         return Disk(need.slots, need.side, need.block, replay.dir, pin=device.type == "cuda")
     except OSError as error:
-        size = _gb(need.slots * 3 * need.side**2)
+        size = _gb(need.step_bytes)
         raise UserError(f"replay.dir={replay.dir!r}: a file of {size} cannot be made there: {error}") from error
 
 
