@@ -23,7 +23,7 @@ from clipscale.bench.order import order_rows
 from clipscale.bench.ours import open_pipeline
 from clipscale.bench.photos import photo_shards, tiny_shards
 from clipscale.bench.recipe import Recipe
-from clipscale.bench.report import write
+from clipscale.bench.report import finish, write
 from clipscale.bench.soak import measure_soak
 from clipscale.bench.stamp import package_version, result_name, stamp
 from clipscale.bench.transport import measure_transport
@@ -178,12 +178,7 @@ def _finish(document: dict[str, Any], folder: Path) -> None:
     for table in tables(document):
         print("\n" + text(table))
     print("\n" + "\n".join(document["notes"]))
-    pictures, problem = draw(document, folder)
-    page = markdown(document, [picture.name for picture in pictures])
-    files = [*write(document, folder, page), *pictures]
-    if problem:
-        print(problem)
-    print("written: " + " ".join(str(file) for file in files))
+    finish(document, folder, draw=draw, markdown=markdown)
 
 
 def _say(line: str) -> None:

@@ -17,7 +17,7 @@ from clipscale.bench.contestants import Contestant, own_contestants
 from clipscale.bench.options import LossBench
 from clipscale.bench.peers import peer_contestants
 from clipscale.bench.plots import draw
-from clipscale.bench.report import markdown, text_table, write
+from clipscale.bench.report import finish, markdown, text_table, write
 from clipscale.bench.stamp import package_version, result_name, stamp
 from clipscale.bench.team import Team
 from clipscale.dist import start_world
@@ -158,9 +158,4 @@ def _finish(document: dict[str, Any], folder: Path) -> None:
     print("\n".join(document["notes"]))
     for one in document["contestants"]:
         print(f"{one['name']}: {one['problem'] or one['how']}")
-    pictures, problem = draw(document, folder)
-    text = markdown(document, [picture.name for picture in pictures])
-    files = [*write(document, folder, text), *pictures]
-    if problem:
-        print(problem)
-    print("written: " + " ".join(str(file) for file in files))
+    finish(document, folder, draw=draw, markdown=markdown)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,21 @@ def write(document: dict[str, Any], folder: Path, text: str) -> list[Path]:
     numbers.write_text(json.dumps(_finite(document), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     page.write_text(text, encoding="utf-8")
     return [numbers, page]
+
+
+def finish(
+    document: dict[str, Any],
+    folder: Path,
+    *,
+    draw: Callable[[dict[str, Any], Path], tuple[list[Path], str]],
+    markdown: Callable[[dict[str, Any], list[str]], str],
+) -> None:
+    """Write a result with its pictures, and say where everything lies. `draw`: the pictures, or why there is none."""
+    pictures, problem = draw(document, folder)
+    files = [*write(document, folder, markdown(document, [picture.name for picture in pictures])), *pictures]
+    if problem:
+        print(problem)
+    print("written: " + " ".join(str(file) for file in files))
 
 
 def _finite(value: Any) -> Any:
