@@ -57,7 +57,8 @@ def index_shards(
     if unreadable:
         more = f" (and {len(unreadable) - 1} more of {len(urls)} shards)" if len(unreadable) > 1 else ""
         raise UserError(
-            f"shard {masked(unreadable[0])!r}: {found[unreadable[0]]}{more}; mend it, or take it out of the config"
+            f"shard {masked(unreadable[0])!r}: {found[unreadable[0]]}{more}; mend that, or take the shard out "
+            "of the config"
         )
     return [found[url] for url in urls]
 
