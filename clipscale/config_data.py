@@ -18,7 +18,7 @@ class Select:
     min_side: int = 0  # pixels of a picture's shorter side
     max_aspect: float | None = None  # longer side over shorter side
     uids: str | None = None  # file of the samples to keep: one uid a line, or DataComp's .npy
-    uid_field: str = "uid"  # where a sample's JSON holds its uid
+    uid_field: str = "uid"  # where a sample's JSON holds its uid; __key__: its key
     score_field: str | None = None  # a number in a sample's JSON, such as clip_b32_similarity_score
     min_score: float | None = None
     max_score: float | None = None

@@ -1,6 +1,6 @@
 """What feeds a run: its files made ready, the loader of its step batches, and the account of what could not be used.
 
-prepare_files(config)                                   # one process a node: draw, download, index
+prepare_files(config, log.line)                         # one process a node: draw, download, index
 feed = Feed(config, towers, world, recorded=None, position=0, log=log)
 batch = next(feed.loader)
 feed.repeats(batch)                                     # pairs and captions that stand in the batch twice
@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import socket
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,9 @@ _NAMED_SKIPS = 20  # masked samples with a log line of their own; skipped.jsonl 
 _BAD_FRACTION_AFTER = 1000  # samples seen before data.max_bad_fraction is applied
 
 
-def prepare_files(config: Config) -> None:
-    """Draw the shapes set if the config asks for it, and index every shard that has no index."""
+def prepare_files(config: Config, tell: Callable[[str], None]) -> None:
+    """Draw the shapes set if the config asks for it, and index every shard that has no current index. `tell`: told of
+    each that changed, for whoever opens the sources later finds their indexes current."""
     data, evaluation = config.data, config.eval
     if data.shapes is not None:
         shapes = dataclasses.asdict(data.shapes)
@@ -49,7 +51,8 @@ def prepare_files(config: Config) -> None:
     evaluations = (("validation", evaluation.validation, "pairs"), ("zeroshot", evaluation.zeroshot, "labelled"))
     wanted += [(name, Source(kind.urls), need) for name, kind, need in evaluations if kind.urls is not None]
     for name, source, need in wanted:
-        open_source(name, source, data, need=need, track=track)
+        for line in open_source(name, source, data, need=need, track=track).changes():
+            tell(line)
 
 
 class Feed:

@@ -71,6 +71,15 @@ def test_defaults_are_a_sources_own(shards, capsys):
     assert source.select == Select()
 
 
+def test_max_pixels_are_those_of_the_config(shards, capsys):
+    words = ["--check", "decode", "--max-pixels", "320"]
+    found, _ = run(capsys, shards, *words)
+    assert found["refused, too many pixels"] == ("3", "1")  # from 17 x 20 on
+    data = Data(max_pixels=320)
+    source = Source(shards, select=Select(check="decode"))
+    assert open_source("x", source, data, need="pairs", track=lambda *_: pytest.fail("it is indexed")).samples == 7
+
+
 def test_labelled_pictures(shards, capsys):
     found, last = run(capsys, shards, "--need", "labelled")
     assert found == {"not read, .pyd": ("3", "1")}

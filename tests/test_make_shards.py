@@ -493,6 +493,12 @@ def test_existing_shards_are_kept_unless_overwrite(tool, pictures, tmp_path, cap
     assert refused(out) == []
 
 
+def test_a_source_without_pictures_is_told(tool, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert tool.main([str(tmp_path / "empty"), "--output", str(tmp_path / "out")]) == 2
+    assert one_error_line(capsys).endswith(f"no usable sample in {tmp_path / 'empty'}; it holds no picture and no row")
+
+
 def test_refusals_of_other_prefixes_stay_listed(tool, pictures, tmp_path):
     for prefix, row in (("train", ["gone.jpg", "x"]), ("test", ["pics/pic1.jpg", ""])):
         source = write_csv(tmp_path / "list.csv", ["filepath", "caption"], [["pics/pic0.jpg", "x"], row])

@@ -191,6 +191,16 @@ def test_more_samples_go_on_from_the_end(tmp_path, urls):
     assert "changed since the checkpoint: train.samples: 32 -> 48" in (tmp_path / "run" / "run.log").read_text()
 
 
+def test_a_shard_that_changed_is_named(tmp_path):
+    urls, changed = write_pairs(tmp_path / "pairs", 2, 16), tmp_path / "pairs" / "0001.tar"
+    train(tiny_config(tmp_path, urls))
+    changed.write_bytes(changed.read_bytes().replace(b"number 1 of", b"number 7 of"))
+    with pytest.raises(UserError, match=r"content of mine: .* positions would mean other samples"):
+        train(tiny_config(tmp_path, urls, "train.samples=48"))
+    told = (tmp_path / "run" / "run.log").read_text()
+    assert told.count(f"source 'mine': {changed} changed since it was indexed last: ") == 1
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, urls):
     train(tiny_config(tmp_path, urls))
     with pytest.raises(UserError, match="does not fit the model of this config"):

@@ -80,8 +80,8 @@ def report(program: str, written: Written, arguments: argparse.Namespace, second
         table.add_row(f"refused: {cause}", f"{count:,}", Text(shown))
     Console().print(table)
     if not written.samples:
-        where = arguments.output / "refused.jsonl"
-        print(f"{program}: error: no usable sample in {arguments.source}; see {where}", file=sys.stderr)
+        why = f"see {arguments.output / 'refused.jsonl'}" if written.refusals else "it holds no picture and no row"
+        print(f"{program}: error: no usable sample in {arguments.source}; {why}", file=sys.stderr)
         return 2
     paths = written.paths
     names = paths[0].name if len(paths) == 1 else f"{len(paths)} shards, {paths[0].name} to {paths[-1].name}"

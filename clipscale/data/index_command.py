@@ -23,13 +23,16 @@ def add_index_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--hash", choices=("crc32", "sha256"), default="crc32", help="of each shard; default: crc32")
     parser.add_argument("--jobs", type=int, metavar="N", help="processes; default: the cores")
-    parser.add_argument("--index-dir", help="where the sidecars go; default: beside each shard")
+    parser.add_argument("--index-dir", help="where the sidecars go; default: beside each shard, or the cache folder")
     parser.add_argument("--cache-dir", help="where copies of remote shards go; default: the user's cache folder")
     parser.add_argument("--allow-pipe", action="store_true", help="let 'pipe:' URLs run shell commands")
     rules = parser.add_argument_group("selection", "the same as in the config: a run finds only the index of its rules")
     rules.add_argument("--caption", default=usual.caption, help="a member's suffix, or json:<field>; default: txt")
     rules.add_argument("--min-side", type=int, default=select.min_side, metavar="PIXELS", help="of the shorter side")
     rules.add_argument("--max-aspect", type=float, metavar="RATIO", help="longer side over shorter side")
+    rules.add_argument(
+        "--max-pixels", type=int, default=Data.max_pixels, metavar="N", help="of a picture, with --check decode"
+    )
     rules.add_argument("--uids", metavar="FILE", help="samples to keep: one uid a line, or DataComp's .npy")
     rules.add_argument("--uid-field", default=select.uid_field, help="of a sample's JSON; __key__: its key")
     rules.add_argument("--score-field", help="a number in a sample's JSON")
@@ -55,6 +58,7 @@ def index_settings(arguments: argparse.Namespace) -> tuple[Source, Data, Literal
         hash=arguments.hash,
         cache_dir=arguments.cache_dir,
         allow_pipe=arguments.allow_pipe,
+        max_pixels=arguments.max_pixels,
     )
     return Source("::".join(arguments.shards), caption=arguments.caption, select=select), data, arguments.need
 

@@ -56,9 +56,9 @@ def index_shards(
     unreadable = [url for url in urls if isinstance(found[url], str)]
     if unreadable:
         more = f" (and {len(unreadable) - 1} more of {len(urls)} shards)" if len(unreadable) > 1 else ""
-        raise UserError(
-            f"shard {masked(unreadable[0])!r}: {found[unreadable[0]]}{more}; mend it, or take it out of the config"
-        )
+        shown = masked(unreadable[0])
+        why = found[unreadable[0]].removeprefix(f"{shown}: ")  # a failed download names its URL itself
+        raise UserError(f"shard {shown!r}: {why}{more}; mend that, or take the shard out of the config")
     return [found[url] for url in urls]
 
 

@@ -283,8 +283,8 @@ def _refuse_changes(recorded: dict[str, Any], now: dict[str, Any]) -> None:
     changed = [f"{key}: {before[key]} -> {after[key]}" for key in after if key in before and before[key] != after[key]]
     if changed:
         raise UserError(
-            f"the data are not those of the checkpoint ({'; '.join(changed)}): the order of samples would change; put "
-            "them back, start a run of its own (run.dir), or set data.accept_changes=true"
+            f"the data are not those of the checkpoint ({'; '.join(changed)}): positions would mean other samples, "
+            "pixels or tokens; put them back, start a run of its own (run.dir), or set data.accept_changes=true"
         )
 
 

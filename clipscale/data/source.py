@@ -122,6 +122,14 @@ class Source:
         """Members whose suffix is not on the allow-list, by suffix."""
         return sum((Counter(shard.not_read) for shard in self.shards), Counter())
 
+    def changes(self) -> list[str]:
+        """One line for each shard that holds other bytes than its index said until now."""
+        return [
+            f"source {self.name!r}: {masked(shard.url)} changed since it was indexed last: {shard.changed}"
+            for shard in self.shards
+            if shard.changed
+        ]
+
     @property
     def remote(self) -> bool:
         """Whether any of its shards comes through the cache."""
@@ -313,11 +321,10 @@ def _require_samples(opened: Source, source: config_data.Source) -> None:
 
 
 def _findings(source: Source) -> Iterable[str]:
+    yield from source.changes()
     for shard in source.shards:
-        about = f"source {source.name!r}: {masked(shard.url)}"
-        if shard.changed:
-            yield f"{about} changed since it was indexed last: {shard.changed}"
         if shard.cut:
+            about = f"source {source.name!r}: {masked(shard.url)}"
             yield f"{about} is damaged, {shard.samples} samples are usable: {shard.cut}"
     refused = source.refused()
     if refused:
