@@ -10,7 +10,6 @@ them, with colours, soft light and noise over all scales of their own; how much 
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -21,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from clipscale.counter import fold, uniform
+from clipscale.data.pool import cores
 from clipscale.data.shard_writer import ShardWriter
 
 MEAN_BYTES = 41_000  # of a photo, within 3 %
@@ -131,6 +131,6 @@ def _shards(folder: Path, kind: str, samples: int, picture: Callable[[int], byte
 def _made_ahead(picture: Callable[[int], bytes], samples: int) -> Iterator[bytes]:
     """picture(0), picture(1), ... by threads, for NumPy and the encoder release the GIL."""
     picture(0)  # fills the caches before the threads ask for them
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         for start in range(0, samples, _AHEAD):
             yield from pool.map(picture, range(start, min(samples, start + _AHEAD)))

@@ -16,7 +16,7 @@ from functools import partial
 
 from clipscale.data.cache import ShardCache
 from clipscale.data.index import Index, Shard
-from clipscale.data.pool import WorkerDied, map_in_processes
+from clipscale.data.pool import WorkerDied, cores, map_in_processes
 from clipscale.data.shards import is_local, masked
 from clipscale.errors import UserError
 
@@ -44,7 +44,7 @@ def index_shards(
         found = dict(zip(urls, pool.map(partial(_known, index=index), urls), strict=True))
     missing = [url for url in urls if found[url] is None]
     if missing:
-        jobs = 1 if _is_little(missing, index) else min(jobs or os.cpu_count() or 1, len(missing))
+        jobs = 1 if _is_little(missing, index) else min(jobs or cores(), len(missing))
         with closing(map_in_processes(_build, missing, jobs, index, cache)) as built:
             try:
                 found |= zip(track(missing, label) if track else missing, built, strict=True)
