@@ -241,10 +241,11 @@ def test_a_disk_that_refuses_large_files(served, tmp_path):
     assert not list((tmp_path / "cache").rglob("parts/*"))
 
 
-def test_folders_that_cannot_be_used(served, tmp_path):
+@pytest.mark.parametrize("bound_bytes", [10**8, None])
+def test_folders_that_cannot_be_used(served, tmp_path, bound_bytes):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UserError, match=r"data\.cache_dir: .*file/cache/shards cannot be made \(Not a directory\)"):
-        ShardCache(str(tmp_path / "file/cache"), 10**8, FAST, False).open(f"{served.url}/0.tar")
+        ShardCache(str(tmp_path / "file/cache"), bound_bytes, FAST, False).open(f"{served.url}/0.tar")
 
 
 def test_a_file_system_without_locks(served, cache, monkeypatch):

@@ -67,6 +67,13 @@ def test_every_rank_takes_the_decision_of_the_tightest():
     assert tightest([a]) == a
 
 
+@pytest.mark.parametrize("disk_bytes", [None, 1000])
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, disk_bytes):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"replay\.dir='.*file' cannot be made: .*; choose a folder"):
+        budgets(Replay(dir=str(tmp_path / "file"), disk_bytes=disk_bytes), torch.device("cpu"))
+
+
 def test_budgets_default_to_shares_of_the_machine(tmp_path):
     cpu = torch.device("cpu")
     found = budgets(Replay(dir=str(tmp_path / "new")), cpu)

@@ -158,7 +158,7 @@ class Copies:
 
     def copies(self) -> list[Copy]:
         found = []
-        with suppress(FileNotFoundError), os.scandir(self.folder) as entries:
+        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.folder) as entries:
             for entry in entries:
                 if entry.name.endswith(".tar"):
                     with suppress(FileNotFoundError):

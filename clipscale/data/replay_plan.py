@@ -65,19 +65,26 @@ class Plan:
 
 
 def budgets(replay: Replay, device: torch.device) -> Budgets:
-    """As the config sets them, else a share of what this machine has."""
+    """As the config sets them, else a share of what this machine has. Makes replay.dir.
+
+    Raises:
+        UserError: replay.dir cannot be made.
+    """
     gpu = None
     if device.type == "cuda":
         gpu = replay.gpu_bytes
         if gpu is None:
             gpu = torch.cuda.get_device_properties(device).total_memory // 20
     host = available_bytes() // 2 if replay.host_bytes is None else replay.host_bytes
-    disk = replay.disk_bytes
-    if replay.dir is None:
-        disk = None
-    elif disk is None:
-        Path(replay.dir).mkdir(parents=True, exist_ok=True)
-        disk = shutil.disk_usage(replay.dir).free * 4 // 5
+    disk = None
+    if replay.dir is not None:
+        try:
+            Path(replay.dir).mkdir(parents=True, exist_ok=True)
+            disk = shutil.disk_usage(replay.dir).free * 4 // 5 if replay.disk_bytes is None else replay.disk_bytes
+        except OSError as error:
+            raise UserError(
+                f"replay.dir={replay.dir!r} cannot be made: {error}; choose a folder that can be written"
+            ) from error
     return Budgets(gpu, host, disk)
 
 
