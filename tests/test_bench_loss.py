@@ -1,6 +1,7 @@
 """`clipscale bench loss` and `clipscale bench plot`, as a person runs them: tiny, on the CPU."""
 
 import json
+import re
 import os
 import subprocess
 import sys
@@ -197,7 +198,7 @@ def test_a_large_first_batch_is_preceded_by_a_small_one(tmp_path, monkeypatch):
     assert status == 0
     assert [case["batch"] for case in document["cases"]] == [48, 64]
     for case in document["cases"]:
-        assert {row["status"] for row in case["rows"]} == {"skipped: predicted 0 s"}
+        assert all(re.fullmatch(r"skipped: predicted \d+ s", row["status"]) for row in case["rows"])
     assert (tmp_path / "x-time.png").exists(), "a result without a single time can be drawn too"
 
 
