@@ -1,8 +1,8 @@
 """`clipscale bench loss` and `clipscale bench plot`, as a person runs them: tiny, on the CPU."""
 
 import json
-import re
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
