@@ -14,13 +14,11 @@ Tensors are loaded with `weights_only=True`: nothing is unpickled.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import pickle
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +29,8 @@ import torch
 from clipscale.config import Config
 from clipscale.config_load import config_from_yaml, dump_config
 from clipscale.errors import UserError
+from clipscale.files import hash_file, sync_folder, synced_file
+from clipscale.tell import tell
 
 VERSION = 1
 _NAME = re.compile(r"step-(\d{9})")
@@ -88,12 +88,12 @@ def save_checkpoint(run_dir: str, snapshot: Snapshot, keep: int) -> Path:
         _write(aside / "config.yaml", lambda file: file.write(dump_config(snapshot.config).encode()))
         manifest = {name: _facts(aside / name) for name in _FILES}
         _write(aside / "manifest.json", lambda file: file.write(json.dumps(manifest, indent=1).encode()))
-        _sync_folder(aside)
+        sync_folder(aside)
         if target.exists():  # the same step again, after a resume from an earlier one
             shutil.rmtree(target)
         aside.rename(target)
-        _sync_folder(folder)
-        _sync_folder(folder.parent)
+        sync_folder(folder)
+        sync_folder(folder.parent)
         older = [path for step, path in _candidates(folder) if step <= snapshot.step]
         for old in older[keep:]:
             shutil.rmtree(old)
@@ -117,7 +117,7 @@ def newest_checkpoint(run_dir: str) -> Path | None:
         problem = verify(path)
         if not problem:
             for line in damage:
-                print(f"clipscale: warning: passing over a damaged checkpoint: {line}", file=sys.stderr)
+                tell(f"warning: passing over a damaged checkpoint: {line}")
             return path
         damage.append(f"{path}: {problem}")
     if damage:
@@ -203,29 +203,10 @@ def _candidates(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _write(path: Path, write: Callable) -> None:
-    with open(path, "xb") as file:
+    with synced_file(path, "wb") as file:
         write(file)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _facts(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def _digest(file: Any) -> Any:
-    """hashlib.file_digest for Python 3.10."""
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    found = hash_file(path, sha256=True)
+    return {"bytes": found["bytes"], "sha256": found["sha256"]}

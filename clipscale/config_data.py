@@ -38,7 +38,7 @@ class Select:
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceSettings:
     urls: str = MISSING  # shards: braces, globs, several joined by '::'
     weight: float = 1.0  # share of the samples, relative to the other sources
     caption: str = "txt"  # the member that holds the caption, by its suffix; 'json:<field>' for a field of the JSON
@@ -85,7 +85,7 @@ class Fetch:
 
 
 @dataclass(frozen=True)
-class Augment:
+class AugmentSettings:
     """Changes drawn for each position of the run, applied on the device that trains; the same in both passes."""
 
     flip: float = 0.0  # share of the pictures that are mirrored left to right
@@ -106,7 +106,7 @@ class Augment:
 
 @dataclass(frozen=True)
 class Data:
-    sources: dict[str, Source] = field(default_factory=dict)
+    sources: dict[str, SourceSettings] = field(default_factory=dict)
     shapes: Shapes | None = None
     index_dir: str | None = None  # where index sidecars go; default: beside each shard, else the cache folder
     index_jobs: int | None = None  # processes that index shards; default: the cores
@@ -125,7 +125,7 @@ class Data:
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)
     exif: Literal["ignore", "apply"] = "ignore"  # turn a picture as its EXIF says, or take its pixels as they lie
     scaled_decode: bool = False  # decode JPEGs at 1/2, 1/4 or 1/8 where the crop is at least twice the side wanted
-    augment: Augment = field(default_factory=Augment)
+    augment: AugmentSettings = field(default_factory=AugmentSettings)
     max_pixels: int = 50_000_000  # a picture whose header promises more is refused: a bound on memory too
     max_bad_fraction: float = 0.05  # more masked samples than this end the run
     loader: Literal["process", "inline"] = "process"  # decode in a process of its own, or in threads of this one

@@ -1,7 +1,7 @@
 """What feeds a run: its files made ready, the loader of its step batches, and the account of what could not be used.
 
-prepare_files(config, log.line)                         # one process a node: draw, download, index
-feed = Feed(config, towers, world, recorded=None, position=0, log=log)
+prepare_files(config)                                   # one process a node: draw, download, index
+feed = Feed(config, towers, world, recorded=None, position=0)
 batch = next(feed.loader)
 feed.repeats(batch)                                     # pairs and captions that stand in the batch twice
 skips.account(batch, masked=True, seen=4096)            # counts, skipped.jsonl, data.max_bad_fraction
@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import socket
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +19,28 @@ import numpy as np
 import torch
 
 from clipscale.config import Config
-from clipscale.config_data import Augment as AugmentSettings
-from clipscale.config_data import Source
-from clipscale.data.augment import Augment
-from clipscale.data.fill import Share
-from clipscale.data.loader import Loader, Setup, StepBatch
-from clipscale.data.pipeline import build_pipeline
-from clipscale.data.replay_plan import Need, Plan, budgets, build_tier, choose, tightest
-from clipscale.data.shapes import make_shapes
+from clipscale.config_data import AugmentSettings, SourceSettings
+from clipscale.data.load.loader import Loader, Setup, StepBatch
+from clipscale.data.load.replay_plan import Need, Plan, budgets, build_tier, choose, tightest
+from clipscale.data.pipeline import Share, build_pipeline
+from clipscale.data.pixels.augment import Augment
+from clipscale.data.shapes.make import make_shapes
 from clipscale.data.source import open_source
 from clipscale.data.tokenize import build_tokenizer
 from clipscale.dist import World
 from clipscale.errors import SharedError
-from clipscale.telemetry import RunLog, append_rows, keep_rows, progress_bar, track
+from clipscale.files import append_rows, keep_rows
+from clipscale.progress import progress_bar, track
+from clipscale.tell import tell
 from clipscale.towers import Towers
 
 _NAMED_SKIPS = 20  # masked samples with a log line of their own; skipped.jsonl has every one
 _BAD_FRACTION_AFTER = 1000  # samples seen before data.max_bad_fraction is applied
 
 
-def prepare_files(config: Config, tell: Callable[[str], None]) -> None:
-    """Draw the shapes set if the config asks for it, and index every shard that has no current index. `tell`: told of
-    each that changed, for whoever opens the sources later finds their indexes current."""
+def prepare_files(config: Config) -> None:
+    """Draw the shapes set if the config asks for it, and index every shard that has no current index. Tells
+    of each that changed, for whoever opens the sources later finds their indexes current."""
     data, evaluation = config.data, config.eval
     if data.shapes is not None:
         shapes = dataclasses.asdict(data.shapes)
@@ -49,7 +48,7 @@ def prepare_files(config: Config, tell: Callable[[str], None]) -> None:
             make_shapes(shapes.pop("dir"), **shapes, progress=progress)
     wanted = [(name, source, "pairs") for name, source in data.sources.items() if source.weight > 0]
     evaluations = (("validation", evaluation.validation, "pairs"), ("zeroshot", evaluation.zeroshot, "labelled"))
-    wanted += [(name, Source(kind.urls), need) for name, kind, need in evaluations if kind.urls is not None]
+    wanted += [(name, SourceSettings(kind.urls), need) for name, kind, need in evaluations if kind.urls is not None]
     for name, source, need in wanted:
         for line in open_source(name, source, data, need=need, track=track).changes():
             tell(line)
@@ -66,7 +65,6 @@ class Feed:
         *,
         recorded: dict[str, Any] | None,
         position: int,
-        log: RunLog,
     ) -> None:
         data = config.data
         self.world, self.global_batch = world, config.train.global_batch
@@ -79,12 +77,11 @@ class Feed:
             global_batch=self.global_batch,
             position=position,
             recorded=recorded,
-            warn=log.line,
         )
         _require_equal(world.gather(self.pipeline.identity()))
         for source, order in zip(self.pipeline.sources, self.pipeline.orders, strict=True):
             if shortage := source.cache_shortage(order.block_samples()):
-                log.line(shortage)
+                tell(shortage)
         share = Share(self.global_batch, world.size, world.rank)
         block = min(config.gradcache.image_chunk, share.slots)
         plan, need = self._plan_replay(config, share, block, towers.image_size)
@@ -99,7 +96,7 @@ class Feed:
             start=position,
             change=change,
         )
-        log.line(
+        tell(
             "data: "
             + ", ".join(f"{source.name} {source.samples:,} pairs" for source in self.pipeline.sources)
             + f"; replay tier {plan.kind}, {plan.blocks} blocks of {block} pictures a rank"
@@ -163,11 +160,11 @@ def _require_equal(identities: list[dict[str, Any]]) -> None:
 class Skips:
     """Masked samples of all ranks: counted by source and cause, named in the log and in skipped.jsonl, bounded."""
 
-    def __init__(self, config: Config, counts: dict[str, int], world: World, log: RunLog) -> None:
+    def __init__(self, config: Config, counts: dict[str, int], world: World) -> None:
         self.counts = Counter(counts)
         self._bound = config.data.max_bad_fraction
         self._from = min(_BAD_FRACTION_AFTER, config.train.samples)
-        self._world, self._log = world, log
+        self._world = world
         self._file = Path(config.run.dir, "skipped.jsonl")
 
     def begin(self, position: int) -> None:
@@ -184,7 +181,7 @@ class Skips:
         if masked:
             skips = sorted(skip for part in self._world.gather(batch.skips) for skip in part)
             for skip in skips[: max(0, _NAMED_SKIPS - self.counts.total())]:
-                self._log.line(f"masked sample {skip.key} of {skip.shard} at position {skip.position}: {skip.detail}")
+                tell(f"masked sample {skip.key} of {skip.shard} at position {skip.position}: {skip.detail}")
             if self._world.is_main:
                 append_rows(self._file, (skip._asdict() for skip in skips))
             self.counts.update(f"{skip.source}: {skip.cause}" for skip in skips)
@@ -192,7 +189,7 @@ class Skips:
         if bad == seen or (seen >= self._from and bad > self._bound * seen):
             table = self.counts.most_common()
             for cause, count in table:
-                self._log.line(f"{count:>12,}  {cause}")
+                tell(f"{count:>12,}  {cause}")
             causes = ", ".join(f"{cause}: {count}" for cause, count in table)
             raise SharedError(
                 f"{bad} of {seen} samples could not be used ({causes}), more than data.max_bad_fraction={self._bound}; "

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from clipscale.counter import fold
-from clipscale.data.replay import Inputs
+from clipscale.data.load.replay import Inputs
 from clipscale.loss import ContrastiveGrads
 from clipscale.towers import Tower, Towers
 

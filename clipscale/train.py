@@ -29,18 +29,21 @@ from clipscale.checkpoint import (
 from clipscale.config import Config
 from clipscale.config_load import changed_keys, dump_config
 from clipscale.counter import fold
-from clipscale.data.loader import StepBatch
-from clipscale.data.replay import Held
+from clipscale.data.load.loader import StepBatch
+from clipscale.data.load.replay import Held
 from clipscale.dist import World, start_world
 from clipscale.errors import SharedError, UserError, require
 from clipscale.eval.suite import EvalSuite
 from clipscale.feed import Feed, Skips, prepare_files
+from clipscale.files import write_file
 from clipscale.gradcache import StepResult, gradcache_step
 from clipscale.loss import ContrastiveGrads, contrastive_grads
 from clipscale.loss.engines import adopt_shapes, check_engine, tuned_shapes
 from clipscale.optim import build_optimizer, learning_rate, restore_optimizer, set_lr, total_steps
 from clipscale.parallel import broadcast_parameters, sum_gradients
-from clipscale.telemetry import Pace, RunLog, duration, memory
+from clipscale.progress import duration
+from clipscale.runlog import Pace, RunLog, memory
+from clipscale.tell import tell
 from clipscale.towers import autocast_dtype, build_towers
 
 
@@ -83,6 +86,7 @@ class Trainer:
     def _resume(self) -> None:
         """Find where the run stands, and build everything that its next step needs."""
         config, world = self.config, self.world
+        self.log = self._resources.enter_context(RunLog(config.run.dir, rank=world.rank))
         found = world.lead(self._find_checkpoint)
         snapshot = load_checkpoint(found) if found else None
         self.steps_done = snapshot.step if snapshot else 0
@@ -92,9 +96,7 @@ class Trainer:
         adopt_shapes(state.get("kernels", {}))
         self.nonfinite_in_a_row = 0
         self.last_step = self.steps_done + total_steps(config, self.position)
-        self.log = RunLog(config.run.dir, is_main=world.is_main)
-        self._resources.callback(self.log.close)
-        self.skips = Skips(config, state["skips"], world, self.log)
+        self.skips = Skips(config, state["skips"], world)
         self._tell_start(found, snapshot)
         self._build_towers(snapshot, state["scaler"])
         if self.steps_done < self.last_step:
@@ -193,7 +195,7 @@ class Trainer:
             self.nonfinite_in_a_row = 0
         else:
             self.nonfinite_in_a_row += 1
-            self.log.line(f"step {self.steps_done + 1}: gradient norm is {grad_norm}, step skipped")
+            tell(f"step {self.steps_done + 1}: gradient norm is {grad_norm}, step skipped")
             require(
                 self.nonfinite_in_a_row < self.config.train.max_nonfinite_steps,
                 f"step {self.steps_done + 1}: {self.nonfinite_in_a_row} steps in a row without a finite gradient "
@@ -217,17 +219,17 @@ class Trainer:
 
     def _tell_start(self, found: Path | None, snapshot: Snapshot | None) -> None:
         config = self.config
-        self.log.line(
+        tell(
             f"{config.run.dir}: {self.last_step} steps of {config.train.global_batch} pairs on {self.world.size} "
             f"{self.world.device.type} rank{'s' * (self.world.size > 1)}, "
             + (f"resuming after step {self.steps_done} from {found}" if found else "from the start")
         )
         for change in changed_keys(snapshot.config, config) if snapshot else []:
-            self.log.line(f"changed since the checkpoint: {change}")
+            tell(f"changed since the checkpoint: {change}")
 
     def _tell_step(self, row: dict[str, Any], eta_seconds: float) -> None:
         memory_gib = row.get("gpu_memory_bytes", row["memory_bytes"]) / 2**30
-        self.log.line(
+        tell(
             f"step {row['step']}/{self.last_step}  samples {row['samples']:,}  loss {row['loss']:.4f}  "
             f"scale {row['logit_scale']:.2f}  grad {row['grad_norm']:.3f}  lr {row['lr']:.2e}  "
             f"{row['samples_per_second']:,.0f} samples/s  data wait {row['data_wait_share']:.0%}  "
@@ -312,8 +314,8 @@ class Trainer:
 
     def _build_data(self, recorded: dict[str, Any] | None) -> None:
         """Sources and evaluation sets. The first rank of a node writes what is missing, then all ranks read it."""
-        self.world.lead(partial(prepare_files, self.config, self.log.line), on_each_node=True)
-        self.feed = Feed(self.config, self.towers, self.world, recorded=recorded, position=self.position, log=self.log)
+        self.world.lead(partial(prepare_files, self.config), on_each_node=True)
+        self.feed = Feed(self.config, self.towers, self.world, recorded=recorded, position=self.position)
         self._resources.callback(self.feed.close)
         self.evaluations = EvalSuite(self.config, self.towers, self.feed.pipeline.tokenize, self.world)
 
@@ -322,4 +324,4 @@ class Trainer:
         self.log.begin(self.steps_done, self.last_step)
         self.skips.begin(self.position)
         if self.world.is_main:
-            Path(self.config.run.dir, "config.yaml").write_text(dump_config(self.config))
+            write_file(Path(self.config.run.dir, "config.yaml"), dump_config(self.config))

@@ -3,7 +3,7 @@
     python data_tools/check_shards.py 'data/train-*.tar'
     python data_tools/check_shards.py 's3://bucket/{00000..00999}.tar' --json report.json --broken broken.jsonl
 
-Flow: processes check whole shards (clipscale/data/shard_checks.py) -> counts add up here, hashes and sizes wait on disk
+Flow: processes check whole shards (clipscale/shardkit/checks.py) -> counts add up here, hashes and sizes wait on disk
 (tally.py), so that memory does not grow with the samples -> a table, and the two files.
 """
 
@@ -21,15 +21,15 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from clipscale.config_data import Data, Fetch
-from clipscale.data.cache import ShardCache
-from clipscale.data.commands import add_jobs, positive, run, shown
-from clipscale.data.pool import map_in_processes
-from clipscale.data.shard_checks import Checked, Wanted, check_shard, look_up_sample
-from clipscale.data.shard_writer import whole_file, write_file
-from clipscale.data.shards import expand_urls, is_local, masked
-from clipscale.data.tally import Digests, Numbers, summary
+from clipscale.data.fetch.cache import ShardCache
+from clipscale.data.fetch.urls import expand_urls, is_local, masked
 from clipscale.errors import require
-from clipscale.telemetry import progress_bar
+from clipscale.files import whole_file, write_file
+from clipscale.pool import map_in_processes
+from clipscale.progress import progress_bar
+from clipscale.shardkit.checks import Checked, Wanted, check_shard, look_up_sample
+from clipscale.shardkit.commands import add_jobs, positive, run, shown
+from clipscale.shardkit.tally import Digests, Numbers, summary
 
 EXAMPLES = """\
 examples:

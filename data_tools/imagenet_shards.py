@@ -3,8 +3,8 @@
     python data_tools/imagenet_shards.py ILSVRC2012_img_train.tar --output imagenet --prefix train
     python data_tools/imagenet_shards.py ILSVRC2012_img_val.tar --output imagenet --prefix val --val-labels val.txt
 
-Flow: folders or archives are listed in place (clipscale/data/imagenet.py) -> pictures are shuffled, so that every shard
-mixes the classes -> each is read where it lies, decoded once, and packed (pictures.py, packing.py), as it is or
+Flow: folders or archives are listed in place (clipscale/shardkit/imagenet.py) -> pictures are shuffled, so that every
+shard mixes the classes -> each is read where it lies, decoded once, and packed (pictures.py, packing.py), as it is or
 smaller.
 """
 
@@ -13,12 +13,12 @@ import sys
 import time
 from pathlib import Path
 
-from clipscale.data.commands import add_packing, natural, packing_of, report, run
-from clipscale.data.imagenet import Labels, find_pictures
-from clipscale.data.packing import pack, shuffled
-from clipscale.data.shard_writer import write_file
 from clipscale.errors import require
-from clipscale.telemetry import track
+from clipscale.files import write_file
+from clipscale.progress import track
+from clipscale.shardkit.commands import add_packing, natural, packing_of, report, run
+from clipscale.shardkit.imagenet import Labels, find_pictures
+from clipscale.shardkit.packing import pack, shuffled
 
 EXAMPLES = """\
 examples:

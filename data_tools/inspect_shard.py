@@ -20,16 +20,17 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from clipscale.config_data import Data, Fetch
-from clipscale.data.cache import ShardCache
-from clipscale.data.captions import CaptionError, CaptionRule
-from clipscale.data.commands import natural, positive, run, shown
-from clipscale.data.decode import BadSample, decode, picture_size
-from clipscale.data.select import IMAGE_SUFFIXES, MAX_LABEL_BYTES, MAX_PICTURE_BYTES, group
-from clipscale.data.shard_checks import opened
-from clipscale.data.shard_writer import whole_file
-from clipscale.data.shards import expand_urls, is_local, masked
-from clipscale.data.tar import Listing, list_members
+from clipscale.data.bad import BadSample
+from clipscale.data.fetch.cache import ShardCache
+from clipscale.data.fetch.urls import expand_urls, is_local, masked
+from clipscale.data.pixels.decode import decode, picture_size
+from clipscale.data.shard.captions import CaptionError, CaptionRule
+from clipscale.data.shard.select import IMAGE_SUFFIXES, MAX_LABEL_BYTES, MAX_PICTURE_BYTES, group
+from clipscale.data.shard.tar import Listing, list_members
 from clipscale.errors import require
+from clipscale.files import whole_file
+from clipscale.shardkit.checks import opened
+from clipscale.shardkit.commands import natural, positive, run, shown
 
 EXAMPLES = """\
 examples:

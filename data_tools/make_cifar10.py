@@ -19,10 +19,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from clipscale.data.commands import positive, run
-from clipscale.data.shard_writer import ShardWriter, sync_folder, write_file
+from clipscale.data.shard.writer import ShardWriter
 from clipscale.errors import require
-from clipscale.telemetry import progress_bar
+from clipscale.files import sync_folder, write_file
+from clipscale.progress import progress_bar
+from clipscale.shardkit.commands import positive, run
 
 ROW_BYTES = 1 + 3 * 32 * 32  # a label, then the red, the green and the blue plane
 

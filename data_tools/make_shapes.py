@@ -9,9 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-from clipscale.data.commands import run
-from clipscale.data.shapes import make_shapes
-from clipscale.telemetry import progress_bar
+from clipscale.data.shapes.make import make_shapes
+from clipscale.progress import progress_bar
+from clipscale.shardkit.commands import run
 
 EXAMPLES = """\
 examples:

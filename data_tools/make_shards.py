@@ -5,7 +5,7 @@
 
 Flow: the source gives rows (picture path, caption, label) and refusals -> rows are shuffled -> each picture is read and
 decoded once, as training will, to prove that it can be -> its bytes, or a smaller picture, go into the shards. What
-cannot be used is counted by cause and listed in <output>/refused.jsonl. Sources: clipscale/data/shard_inputs.py;
+cannot be used is counted by cause and listed in <output>/refused.jsonl. Sources: clipscale/shardkit/inputs.py;
 pictures: pictures.py; shards: packing.py.
 """
 
@@ -17,9 +17,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from clipscale.data.commands import add_packing, packing_of, report, run
-from clipscale.data.packing import pack, shuffled
-from clipscale.data.shard_inputs import Keys, Refusal, Row, read_source
+from clipscale.shardkit.commands import add_packing, packing_of, report, run
+from clipscale.shardkit.inputs import Keys, Refusal, Row, read_source
+from clipscale.shardkit.packing import pack, shuffled
 
 EXAMPLES = """\
 examples:

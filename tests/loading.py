@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from clipscale.config_data import Data, Replay, Source
-from clipscale.data.fill import Share, Skip
-from clipscale.data.loader import Loader, Setup
-from clipscale.data.pipeline import Pipeline, build_pipeline
-from clipscale.data.replay_plan import Budgets, Need, build_tier, choose
+from clipscale.config_data import Data, Replay, SourceSettings
+from clipscale.data.load.fill import Skip
+from clipscale.data.load.loader import Loader, Setup
+from clipscale.data.load.replay_plan import Budgets, Need, build_tier, choose
+from clipscale.data.pipeline import Pipeline, Share, build_pipeline
 
 LENGTH = 24
 CPU = torch.device("cpu")
@@ -31,7 +31,7 @@ def pipeline(urls: str | dict[str, tuple[str, float]], batch: int, **kwargs) -> 
     """Of the shards `urls`, or of several sources {name: (urls, weight)}; keywords are fields of `data`."""
     sources = {"mine": (urls, 1.0)} if isinstance(urls, str) else urls
     recorded, side = kwargs.pop("recorded", None), kwargs.pop("image_size", 24)
-    data = Data(sources={name: Source(urls=u, weight=w) for name, (u, w) in sources.items()}, **kwargs)
+    data = Data(sources={name: SourceSettings(urls=u, weight=w) for name, (u, w) in sources.items()}, **kwargs)
     return build_pipeline(
         data, tokenize, image_size=side, context_length=LENGTH, seed=5, global_batch=batch, recorded=recorded
     )

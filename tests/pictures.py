@@ -9,7 +9,7 @@ from PIL import Image
 from shards import picture
 
 from clipscale.counter import uniform
-from clipscale.data.decode import DRAWS_PER_SAMPLE
+from clipscale.data.pixels.decode import DRAWS_PER_SAMPLE
 
 MAX_PIXELS = 10_000_000
 PNG_START = b"\x89PNG\r\n\x1a\n"

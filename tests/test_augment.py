@@ -9,12 +9,13 @@ from torch import nn
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
-from clipscale import config_data, counter
-from clipscale.data import augment
-from clipscale.data.augment import Augment, gray, jitter, rotate_hue
+from clipscale import counter
+from clipscale.config_data import AugmentSettings
+from clipscale.data.pixels import augment
+from clipscale.data.pixels.augment import Augment, gray, jitter, rotate_hue
 from clipscale.towers.tower import Tower, normalise_pixels
 
-ALL = config_data.Augment(flip=0.5, color_jitter=(0.4, 0.3, 0.5, 0.1), color_jitter_prob=0.8, grayscale=0.3)
+ALL = AugmentSettings(flip=0.5, color_jitter=(0.4, 0.3, 0.5, 0.1), color_jitter_prob=0.8, grayscale=0.3)
 NAMES = ("brightness", "contrast", "saturation", "hue")
 ADJUST = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
 TORCHVISIONS_HUE = 1e-3  # levels: it works in float32 inside, whatever comes
@@ -137,16 +138,16 @@ def test_one_picture_through_the_whole_module_is_torchvisions():
 def test_shares_are_as_asked():
     pixels, positions = images(4000, side=4, seed=3), torch.arange(4000)
     pixels[:, 0, 0, 0], pixels[:, 1, 0, 0] = 255, 0
-    flipped = Augment(config_data.Augment(flip=0.3), 0)(pixels, positions)
+    flipped = Augment(AugmentSettings(flip=0.3), 0)(pixels, positions)
     assert flipped.dtype == torch.uint8
     moved = (flipped != pixels).flatten(1).any(1)
     assert torch.equal(flipped[moved], pixels[moved].flip(3))
     assert moved.float().mean().item() == pytest.approx(0.3, abs=0.03)
-    colourless = Augment(config_data.Augment(grayscale=0.2), 0)(pixels, positions)
+    colourless = Augment(AugmentSettings(grayscale=0.2), 0)(pixels, positions)
     assert (colourless[:, 0] == colourless[:, 1]).flatten(1).all(1).float().mean().item() == pytest.approx(
         0.2, abs=0.03
     )
-    jittered = Augment(config_data.Augment(color_jitter=(0.4, 0, 0, 0), color_jitter_prob=0.6), 0)(pixels, positions)
+    jittered = Augment(AugmentSettings(color_jitter=(0.4, 0, 0, 0), color_jitter_prob=0.6), 0)(pixels, positions)
     touched = (jittered != pixels).flatten(1).any(1)
     assert touched.float().mean().item() == pytest.approx(0.6, abs=0.03)
 
@@ -158,7 +159,7 @@ def test_strengths_are_spread_as_torchvisions(operation, strength):
     strength = strength / 3 if operation == 3 else strength
     strengths = [0.0] * 4
     strengths[operation] = strength
-    ours = Augment(config_data.Augment(color_jitter=tuple(strengths), color_jitter_prob=1.0), 0)
+    ours = Augment(AugmentSettings(color_jitter=tuple(strengths), color_jitter_prob=1.0), 0)
     numbers = torch.arange(augment._DRAWS)
     factors, shift = ours._strengths(augment.uniform(augment.draw(7, torch.arange(5000))[:, None], numbers[None]))
     ours = shift if operation == 3 else factors[:, operation]
@@ -175,13 +176,16 @@ def test_strengths_are_spread_as_torchvisions(operation, strength):
 
 def test_all_off_gives_the_pixels_untouched():
     pixels = images(3)
-    for off in (config_data.Augment(), config_data.Augment(color_jitter=(0.4, 0.4, 0.4, 0.1), color_jitter_prob=0.0)):
+    for off in (
+        AugmentSettings(),
+        AugmentSettings(color_jitter=(0.4, 0.4, 0.4, 0.1), color_jitter_prob=0.0),
+    ):
         assert Augment(off, 0)(pixels, torch.arange(3)) is pixels
 
 
 def test_pictures_that_no_draw_hits_keep_every_bit():
     pixels = images(50)
-    out = Augment(config_data.Augment(color_jitter=(0.4, 0.4, 0.4, 0.1), color_jitter_prob=0.5), 1)(
+    out = Augment(AugmentSettings(color_jitter=(0.4, 0.4, 0.4, 0.1), color_jitter_prob=0.5), 1)(
         pixels, torch.arange(50)
     )
     same = (out == pixels).flatten(1).all(1)
@@ -253,7 +257,7 @@ def test_augmented_pixels_go_into_the_tower():
     tower = Tower("image", encoder, normalise_pixels(MEAN, STD))
     pixels, positions = images(4), torch.arange(4)
     whole = tower(pixels)
-    torch.testing.assert_close(tower(Augment(config_data.Augment(), 0)(pixels, positions)), whole, rtol=0, atol=0)
-    untouched = Augment(config_data.Augment(grayscale=1e-12), 0)(pixels, positions)
+    torch.testing.assert_close(tower(Augment(AugmentSettings(), 0)(pixels, positions)), whole, rtol=0, atol=0)
+    untouched = Augment(AugmentSettings(grayscale=1e-12), 0)(pixels, positions)
     assert untouched.dtype == torch.float32
     torch.testing.assert_close(tower(untouched), whole, rtol=0, atol=1e-6)

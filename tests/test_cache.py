@@ -19,9 +19,9 @@ from http_server import Fault, serve
 from processes import wait_until
 
 from clipscale.config_data import Fetch
-from clipscale.data import cache as cache_module
-from clipscale.data import copies
-from clipscale.data.cache import Expected, FetchError, ShardCache
+from clipscale.data.fetch import cache as cache_module
+from clipscale.data.fetch import copies
+from clipscale.data.fetch.cache import Expected, FetchError, ShardCache
 from clipscale.errors import UserError
 
 FAST = Fetch(stall_seconds=5.0, retries=2, backoff_seconds=0.01)

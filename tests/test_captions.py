@@ -1,4 +1,4 @@
-"""clipscale/data/captions.py: which text of a sample is its caption."""
+"""clipscale/data/shard/captions.py: which text of a sample is its caption."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipscale.data.captions import CAUSES, CaptionError, CaptionRule
+from clipscale.data.shard.captions import CAUSES, CaptionError, CaptionRule
 
 LINES = b"\n  a dog \r\n\n a brown dog\n\n"
 NESTED = json.dumps(

@@ -1,4 +1,4 @@
-"""data_tools/check_shards.py, clipscale/data/shard_checks.py and tally.py."""
+"""data_tools/check_shards.py, clipscale/shardkit/checks.py and tally.py."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from processes import wait_until
 from shards import picture, write_pairs, write_shard, write_tar
 from tools import FOLDER, load_tool
 
-from clipscale.data.tally import Digests, Numbers
+from clipscale.shardkit.tally import Digests, Numbers
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from clipscale.config import Config, Model, flat
-from clipscale.config_data import Shapes, Source
+from clipscale.config_data import Shapes, SourceSettings
 from clipscale.config_load import apply_overrides, changed_keys, config_from_yaml, dump_config, load_config
 from clipscale.errors import UserError
 
@@ -57,7 +57,7 @@ def test_keys_that_scripts_outside_rely_on():
     words += ["loss.precision=fp32", "loss.engine=torch", "loss.tile=512", "eval.zeroshot.every_steps=4"]
     config = apply_overrides(config, words)
     assert (config.run.dir, config.seed) == ("x", 3)
-    assert config.data.sources == {"shapes": Source("a.tar", 2.0)}
+    assert config.data.sources == {"shapes": SourceSettings("a.tar", 2.0)}
     assert (config.train.global_batch, config.train.samples, config.loss.precision) == (8, 9, "fp32")
     assert (config.loss.engine, config.loss.tile) == ("torch", 512)
     assert apply_overrides(config, ["loss.tile=null"]).loss.tile is None
@@ -70,7 +70,7 @@ def test_files_merge_from_left_to_right_and_words_come_last(yaml_file):
     two = yaml_file("train: {global_batch: 16}\nseed: 2\ndata: {sources: {b: {urls: b.tar, weight: 3}}}", "two.yaml")
     config = load_config(["seed=7", one, "optim.lr=0.5", two, "seed=9"])
     assert (config.train.global_batch, config.train.samples, config.seed, config.optim.lr) == (16, 80, 9, 0.5)
-    assert config.data.sources == {"a": Source("a.tar", 1.0), "b": Source("b.tar", 3.0)}
+    assert config.data.sources == {"a": SourceSettings("a.tar", 1.0), "b": SourceSettings("b.tar", 3.0)}
     assert load_config([two, one]).train.global_batch == 8
 
 
@@ -123,7 +123,7 @@ def test_changed_keys_names_what_differs():
     assert "optim.lr: 0.1 -> 0.2" in changes
     assert "data.sources.b.urls: None -> b.tar" in changes
     assert "data.shapes.seed: None -> 1" in changes
-    source = [value for value in flat(dataclasses.asdict(Source(urls="b.tar"))).values() if value is not None]
+    source = [value for value in flat(dataclasses.asdict(SourceSettings(urls="b.tar"))).values() if value is not None]
     assert len(changes) == 1 + len(source) + len(dataclasses.fields(Shapes))
 
 

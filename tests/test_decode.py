@@ -9,7 +9,7 @@ import simplejpeg
 from pictures import MAX_PIXELS, chunk, encode, image, interlaced_png, photo, png, with_pillow
 from PIL import Image
 
-from clipscale.data.decode import decode, picture_size
+from clipscale.data.pixels.decode import decode, picture_size
 
 
 @pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"progressive": True}, {"quality": 30, "optimize": True}])

@@ -4,11 +4,11 @@ import torch
 from PIL import Image
 from shards import picture, write_pairs, write_shard
 
-from clipscale.config_data import Data, Source
-from clipscale.data.decode import Decoding, center_square, crop_and_resize, decode
-from clipscale.data.evalset import FolderPictures, ShardPictures, batches
+from clipscale.config_data import Data, SourceSettings
+from clipscale.data.pixels.decode import Decoding, center_square, crop_and_resize, decode
 from clipscale.data.source import open_source
 from clipscale.errors import UserError
+from clipscale.eval.pictures import FolderPictures, ShardPictures, batches
 
 
 def view(data: bytes, side: int) -> torch.Tensor:
@@ -18,7 +18,7 @@ def view(data: bytes, side: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_shards_come_in_their_order_and_broken_pictures_are_marked(tmp_path, threads):
-    source = open_source("test", Source(write_pairs(tmp_path, 3, 5, broken={6})), Data(), need="pairs")
+    source = open_source("test", SourceSettings(write_pairs(tmp_path, 3, 5, broken={6})), Data(), need="pairs")
     pictures = ShardPictures(source)
     assert len(pictures) == 15
     numbers = []
@@ -42,7 +42,9 @@ def test_shards_come_in_their_order_and_broken_pictures_are_marked(tmp_path, thr
 
 def test_labels_and_the_share_of_a_rank(tmp_path):
     samples = [(str(i), {"png": picture(i, 9, 14, "PNG"), "cls": str(i % 3).encode()}) for i in range(10)]
-    source = open_source("test", Source(str(write_shard(tmp_path / "test.tar", samples))), Data(), need="labelled")
+    source = open_source(
+        "test", SourceSettings(str(write_shard(tmp_path / "test.tar", samples))), Data(), need="labelled"
+    )
     mine = range(1, 10, 2)
     found = list(batches(ShardPictures(source), mine, batch=3, side=8, threads=2, decoding=Decoding(max_pixels=1000)))
     assert [int(note) for _, notes, _ in found for note in notes] == [i % 3 for i in mine]

@@ -14,7 +14,7 @@ from loading import Copy, open_loader, read, take, tokenize
 from shards import picture, write_pairs, write_shard
 from tiny import tiny_config
 
-from clipscale.config_data import Data, Fetch, Source
+from clipscale.config_data import Data, Fetch, SourceSettings
 from clipscale.data.pipeline import Pipeline, build_pipeline
 from clipscale.errors import UserError
 from clipscale.train import train
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.timeout(120)
 FETCH = Fetch(stall_seconds=0.5, retries=3, backoff_seconds=0.01)
 
 
-def pipe_of(source: Source, batch: int, folder: Path) -> Pipeline:
+def pipe_of(source: SourceSettings, batch: int, folder: Path) -> Pipeline:
     """Whole pictures, so that a sample looks the same at any position."""
     data = Data(
         sources={"mine": source},
@@ -62,7 +62,7 @@ def test_broken_pictures(tmp_path):
     for name, pictures in (("clean", {}), ("faulty", faults)):
         samples = [(f"{i:02d}", {"jpg": pictures.get(i, whole[i]), "txt": b"number %d" % i}) for i in range(16)]
         urls = str(write_shard(tmp_path / f"{name}.tar", samples))
-        batches.append(read(pipe_of(Source(urls=urls), 16, tmp_path), 1, 16)[0])
+        batches.append(read(pipe_of(SourceSettings(urls=urls), 16, tmp_path), 1, 16)[0])
     clean, faulty = batches
     assert clean.keys == faulty.keys
     assert {int(skip.key) for skip in faulty.skips} == set(faults)
@@ -80,7 +80,7 @@ def test_broken_pictures(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("fault", "samples", "told"),
+    ("fault", "samples", "says"),
     [
         ("in a member", 5, r"cut short at byte \d+, inside 000035.jpg"),
         ("at a boundary", 5, r"cut short at byte \d+: no end-of-archive marker"),
@@ -88,10 +88,10 @@ def test_broken_pictures(tmp_path):
         ("empty", 0, r"cut short at byte 0"),
     ],
 )
-def test_damaged_tars(tmp_path, fault, samples, told):
+def test_damaged_tars(tmp_path, fault, samples, says, told):
     """Three shards of ten; the damage is at the sixth sample of the last."""
     urls = write_pairs(tmp_path, 4, 10, size=32)
-    clean = by_key(read(pipe_of(Source(urls=urls), 40, tmp_path), 1, 40)[0])
+    clean = by_key(read(pipe_of(SourceSettings(urls=urls), 40, tmp_path), 1, 40)[0])
     shard = tmp_path / "0003.tar"
     data = shard.read_bytes()
     header = data.index(b"000035.jpg")
@@ -102,31 +102,28 @@ def test_damaged_tars(tmp_path, fault, samples, told):
         "empty": b"",
     }[fault]
     shard.write_bytes(changed)
-    warnings: list[str] = []
-    data = Data(sources={"mine": Source(urls=urls)}, crop_scale=(1, 1), crop_ratio=(1, 1))
+    data = Data(sources={"mine": SourceSettings(urls=urls)}, crop_scale=(1, 1), crop_ratio=(1, 1))
     total = 30 + samples
-    pipe = build_pipeline(
-        data, tokenize, image_size=24, context_length=24, seed=5, global_batch=total, warn=warnings.append
-    )
+    pipe = build_pipeline(data, tokenize, image_size=24, context_length=24, seed=5, global_batch=total)
     assert pipe.sources[0].samples == total
     batch = read(pipe, 1, total)[0]
     found = by_key(batch)
     assert not batch.skips
     assert len(found) == total
     assert found.items() <= clean.items()
-    damage = [line for line in warnings if "is damaged" in line]
+    damage = [line for line in told if "is damaged" in line]
     assert len(damage) == 1
-    assert re.search(told, damage[0])
+    assert re.search(says, damage[0])
     assert f"{shard} is damaged, {samples} samples are usable" in damage[0]
 
 
 # --- the network ------------------------------------------------------------------------------------------------------
 
 
-def declared(folder: Path, url: str, shards: int, per_shard: int) -> Source:
+def declared(folder: Path, url: str, shards: int, per_shard: int) -> SourceSettings:
     counts = folder / "counts.json"
     counts.write_text(json.dumps({f"{i:04d}.tar": per_shard for i in range(shards)}))
-    return Source(urls=f"{url}/{{0000..{shards - 1:04d}}}.tar", counts=str(counts))
+    return SourceSettings(urls=f"{url}/{{0000..{shards - 1:04d}}}.tar", counts=str(counts))
 
 
 def test_faults_of_the_network(tmp_path):
@@ -200,7 +197,7 @@ def test_a_cache_too_small_for_the_order_is_told(tmp_path):
         for streams, block, wanted in ((1, None, 8), (2, 1, 4)):
             for shards, enough in ((wanted - 1, False), (wanted, True)):
                 data = Data(
-                    sources={"mine": Source(urls=urls.format(url=server.url))},
+                    sources={"mine": SourceSettings(urls=urls.format(url=server.url))},
                     cache_dir=str(tmp_path / "cache"),
                     cache_bytes=shards * size + size // 2,
                     streams=streams,

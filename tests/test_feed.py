@@ -14,8 +14,8 @@ from shards import picture, write_pairs, write_shard
 from tiny import tiny_config
 
 from clipscale import feed
-from clipscale.data.fill import Share
-from clipscale.data.workers import LoaderError
+from clipscale.data.load.workers import LoaderError
+from clipscale.data.pipeline import Share
 from clipscale.dist import World
 from clipscale.errors import UserError
 from clipscale.feed import Feed, _require_equal, caption_hashes

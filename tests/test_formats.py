@@ -30,10 +30,9 @@ from pictures import (
 from PIL import Image, ImageOps
 from shards import picture
 
-from clipscale.data.decode import (
-    CAUSES,
+from clipscale.data.bad import CAUSES, BadSample
+from clipscale.data.pixels.decode import (
     MAX_SCANS,
-    BadSample,
     Decoding,
     crop_and_resize,
     decode,
@@ -278,7 +277,8 @@ def test_hostile_files_cost_no_memory_and_say_nothing(tmp_path):
         (tmp_path / f"{number}.jpg").write_bytes(data)
     code = """
 import pathlib, sys
-from clipscale.data.decode import BadSample, decode
+from clipscale.data.pixels.decode import decode
+from clipscale.data.bad import BadSample
 def memory(field):
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024

@@ -11,7 +11,7 @@ from torch import nn
 
 from clipscale import gradcache
 from clipscale.config import Model
-from clipscale.data.replay import Held
+from clipscale.data.load.replay import Held
 from clipscale.gradcache import chunk_randomness, gradcache_step
 from clipscale.loss import contrastive_grads
 from clipscale.towers import Towers, build_towers

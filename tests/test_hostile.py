@@ -21,9 +21,9 @@ import pytest
 import torch
 from shards import picture, write_tar
 
-from clipscale.data import sidecar
-from clipscale.data.captions import CaptionRule
-from clipscale.data.index import Index
+from clipscale.data.shard import sidecar
+from clipscale.data.shard.captions import CaptionRule
+from clipscale.data.shard.index import Index
 from clipscale.data.source import Source
 
 JPEG = picture(0, 16, 16)
@@ -33,9 +33,9 @@ LIMIT_BYTES = 200_000_000
 PROBE = """
 import json, re, sys
 from collections import Counter
-from clipscale import config_data
-from clipscale.config_data import Data, Select
-from clipscale.data.decode import BadSample, decode
+from clipscale.config_data import Data, Select, SourceSettings
+from clipscale.data.pixels.decode import decode
+from clipscale.data.bad import BadSample
 from clipscale.data.source import open_source
 from clipscale.errors import UserError
 
@@ -45,7 +45,7 @@ def peak_bytes():
 def walk(path, **settings):
     found = Counter()
     try:
-        source = open_source("hostile", config_data.Source(path, **settings), Data(index_dir=sys.argv[2]), need="pairs")
+        source = open_source("hostile", SourceSettings(path, **settings), Data(index_dir=sys.argv[2]), need="pairs")
     except UserError as error:
         return {"error": str(error)}
     for index in range(source.samples):

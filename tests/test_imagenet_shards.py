@@ -1,4 +1,4 @@
-"""data_tools/imagenet_shards.py and clipscale/data/imagenet.py, on small imitations of the official layouts."""
+"""data_tools/imagenet_shards.py and clipscale/shardkit/imagenet.py, on small imitations of the official layouts."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from PIL import Image
 from shards import picture, write_tar
 from tools import load_tool
 
-from clipscale import config_data
-from clipscale.data.imagenet import Labels, find_pictures, read_labels
+from clipscale.config_data import Data, SourceSettings
 from clipscale.data.source import open_source
 from clipscale.errors import UserError
+from clipscale.shardkit.imagenet import Labels, find_pictures, read_labels
 
 SYNSETS = ("n02119789", "n01440764", "n03100240")  # not in their order: the order of the development kit
 PER_CLASS = 12
@@ -98,7 +98,7 @@ def test_folder_and_tar_of_tars_give_the_same_shards(folder, train_tar, tmp_path
 
 def test_the_index_reads_labels(train_tar, tmp_path):
     assert load_tool("imagenet_shards").main([str(train_tar), "--output", str(tmp_path), "--no-shuffle"]) == 0
-    source = open_source("x", config_data.Source(f"{tmp_path}/*.tar"), config_data.Data(), need="labelled")
+    source = open_source("x", SourceSettings(f"{tmp_path}/*.tar"), Data(), need="labelled")
     assert source.counts.tolist() == [36]
     labels = [int(source.read(0, i).note) for i in range(36)]
     source.close()

@@ -1,4 +1,4 @@
-"""clipscale/data/index.py, sidecar.py and indexing.py: sidecars, whole, stale and damaged; many shards at once."""
+"""clipscale/data/shard/index.py, sidecar.py, index_many.py: sidecars whole, stale and damaged; many shards at once."""
 
 import hashlib
 import json
@@ -22,12 +22,13 @@ from processes import alive, parent, wait_until
 from shards import picture, write_pairs, write_shard
 
 from clipscale.config_data import Fetch, Select
-from clipscale.data import index as index_module
-from clipscale.data import indexing, sidecar
-from clipscale.data.cache import ShardCache
-from clipscale.data.index import Index, Shard
-from clipscale.data.indexing import index_shards
-from clipscale.data.select import Rules
+from clipscale.data.fetch.cache import ShardCache
+from clipscale.data.shard import index as index_module
+from clipscale.data.shard import index_many as indexing
+from clipscale.data.shard import sidecar
+from clipscale.data.shard.index import Index, Shard
+from clipscale.data.shard.index_many import index_shards
+from clipscale.data.shard.select import Rules
 from clipscale.errors import UserError
 
 JPEG = picture(0, 16, 16)
@@ -65,8 +66,14 @@ def builds(monkeypatch) -> list[str]:
 def hashed(monkeypatch) -> list[str]:
     """The kinds of hash that were taken of whole shards so far."""
     done = []
-    take = index_module._hash
-    monkeypatch.setattr(index_module, "_hash", lambda file, kind: done.append(kind) or take(file, kind))
+    take = index_module.hash_file
+
+    def hash_file(file, *, crc32: bool, sha256: bool) -> dict:
+        assert crc32
+        done.append("sha256" if sha256 else "crc32")
+        return take(file, crc32=crc32, sha256=sha256)
+
+    monkeypatch.setattr(index_module, "hash_file", hash_file)
     return done
 
 
@@ -392,8 +399,8 @@ def test_workers_are_no_part_of_the_main_program(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "import os, signal\n"
-        "from clipscale.data import indexing\n"
-        "from clipscale.data.index import Index\n"
+        "from clipscale.data.shard import index_many as indexing\n"
+        "from clipscale.data.shard.index import Index\n"
         "for number in (signal.SIGUSR1, signal.SIGTERM):\n"
         "    signal.signal(number, lambda *_: None)\n"
         "indexing._INLINE_BYTES['fast'] = 0\n"
@@ -429,8 +436,9 @@ def test_nothing_goes_on_behind_an_indexing_that_is_ended(tmp_path, number):
     """No worker, no command of theirs, no file half written."""
     urls = [f"pipe:echo $$ > {tmp_path}/{i}.pid; exec sleep 600" for i in range(3)]
     code = (
-        "import sys; from clipscale.data.index import Index; from clipscale.data.indexing import index_shards\n"
-        "from clipscale.config_data import Fetch; from clipscale.data.cache import ShardCache\n"
+        "import sys; from clipscale.data.shard.index import Index\n"
+        "from clipscale.data.shard.index_many import index_shards\n"
+        "from clipscale.config_data import Fetch; from clipscale.data.fetch.cache import ShardCache\n"
         "index_shards(sys.argv[2:], Index(), ShardCache(sys.argv[1], None, Fetch(), allow_pipe=True), jobs=2)"
     )
     main = subprocess.Popen(
@@ -453,7 +461,8 @@ def test_nothing_goes_on_behind_an_indexing_that_is_ended(tmp_path, number):
 def test_processes_that_index_the_same_shards_at_once_do_not_disturb_each_other(tmp_path):
     paths = paths_of(tmp_path / "shards", 4)
     code = (
-        "import json, sys; from clipscale.data.index import Index; from clipscale.data.indexing import index_shards\n"
+        "import json, sys; from clipscale.data.shard.index import Index\n"
+        "from clipscale.data.shard.index_many import index_shards\n"
         "print([s.identity for s in index_shards(json.loads(sys.argv[1]), Index(), None)])"
     )
     running = [

@@ -9,8 +9,8 @@ import pytest
 from shards import picture, write_shard
 
 from clipscale.cli import build_parser, main
-from clipscale.config_data import Data, Select, Source
-from clipscale.data.index_command import index_settings
+from clipscale.cli.index import index_settings
+from clipscale.config_data import Data, Select, SourceSettings
 from clipscale.data.source import open_source
 
 
@@ -67,7 +67,7 @@ def test_every_option_is_a_rule_and_a_run_with_the_same_settings_finds_its_index
 
 def test_defaults_are_a_sources_own(shards, capsys):
     source, data, need = index_settings(build_parser().parse_args(["index", shards]))
-    assert (source, data, need) == (Source(shards), Data(), "pairs")
+    assert (source, data, need) == (SourceSettings(shards), Data(), "pairs")
     assert source.select == Select()
 
 
@@ -76,7 +76,7 @@ def test_max_pixels_are_those_of_the_config(shards, capsys):
     found, _ = run(capsys, shards, *words)
     assert found["refused, too many pixels"] == ("3", "1")  # from 17 x 20 on
     data = Data(max_pixels=320)
-    source = Source(shards, select=Select(check="decode"))
+    source = SourceSettings(shards, select=Select(check="decode"))
     assert open_source("x", source, data, need="pairs", track=lambda *_: pytest.fail("it is indexed")).samples == 7
 
 

@@ -14,11 +14,11 @@ from PIL import Image
 from shards import picture
 from tools import load_tool
 
-from clipscale.config_data import Data, Source
+from clipscale.config_data import Data, SourceSettings
 from clipscale.data.source import open_source
 
 
-def read_all(source: Source, need: str = "pairs") -> dict[str, tuple[bytes, str]]:
+def read_all(source: SourceSettings, need: str = "pairs") -> dict[str, tuple[bytes, str]]:
     """Key -> (picture, caption or label), by way of the index."""
     opened = open_source("x", source, Data(index_jobs=1), need=need)
     found = {}
@@ -59,9 +59,9 @@ def img2dataset(tmp_path) -> tuple[Path, dict[str, tuple[bytes, str]]]:
 
 def test_img2dataset_output(img2dataset):
     folder, expected = img2dataset
-    assert read_all(Source(f"{folder}/{{00000..00002}}.tar")) == expected
-    assert read_all(Source(f"{folder}/*.tar", caption="json:caption")) == expected
-    first = read_all(Source(f"{folder}/*.tar", caption="json:synthetic", captions="first"))
+    assert read_all(SourceSettings(f"{folder}/{{00000..00002}}.tar")) == expected
+    assert read_all(SourceSettings(f"{folder}/*.tar", caption="json:caption")) == expected
+    first = read_all(SourceSettings(f"{folder}/*.tar", caption="json:synthetic", captions="first"))
     assert {caption for _, caption in first.values()} == {"a first line"}
 
 
@@ -85,7 +85,10 @@ def test_open_clip_shards(tmp_path):
                 expected[key] = data, f"caption {number}"
     sizes = {path.name: 5 for path in tmp_path.glob("*.tar")}
     (tmp_path / "sizes.json").write_text(json.dumps(sizes))
-    assert read_all(Source(f"{tmp_path}/cc3m-train-{{0000..0001}}.tar", counts=f"{tmp_path}/sizes.json")) == expected
+    assert (
+        read_all(SourceSettings(f"{tmp_path}/cc3m-train-{{0000..0001}}.tar", counts=f"{tmp_path}/sizes.json"))
+        == expected
+    )
 
 
 def test_clip_benchmark_test_sets(tmp_path):
@@ -100,7 +103,7 @@ def test_clip_benchmark_test_sets(tmp_path):
                 key, data = f"s{3 * shard + number:07}", picture(number, 20, 20, "WEBP")
                 tar.write({"__key__": key, "webp": data, "cls": number % 2})
                 expected[key] = data, str(number % 2)
-    assert read_all(Source(f"{tmp_path}/test/{{0..1}}.tar"), need="labelled") == expected
+    assert read_all(SourceSettings(f"{tmp_path}/test/{{0..1}}.tar"), need="labelled") == expected
 
 
 def test_webdatasets_own_pipeline_reads_what_make_shards_writes(tmp_path):

@@ -13,10 +13,10 @@ from shards import picture
 from torchvision.transforms import RandomResizedCrop
 
 from clipscale.config_data import Data
-from clipscale.data.decode import (
+from clipscale.data.bad import BadSample
+from clipscale.data.pixels.decode import (
     DRAWS_PER_SAMPLE,
     FOUR_CHANNEL_PIXELS,
-    BadSample,
     Decoding,
     center_square,
     crop_and_resize,

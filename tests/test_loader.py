@@ -14,9 +14,8 @@ from loading import CPU, Copy, open_loader, pipeline, read, take, tokenize
 from shards import picture, write_pairs, write_shard
 
 from clipscale.data import source as source_module
-from clipscale.data.decode import decode
-from clipscale.data.fill import Share
-from clipscale.data.pipeline import Pipeline
+from clipscale.data.pipeline import Pipeline, Share
+from clipscale.data.pixels.decode import decode
 from clipscale.errors import UserError
 
 

@@ -1,4 +1,4 @@
-"""clipscale/data/shapes.py, shape_pictures.py, shard_writer.py and data_tools/make_shapes.py."""
+"""clipscale/data/shapes/make.py, shape_pictures.py, shard_writer.py and data_tools/make_shapes.py."""
 
 import hashlib
 import io
@@ -15,10 +15,11 @@ import webdataset as wds
 from PIL import Image
 from tools import load_tool
 
-from clipscale.data import shape_pictures, shapes
-from clipscale.data.shape_pictures import CLASS_NAMES, CLASSES, COLOURS, HELD_OUT, SEEN, SHAPES, draw_attributes
-from clipscale.data.shapes import make_shapes
-from clipscale.data.shard_writer import ShardWriter, shard_sizes
+from clipscale.data.shapes import make as shapes
+from clipscale.data.shapes import pictures as shape_pictures
+from clipscale.data.shapes.make import make_shapes
+from clipscale.data.shapes.pictures import CLASS_NAMES, CLASSES, COLOURS, HELD_OUT, SEEN, SHAPES, draw_attributes
+from clipscale.data.shard.writer import ShardWriter, shard_sizes
 from clipscale.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -108,7 +109,7 @@ def words(text: str) -> set[str]:
 
 
 def test_equal_arguments_give_equal_bytes_in_another_process(small, tmp_path):
-    code = f"from clipscale.data.shapes import make_shapes; make_shapes({str(tmp_path / 'again')!r}, **{SMALL!r})"
+    code = f"from clipscale.data.shapes.make import make_shapes; make_shapes({str(tmp_path / 'again')!r}, **{SMALL!r})"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
     assert hashes(tmp_path / "again") == hashes(small)
 
@@ -216,7 +217,7 @@ def test_foreign_files_are_never_removed(tmp_path):
 
 
 def test_several_processes_at_once(small, tmp_path):
-    code = "import sys; from clipscale.data.shapes import make_shapes; sys.stdin.read(1); "
+    code = "import sys; from clipscale.data.shapes.make import make_shapes; sys.stdin.read(1); "
     code += f"make_shapes({str(tmp_path / 'set')!r}, **{SMALL!r})"
     processes = [subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, cwd=ROOT) for _ in range(3)]
     for process in processes:  # all have been started: let them go together

@@ -1,4 +1,4 @@
-"""data_tools/make_shards.py and clipscale/data/shard_inputs.py."""
+"""data_tools/make_shards.py and clipscale/shardkit/inputs.py."""
 
 import csv
 import hashlib
@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from processes import wait_until
 from tools import FOLDER, load_tool
 
-from clipscale import config_data
+from clipscale.config_data import Data, SourceSettings
 from clipscale.data.source import open_source
 
 TOOL = FOLDER / "make_shards.py"
@@ -409,7 +409,7 @@ def test_names_without_prefix_are_img2datasets_and_the_index_reads_them(tool, pi
     command = [str(source), "--output", str(tmp_path / "out"), "--prefix=", "--samples-per-shard=4"]
     assert tool.main(command) == 0
     assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == ["00000.tar", "00001.tar", "00002.tar"]
-    indexed = open_source("x", config_data.Source(f"{tmp_path}/out/*.tar"), config_data.Data(), need="pairs")
+    indexed = open_source("x", SourceSettings(f"{tmp_path}/out/*.tar"), Data(), need="pairs")
     assert indexed.counts.tolist() == [4, 4, 1]
     assert {indexed.caption(indexed.read(shard, 0).note) for shard in range(3)} <= {f"c{i}" for i in range(9)}
     indexed.close()

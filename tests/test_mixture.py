@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipscale.data.mixture import Mixture, begin, quotas, resumed
+from clipscale.data.order.mixture import Mixture, begin, quotas, resumed
 from clipscale.errors import UserError
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipscale.counter import draw, fold
-from clipscale.data.order import Order, Resampled, default_streams, rank_positions
+from clipscale.data.order.order import Order, Resampled, default_streams, rank_positions
 
 # --- Order: what it promises for every configuration ------------------------------------------------------------------
 

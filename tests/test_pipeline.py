@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from shards import write_pairs
 
-from clipscale.config_data import Augment, Data, Source
-from clipscale.data.order import rank_positions
+from clipscale.config_data import AugmentSettings, Data, SourceSettings
+from clipscale.data.order.order import rank_positions
 from clipscale.data.pipeline import Pipeline, build_pipeline
 from clipscale.data.tokenize import build_tokenizer
 from clipscale.errors import UserError
@@ -25,15 +25,15 @@ def urls(tmp_path_factory) -> dict[str, str]:
     return {name: write_pairs(folder / name, *size, size=8, seed=ord(name)) for name, size in SIZES.items()}
 
 
-def build(sources: dict[str, Source], batch: int = 8, **kwargs) -> Pipeline:
-    ours = {"image_size": 16, "context_length": 8, "seed": 5, "position": 0, "recorded": None, "warn": None}
+def build(sources: dict[str, SourceSettings], batch: int = 8, **kwargs) -> Pipeline:
+    ours = {"image_size": 16, "context_length": 8, "seed": 5, "position": 0, "recorded": None}
     ours |= {key: kwargs.pop(key) for key in ours.keys() & kwargs.keys()}
     tokenize = kwargs.pop("tokenize", TOKENIZE)
     return build_pipeline(Data(sources=sources, **kwargs), tokenize, global_batch=batch, **ours)
 
 
-def weighted(urls: dict[str, str], **weights: float) -> dict[str, Source]:
-    return {name: Source(urls=urls[name], weight=weight) for name, weight in weights.items()}
+def weighted(urls: dict[str, str], **weights: float) -> dict[str, SourceSettings]:
+    return {name: SourceSettings(urls=urls[name], weight=weight) for name, weight in weights.items()}
 
 
 def saved(pipe: Pipeline) -> dict:
@@ -58,8 +58,7 @@ def assert_whole_epochs(found: list[tuple[str, int, int, int]]) -> None:
         assert {Counter(epochs)[epoch] for epoch in range(epochs[-1])} == {shards * per_shard}
 
 
-def test_weights_change_at_a_resume_and_every_epoch_stays_whole(urls):
-    told = []
+def test_weights_change_at_a_resume_and_every_epoch_stays_whole(urls, told):
     found: list[tuple[str, int, int, int]] = []
     position, recorded = 0, None
     plan = [
@@ -71,7 +70,7 @@ def test_weights_change_at_a_resume_and_every_epoch_stays_whole(urls):
         ({"a": 1.0, "b": 2.0, "c": 2.0}, 90_000),  # and on again
     ]
     for weights, stop in plan:
-        pipe = build(weighted(urls, **weights), position=position, recorded=recorded, warn=told.append)
+        pipe = build(weighted(urls, **weights), position=position, recorded=recorded)
         found += places(pipe, position, stop)
         position, recorded = stop, saved(pipe)
     assert_whole_epochs(found)
@@ -109,10 +108,10 @@ def test_one_source_becomes_a_mixture_and_one_again(urls):
     assert len({place[2:] for place in of_b[60:120]}) == 60
 
 
-def test_the_same_weights_change_nothing(urls):
+def test_the_same_weights_change_nothing(urls, told):
     first = saved(build(weighted(urls, a=1, b=3)))
-    told: list[str] = []
-    again = build(weighted(urls, b=6, c=0, a=2), position=777, recorded=first, warn=told.append)
+    told.clear()
+    again = build(weighted(urls, b=6, c=0, a=2), position=777, recorded=first)
     assert saved(again) == first
     assert list(saved(again)["mixture"][0]["quota"]) == ["a", "b"]  # the recorded order of sources is what counts
     assert told == []
@@ -121,20 +120,22 @@ def test_the_same_weights_change_nothing(urls):
 def test_a_source_that_vanishes(urls, tmp_path):
     sources = weighted(urls, a=1, b=1)
     moving = write_pairs(tmp_path, 1, 20, size=8)
-    recorded = saved(build(sources | {"m": Source(urls=moving)}))
+    recorded = saved(build(sources | {"m": SourceSettings(urls=moving)}))
     with pytest.raises(UserError, match=r"drawn from source 'm', which data\.sources no longer has; .* with weight=0"):
         build(sources, position=500, recorded=recorded)
     shutil.rmtree(tmp_path)
     with pytest.raises(UserError, match="is not a file"):
-        build(sources | {"m": Source(urls=moving)}, position=500, recorded=recorded)
-    gone = build(sources | {"m": Source(urls=moving, weight=0)}, position=500, recorded=recorded)  # its files unread
+        build(sources | {"m": SourceSettings(urls=moving)}, position=500, recorded=recorded)
+    gone = build(
+        sources | {"m": SourceSettings(urls=moving, weight=0)}, position=500, recorded=recorded
+    )  # its files unread
     assert {name for name, *_ in places(gone, 500, 2000)} == {"a", "b"}
     after = saved(gone)
     assert after["content"] == recorded["content"]  # remembered, for the day that it comes back
     assert saved(build(sources, position=900, recorded=after)) == after  # no longer asked for
     write_pairs(tmp_path, 1, 21, size=8)
     with pytest.raises(UserError, match="content of m: "):
-        build(sources | {"m": Source(urls=moving)}, position=900, recorded=after)
+        build(sources | {"m": SourceSettings(urls=moving)}, position=900, recorded=after)
 
 
 def test_a_source_that_comes_back_has_its_own_order_again(urls):
@@ -147,7 +148,7 @@ def test_a_source_that_comes_back_has_its_own_order_again(urls):
 
 
 def test_streams_of_a_mixture_need_not_divide_its_share_of_a_batch(tmp_path):
-    many = {name: Source(urls=write_pairs(tmp_path / name, 24, 1, size=8)) for name in ("m", "n")}
+    many = {name: SourceSettings(urls=write_pairs(tmp_path / name, 24, 1, size=8)) for name in ("m", "n")}
     assert build(many, 46, allow_repeats=True).identity()["streams"] == {"m": 5, "n": 5}  # 23 // 4
     assert build({"m": many["m"]}, 23).identity()["streams"] == {"m": 1}
 
@@ -218,7 +219,7 @@ def test_the_recorded_facts(urls):
         ({"exif": "apply"}, "exif: ignore -> apply"),
         ({"scaled_decode": True}, "scaled_decode: False -> True"),
         ({"max_pixels": 1000}, "max_pixels: 50000000 -> 1000"),
-        ({"augment": Augment(flip=0.5)}, "augment: "),
+        ({"augment": AugmentSettings(flip=0.5)}, "augment: "),
         ({"image_size": 32}, "image_size: 16 -> 32"),
         ({"context_length": 9}, "context_length: 8 -> 9"),
         ({"tokenize": build_tokenizer("ViT-B-32", 8)}, "tokenizer: CLIP -> ViT-B-32"),
@@ -242,7 +243,7 @@ def test_another_version_of_a_decoder_is_refused(urls):
 def test_another_caption_is_refused(urls):
     recorded = saved(build(weighted(urls, a=1)))
     with pytest.raises(UserError, match=r"caption of a: \['txt', 'whole'\] -> \['txt', 'first'\]"):
-        build({"a": Source(urls=urls["a"], captions="first")}, position=16, recorded=recorded)
+        build({"a": SourceSettings(urls=urls["a"], captions="first")}, position=16, recorded=recorded)
 
 
 def test_another_seed_that_is_accepted_takes_the_journal_along(urls):
@@ -302,14 +303,14 @@ def test_repeats_are_not_searched_for_where_there_can_be_none(urls, monkeypatch,
 
 
 def test_one_sample_and_one_shard(tmp_path):
-    one = {"one": Source(urls=write_pairs(tmp_path / "one", 1, 1, size=8))}
+    one = {"one": SourceSettings(urls=write_pairs(tmp_path / "one", 1, 1, size=8))}
     with pytest.raises(UserError, match="has 1 usable samples an epoch, fewer than its 8"):
         build(one)
     for sampling in ("epochs", "resampled"):
         pipe = build(one, allow_repeats=True, sampling=sampling)
         assert pipe.repeats(0, 8) == 7
         assert [place[2:] for place in places(pipe, 0, 8)] == [(0, 0)] * 8
-    few = build({"few": Source(urls=write_pairs(tmp_path / "few", 1, 16, size=8))}, 16)
+    few = build({"few": SourceSettings(urls=write_pairs(tmp_path / "few", 1, 16, size=8))}, 16)
     parts = [few.rank_positions(0, 16, world=8, rank=rank) for rank in range(8)]  # fewer shards than ranks
     assert len({place for part in parts for place in zip(*few.locate(part), strict=True)}) == 16
 

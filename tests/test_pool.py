@@ -1,4 +1,4 @@
-"""clipscale/data/pool.py: order, bounds, and how the work ends."""
+"""clipscale/pool.py: order, bounds, and how the work ends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import time
 import pytest
 from processes import alive, wait_until
 
-from clipscale.data.pool import WorkerDied, map_in_processes
+from clipscale.pool import WorkerDied, map_in_processes
 
 
 @pytest.mark.parametrize("jobs", [1, 3])
@@ -66,7 +66,7 @@ def test_a_dead_process_is_an_error_and_not_a_hang(code, how):
 def test_the_main_program_is_not_run_again(tmp_path):
     (tmp_path / "main.py").write_text("""
 import math
-from clipscale.data.pool import map_in_processes
+from clipscale.pool import map_in_processes
 print(sum(map_in_processes(math.sqrt, [4, 9], 2)))
 """)  # without if __name__ == "__main__"
     done = subprocess.run([sys.executable, tmp_path / "main.py"], capture_output=True, text=True, timeout=60)
@@ -76,7 +76,7 @@ print(sum(map_in_processes(math.sqrt, [4, 9], 2)))
 CLEARS_UP = """
 import os, sys, time
 from contextlib import closing, nullcontext
-from clipscale.data.pool import map_in_processes
+from clipscale.pool import map_in_processes
 WORK = '''
 import os, time
 try:
@@ -147,7 +147,7 @@ def test_a_process_that_does_not_end_by_itself_is_killed(code):
 def test_signals_to_the_callers_group_do_not_reach_them():
     code = """
 import os, signal, time
-from clipscale.data.pool import map_in_processes
+from clipscale.pool import map_in_processes
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
     signal.signal(number, lambda *_: None)
 results = map_in_processes(eval, ["__import__('time').sleep(0.05) or __import__('os').getpid()"] * 40, 2)
@@ -177,7 +177,7 @@ def double(number):
 import os, signal
 os.environ["CALLER"] = str(os.getpid())
 from early import double
-from clipscale.data.pool import map_in_processes
+from clipscale.pool import map_in_processes
 came = []
 for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
     signal.signal(number, lambda number, _: came.append(number))

@@ -11,7 +11,7 @@ from spawn import run_ranks
 from test_gradcache import make_batch, make_towers, worst_error
 
 from clipscale.config import Config, Train
-from clipscale.data.replay import Held
+from clipscale.data.load.replay import Held
 from clipscale.dist import World
 from clipscale.errors import SharedError
 from clipscale.gradcache import gradcache_step

@@ -23,8 +23,8 @@ from http_server import Fault, serve
 from processes import wait_until
 
 from clipscale.config_data import Fetch
-from clipscale.data import streams
-from clipscale.data.remote import Expected, FetchError, Stopped, download
+from clipscale.data.fetch import streams
+from clipscale.data.fetch.download import Expected, FetchError, Stopped, download
 
 DATA = bytes(hashlib.shake_256(b"shard").digest(300_000))
 FAST = Fetch(stall_seconds=1.0, retries=4, backoff_seconds=0.01)

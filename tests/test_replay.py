@@ -7,9 +7,9 @@ import torch
 from loading import CPU, open_loader, pipeline, read, take
 from shards import write_pairs
 
-from clipscale.data.replay import Held
+from clipscale.data.load.replay import Held
+from clipscale.data.load.workers import LoaderError
 from clipscale.data.source import Sample, Source
-from clipscale.data.workers import LoaderError
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_walks_that_are_left_in_the_middle_cost_no_blocks(urls, tmp_path, tier, 
 
 
 def test_a_full_disk_is_an_error_at_once(tmp_path):
-    from clipscale.data.replay import Disk
+    from clipscale.data.load.replay import Disk
 
     free = os.statvfs(tmp_path)
     pictures = free.f_bavail * free.f_frsize // (3 * 224 * 224) * 2

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from clipscale.config_data import Replay
-from clipscale.data.replay_plan import Budgets, Need, available_bytes, budgets, choose, tightest
+from clipscale.data.load.replay_plan import Budgets, Need, available_bytes, budgets, choose, tightest
 from clipscale.errors import UserError
 
 MB = 10**6

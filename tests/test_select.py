@@ -1,4 +1,4 @@
-"""clipscale/data/select.py and uids.py: which samples are used, and what is counted of the others."""
+"""clipscale/data/shard/select.py and uids.py: which samples are used, and what is counted of the others."""
 
 import io
 import json
@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from shards import picture, write_shard, write_tar
 
-from clipscale.config_data import Data, Select, Source
-from clipscale.data.select import Chosen, Rules, choose
-from clipscale.data.tar import list_members, mapped
-from clipscale.data.uids import UidList
+from clipscale.config_data import Data, Select, SourceSettings
+from clipscale.data.shard.select import Chosen, Rules, choose
+from clipscale.data.shard.tar import list_members, mapped
+from clipscale.data.shard.uids import UidList
 from clipscale.errors import UserError
 
 JPEG = picture(0, 16, 16)
@@ -22,7 +22,7 @@ JPEG = picture(0, 16, 16)
 
 def chosen(path: Path, need: str = "pairs", **settings) -> Chosen:
     select = Select(**{name: value for name, value in settings.items() if name != "caption"})
-    source = Source(str(path), caption=settings.get("caption", "txt"), select=select)
+    source = SourceSettings(str(path), caption=settings.get("caption", "txt"), select=select)
     with mapped(str(path)) as tar:
         return choose(tar, list_members(tar), Rules.of(source, Data(), need))
 
@@ -219,11 +219,11 @@ def test_rules_that_differ_have_tags_that_differ(tmp_path):
         (tmp_path / f"{name}.txt").write_text(name)
     (tmp_path / "again.txt").write_text("a\n\n")
     every = [
-        Source("x"),
-        Source("x", caption="json:txt"),
-        Source("x", caption="text"),
+        SourceSettings("x"),
+        SourceSettings("x", caption="json:txt"),
+        SourceSettings("x", caption="text"),
         *(
-            Source("x", select=Select(**settings))
+            SourceSettings("x", select=Select(**settings))
             for settings in (
                 {"check": "decode"},
                 {"min_side": 3},
@@ -240,7 +240,7 @@ def test_rules_that_differ_have_tags_that_differ(tmp_path):
     tags = [Rules.of(source, Data(), "pairs").tag for source in every] + [Rules.of(every[0], Data(), "labelled").tag]
     assert len(set(tags)) == len(every) + 1
     assert tags[0] == ""
-    same = Source("y", weight=3.0, captions="random", select=Select(uids=str(tmp_path / "again.txt")))
+    same = SourceSettings("y", weight=3.0, captions="random", select=Select(uids=str(tmp_path / "again.txt")))
     assert Rules.of(same, Data(max_pixels=7), "pairs").tag == tags[6]
-    decoded = Source("x", select=Select(check="decode"))
+    decoded = SourceSettings("x", select=Select(check="decode"))
     assert Rules.of(decoded, Data(max_pixels=7), "pairs").tag != tags[3]

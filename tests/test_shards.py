@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipscale.data.shards import cache_folder, expand_urls, is_local, masked
+from clipscale.data.fetch.urls import expand_urls, is_local, masked
 from clipscale.errors import UserError
+from clipscale.files import cache_folder
 
 
 @pytest.fixture

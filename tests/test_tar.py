@@ -1,4 +1,4 @@
-"""clipscale/data/tar.py: what lies in an archive, whole or damaged; webdataset's own reader is the oracle."""
+"""clipscale/data/shard/tar.py: what lies in an archive, whole or damaged; webdataset's own reader is the oracle."""
 
 import gzip
 import io
@@ -14,8 +14,8 @@ from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from shards import picture, write_shard, write_tar
 
-from clipscale.data.select import IMAGE_SUFFIXES, Rules, choose
-from clipscale.data.tar import list_members, mapped
+from clipscale.data.shard.select import IMAGE_SUFFIXES, Rules, choose
+from clipscale.data.shard.tar import list_members, mapped
 
 JPEG = picture(0, 16, 16)
 

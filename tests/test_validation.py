@@ -15,8 +15,8 @@ from spawn import run_ranks
 from tiny import MODEL
 
 from clipscale.config import Loss, Validation
-from clipscale.config_data import Data, Source
-from clipscale.data.decode import Decoding
+from clipscale.config_data import Data, SourceSettings
+from clipscale.data.pixels.decode import Decoding
 from clipscale.data.source import open_source
 from clipscale.data.tokenize import build_tokenizer
 from clipscale.dist import World
@@ -30,7 +30,7 @@ BATCH = 6
 def evaluate(rank: int, size: int, urls: str, samples: int) -> ValidationResult:
     return evaluate_validation(
         build_towers(MODEL, seed=1),
-        open_source("validation", Source(urls), Data(), need="pairs"),
+        open_source("validation", SourceSettings(urls), Data(), need="pairs"),
         build_tokenizer(None, 8),
         World(rank, size, rank, torch.device("cpu")),
         Validation(batch=BATCH, samples=samples),

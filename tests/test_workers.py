@@ -19,10 +19,10 @@ from loading import CPU, open_loader, pipeline, read, take, tokenize
 from processes import alive, wait_until
 from shards import write_pairs
 
-from clipscale.data import workers
-from clipscale.data.fill import Job
-from clipscale.data.loader import Loader
-from clipscale.data.workers import LoaderError
+from clipscale.data.load import workers
+from clipscale.data.load.fill import Job
+from clipscale.data.load.loader import Loader
+from clipscale.data.load.workers import LoaderError
 
 TESTS = Path(__file__).parent
 pytestmark = pytest.mark.timeout(120)
@@ -92,7 +92,7 @@ _SUSPENDED = """
 import dataclasses, sys
 from loading import open_loader, pipeline, take
 from test_workers import slow
-from clipscale.data import workers
+from clipscale.data.load import workers
 pipe = dataclasses.replace(pipeline(sys.argv[1], 96), tokenize=slow)
 loader = open_loader(pipe, 96, mode="process", threads=1, block=64)
 take(loader)

@@ -16,7 +16,7 @@ from tiny import MODEL
 
 from clipscale.config import ZeroShot
 from clipscale.config_data import Data
-from clipscale.data.decode import Decoding
+from clipscale.data.pixels.decode import Decoding
 from clipscale.data.tokenize import build_tokenizer
 from clipscale.dist import World
 from clipscale.errors import UserError

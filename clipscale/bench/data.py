@@ -27,10 +27,11 @@ from clipscale.bench.report import finish, write
 from clipscale.bench.soak import measure_soak
 from clipscale.bench.stamp import package_version, result_name, stamp
 from clipscale.bench.transport import measure_transport
-from clipscale.data.decode import picture_size
-from clipscale.data.pool import cores
-from clipscale.data.shards import cache_folder, expand_urls, is_local
+from clipscale.data.fetch.urls import expand_urls, is_local
+from clipscale.data.pixels.decode import picture_size
 from clipscale.errors import require
+from clipscale.files import cache_folder
+from clipscale.pool import cores
 
 _PACKAGES = ("webdataset", "open_clip_torch", "pillow", "torchvision", "simplejpeg", "numpy")
 _LOOKED_AT = 256  # pictures whose sizes are told

@@ -11,7 +11,7 @@ import tempfile
 import time
 from typing import Any
 
-from clipscale.data.index import Hash, Index
+from clipscale.data.shard.index import Hash, Index
 
 _HASHES: tuple[Hash, ...] = ("crc32", "sha256")
 

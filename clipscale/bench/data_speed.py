@@ -18,7 +18,7 @@ from clipscale.bench.ours import MODES, STEP, Mode, open_loader, receive
 from clipscale.bench.recipe import Recipe, recipe
 from clipscale.bench.turns import Contestant, Turn, take_turns
 from clipscale.data.pipeline import Pipeline
-from clipscale.data.pool import cores
+from clipscale.pool import cores
 
 RECIPE, RECIPE_UINT8 = "open_clip recipe", "open_clip recipe, uint8"
 OURS = {"process": "clipscale", "inline": "clipscale, inline"}

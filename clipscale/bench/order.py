@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from clipscale.config_data import Data
-from clipscale.data.mixture import begin, quotas
-from clipscale.data.order import Order, Resampled, default_streams
+from clipscale.data.order.mixture import begin, quotas
+from clipscale.data.order.order import Order, Resampled, default_streams
 from clipscale.data.pipeline import Pipeline
 
 _MIXTURE = {"one": 5.0, "two": 3.0, "three": 2.0}

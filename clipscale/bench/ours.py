@@ -16,13 +16,14 @@ import torch
 
 from clipscale.bench.recipe import MODEL
 from clipscale.bench.stopwatch import Stopwatch
-from clipscale.config_data import Data, Source
-from clipscale.data import decode, fill
-from clipscale.data.blocks import Blocks, Layout
-from clipscale.data.fill import Filler, Job, Share
-from clipscale.data.loader import SLOTS_PER_JOB, Loader, Setup, StepBatch
-from clipscale.data.pipeline import Pipeline, build_pipeline
-from clipscale.data.replay import Host
+from clipscale.config_data import Data, SourceSettings
+from clipscale.data.load import fill
+from clipscale.data.load.blocks import Blocks, Layout
+from clipscale.data.load.fill import Filler, Job
+from clipscale.data.load.loader import SLOTS_PER_JOB, Loader, Setup, StepBatch
+from clipscale.data.load.replay import Host
+from clipscale.data.pipeline import Pipeline, Share, build_pipeline
+from clipscale.data.pixels import decode
 from clipscale.data.tokenize import build_tokenizer
 
 Mode = Literal["process", "inline"]
@@ -34,7 +35,7 @@ _LENGTH = 77
 
 def open_pipeline(urls: str, *, image_size: int, cache_dir: str | None = None) -> Pipeline:
     """One source with the defaults of `data`; shards are indexed where they are not yet."""
-    data = Data(sources={"bench": Source(urls=urls)}, cache_dir=cache_dir, allow_repeats=True)
+    data = Data(sources={"bench": SourceSettings(urls=urls)}, cache_dir=cache_dir, allow_repeats=True)
     return build_pipeline(
         data,
         build_tokenizer(MODEL, _LENGTH),

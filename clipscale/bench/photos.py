@@ -20,8 +20,8 @@ import numpy as np
 from PIL import Image
 
 from clipscale.counter import fold, uniform
-from clipscale.data.pool import cores
-from clipscale.data.shard_writer import ShardWriter
+from clipscale.data.shard.writer import ShardWriter
+from clipscale.pool import cores
 
 MEAN_BYTES = 41_000  # of a photo, within 3 %
 _VERSION = 1  # of what `photo` and `tiny` give; other bytes, another number

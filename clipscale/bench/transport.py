@@ -25,9 +25,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from clipscale.bench.measure import Spread
 from clipscale.bench.turns import Contestant, Turn, take_turns
-from clipscale.data.blocks import Blocks, Layout
-from clipscale.data.fill import Done, Job
-from clipscale.data.loader import SLOTS_PER_JOB
+from clipscale.data.load.blocks import Blocks, Layout
+from clipscale.data.load.fill import Done, Job
+from clipscale.data.load.loader import SLOTS_PER_JOB
 
 DATALOADER, NUMBER, BLOCKS = "DataLoader", "DataLoader, a number", "shared blocks"
 READ = ", read once"

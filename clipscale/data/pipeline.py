@@ -11,7 +11,6 @@ that would give a position another sample, other pixels or other tokens is refus
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -21,12 +20,13 @@ import numpy as np
 
 from clipscale.config_data import Data
 from clipscale.counter import fold
-from clipscale.data.indexing import Track
-from clipscale.data.mixture import Mixture, begin, quotas, resumed
-from clipscale.data.order import Order, Resampled, default_streams, rank_positions
+from clipscale.data.order.mixture import Mixture, begin, quotas, resumed
+from clipscale.data.order.order import Order, Resampled, default_streams, rank_positions
+from clipscale.data.shard.index_many import Track
 from clipscale.data.source import Source, open_source
 from clipscale.data.tokenize import Tokenize
 from clipscale.errors import UserError, require
+from clipscale.tell import tell
 
 _DECODERS = ("simplejpeg", "pillow", "torch", "open_clip_torch")
 _OF_EACH_SOURCE = ("streams", "epoch_length", "content", "caption")
@@ -124,6 +124,23 @@ class Pipeline:
         }
 
 
+@dataclass(frozen=True)
+class Share:
+    """Which part of every step batch is this rank's."""
+
+    global_batch: int
+    world: int = 1
+    rank: int = 0
+
+    @property
+    def slots(self) -> int:
+        return self.global_batch // self.world
+
+    def positions(self, pipeline: Pipeline, start: int) -> np.ndarray:
+        """Of this rank's slots of the step batch that begins at `start`, int64 [N]."""
+        return pipeline.rank_positions(start, self.global_batch, world=self.world, rank=self.rank)
+
+
 def build_pipeline(
     data: Data,
     tokenize: Tokenize,
@@ -135,7 +152,6 @@ def build_pipeline(
     position: int = 0,
     recorded: dict[str, Any] | None = None,
     track: Track | None = None,
-    warn: Callable[[str], None] | None = None,
 ) -> Pipeline:
     """Open every source and lay out the order, as the checkpoint recorded it where a run is resumed.
 
@@ -156,9 +172,9 @@ def build_pipeline(
         "straddle",
     )
     recorded = recorded and _in_full(recorded, data)
-    mixture = _mixture(data, seed, position, recorded, warn)
+    mixture = _mixture(data, seed, position, recorded)
     sources = [
-        open_source(name, data.sources[name], data, need="pairs", track=track, warn=warn) for name in mixture.quota
+        open_source(name, data.sources[name], data, need="pairs", track=track, findings=True) for name in mixture.quota
     ]
     orders = [_order(source, data, mixture, seed, global_batch, recorded) for source in sources]
     dropped = {
@@ -181,7 +197,6 @@ def _mixture(
     seed: int,
     position: int,
     recorded: dict[str, Any] | None,
-    warn: Callable[[str], None] | None,
 ) -> Mixture:
     """By the weights of today, from `position` on; by the recorded ones before it."""
     quota = quotas({name: source.weight for name, source in data.sources.items()})
@@ -195,11 +210,11 @@ def _mixture(
             "the run is to go on without it",
         )
     mixture = before.changed(position, quota)
-    if warn and mixture.quota != before.quota:
+    if mixture.quota != before.quota:
         was, now = (
             ", ".join(f"{name} {n / sum(q.values()):.2%}" for name, n in q.items()) for q in (before.quota, quota)
         )
-        warn(f"mixture: {now} from position {position:,} on; {was} before")
+        tell(f"mixture: {now} from position {position:,} on; {was} before")
     return mixture
 
 

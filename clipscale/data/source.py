@@ -14,7 +14,6 @@ import dataclasses
 import hashlib
 import os
 import threading
-import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -22,18 +21,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from clipscale import config_data
-from clipscale.data.cache import Expected, ShardCache
-from clipscale.data.captions import MAX_JSON_BYTES, CaptionError, CaptionRule
-from clipscale.data.counts import declared_counts
-from clipscale.data.decode import CAUSES as BAD_CAUSES
-from clipscale.data.decode import BadSample
-from clipscale.data.index import Index, Shard
-from clipscale.data.indexing import Track, index_shards
-from clipscale.data.select import MAX_PICTURE_BYTES, Need, Rules
-from clipscale.data.shards import expand_urls, is_local, masked
-from clipscale.data.sidecar import Records, Row
+from clipscale.config_data import Data, SourceSettings
+from clipscale.data.bad import CAUSES, BadSample
+from clipscale.data.fetch.cache import Expected, ShardCache
+from clipscale.data.fetch.urls import expand_urls, is_local, masked
+from clipscale.data.shard.captions import MAX_JSON_BYTES, CaptionError, CaptionRule
+from clipscale.data.shard.counts import declared_counts
+from clipscale.data.shard.index import Index, Shard
+from clipscale.data.shard.index_many import Track, index_shards
+from clipscale.data.shard.select import MAX_PICTURE_BYTES, Need, Rules
+from clipscale.data.shard.sidecar import Records, Row
 from clipscale.errors import UserError
+from clipscale.tell import tell
 
 _MAX_OPEN_FILES = 32  # shards, and as many sidecars, of each source; a process may have 1,024 in all on many systems
 _NEIGHBOUR_BYTES = 4096  # a picture and its note no further apart than this are read at once
@@ -112,7 +111,7 @@ class Source:
             return self._caption.pick(note, draw)
         except CaptionError as error:
             cause = str(error)
-            raise BadSample(cause if cause in BAD_CAUSES else "caption cannot be used", cause) from error
+            raise BadSample(cause if cause in CAUSES else "caption cannot be used", cause) from error
 
     def refused(self) -> Counter[str]:
         """Samples left out when the shards were indexed, by cause."""
@@ -195,7 +194,7 @@ class Source:
             with self._indexing:
                 shard = lazily.known(url) or lazily.build(url, file.number)
         if shard.samples > declared.samples:
-            warnings.warn(_surplus(shard, declared), stacklevel=2)
+            tell(_surplus(shard, declared), every_rank=True)
         return shard
 
 
@@ -272,12 +271,12 @@ def _surplus(shard: Shard, declared: Shard) -> str:
 
 def open_source(
     name: str,
-    source: config_data.Source,
-    data: config_data.Data,
+    source: SourceSettings,
+    data: Data,
     *,
     need: Need,
     track: Track | None = None,
-    warn: Callable[[str], None] | None = None,
+    findings: bool = False,
     ahead: bool = False,
 ) -> Source:
     """Expand, fetch and index the shards of one source.
@@ -285,7 +284,7 @@ def open_source(
     Args:
         need: a caption ("pairs") or a label beside each picture.
         track: wraps a list of shards for a progress bar: track(shards, label) -> the same shards.
-        warn: told in one line of each shard that is cut short or changed, and of refused samples by cause.
+        findings: tell of each shard that is cut short or changed, and of refused samples by cause.
         ahead: index remote shards now although their numbers of samples are declared.
 
     Raises:
@@ -302,12 +301,12 @@ def open_source(
     shards |= {url: Shard.declared(url, count) for url, count in declared.items()}
     opened = Source(name, [shards[url] for url in urls], index, CaptionRule.of(source.caption, source.captions), cache)
     _require_samples(opened, source)
-    for line in _findings(opened) if warn else ():
-        warn(line)
+    for line in _findings(opened) if findings else ():
+        tell(line)
     return opened
 
 
-def _require_samples(opened: Source, source: config_data.Source) -> None:
+def _require_samples(opened: Source, source: SourceSettings) -> None:
     if opened.samples:
         return
     place = source.caption if source.caption.startswith("json:") else f".{source.caption}"

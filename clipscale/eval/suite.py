@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from clipscale.config import Config
-from clipscale.config_data import Source
-from clipscale.data.decode import Decoding
+from clipscale.config_data import SourceSettings
+from clipscale.data.pixels.decode import Decoding
 from clipscale.data.source import open_source
 from clipscale.data.tokenize import Tokenize
 from clipscale.dist import World
@@ -23,9 +23,9 @@ class EvalSuite:
     def __init__(self, config: Config, towers: Towers, tokenize: Tokenize, world: World) -> None:
         self.config, self.towers, self.tokenize, self.world = config, towers, tokenize, world
         validation, zeroshot = config.eval.validation, config.eval.zeroshot
-        self._pairs = (
-            open_source("validation", Source(validation.urls), config.data, need="pairs") if validation.urls else None
-        )
+        self._pairs = None
+        if validation.urls:
+            self._pairs = open_source("validation", SourceSettings(validation.urls), config.data, need="pairs")
         self._task = load_task(zeroshot, config.data) if zeroshot.enabled else None
         self._reading = {"threads": config.data.threads, "decoding": Decoding.of(config.data)}
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 
 from clipscale.config import Loss, Validation
-from clipscale.data.decode import Decoding
-from clipscale.data.evalset import ShardPictures, batches
+from clipscale.data.pixels.decode import Decoding
 from clipscale.data.source import Source
 from clipscale.data.tokenize import Tokenize
 from clipscale.dist import World
 from clipscale.errors import require
+from clipscale.eval.pictures import ShardPictures, batches
 from clipscale.loss import ContrastiveGrads, contrastive_grads
 from clipscale.towers import Towers
 

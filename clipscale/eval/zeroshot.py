@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipscale.config import ZeroShot
-from clipscale.config_data import Data, Source
-from clipscale.data.decode import Decoding
-from clipscale.data.evalset import FolderPictures, Pictures, ShardPictures, batches
+from clipscale.config_data import Data, SourceSettings
+from clipscale.data.pixels.decode import Decoding
 from clipscale.data.source import open_source
 from clipscale.data.tokenize import Tokenize
 from clipscale.dist import World
 from clipscale.errors import UserError, require
+from clipscale.eval.pictures import FolderPictures, Pictures, ShardPictures, batches
 from clipscale.towers import Towers
 
 
@@ -69,7 +69,7 @@ def load_task(config: ZeroShot, data: Data) -> ZeroShotTask:
         )
         return ZeroShotTask(pictures, names, templates)
     require(config.urls is not None, "eval.zeroshot needs pictures: set eval.zeroshot.urls or eval.zeroshot.folder")
-    source = open_source("zeroshot", Source(config.urls), data, need="labelled")
+    source = open_source("zeroshot", SourceSettings(config.urls), data, need="labelled")
     return ZeroShotTask(ShardPictures(source), names, templates)
 
 

@@ -11,7 +11,6 @@ without that file. CLIPSCALE_TUNE=0 takes the first of a list, untimed.
 import fcntl
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Callable, Iterable
 from functools import cache, partial
@@ -24,7 +23,8 @@ import triton.testing
 from torch import Tensor
 from triton.errors import TritonError
 
-log = logging.getLogger(__name__)
+from clipscale.files import cache_folder, write_file
+from clipscale.tell import tell
 
 
 class Shape(NamedTuple):
@@ -136,7 +136,7 @@ def _timed(key: str, shapes: Iterable[Shape], visit: Callable[[Shape], object]) 
         except torch.OutOfMemoryError:
             raise
         except (TritonError, RuntimeError, AssertionError, KeyError) as error:  # the compiler, the driver, the options
-            log.warning("%s: %s is left out: %s", key, shape, error)
+            tell(f"{key}: {shape} is left out: {error}")
     if not times:
         raise RuntimeError(f"none of the loss kernel's shapes runs ({key}): choose engine='torch'")
     return dict(sorted(times.items(), key=lambda item: item[1]))
@@ -147,7 +147,7 @@ def _remember(key: str, times: dict[Shape, float]) -> Shape:
     time end with one choice."""
     path = _path()
     shape = next(iter(times))
-    log.info("%s: %s in %.3f ms, of %d timed", key, shape, times[shape], len(times))
+    tell(f"{key}: {shape} in {times[shape]:.3f} ms, of {len(times)} timed")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path.with_suffix(".lock"), "w") as lock:
@@ -155,12 +155,10 @@ def _remember(key: str, times: dict[Shape, float]) -> Shape:
             records = _read()
             timings = [[*timed, milliseconds] for timed, milliseconds in times.items()]
             record = records.setdefault(key, {"shape": [*shape], "timings": timings})
-            fresh = path.with_suffix(".new")
-            fresh.write_text(json.dumps(records, indent=1))
-            fresh.replace(path)
+            write_file(path, json.dumps(records, indent=1))
             return Shape(*record["shape"])
     except OSError as error:
-        log.warning("the choice of loss kernels is not remembered, and a restart may choose others: %s", error)
+        tell(f"the choice of loss kernels is not remembered, and a restart may choose others: {error}")
         return shape
 
 
@@ -178,9 +176,9 @@ def _read() -> dict[str, dict]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        log.warning("%s is not readable, loss kernels are tuned anew: %s", _path(), error)
+        tell(f"{_path()} is not readable, loss kernels are tuned anew: {error}")
         return {}
 
 
 def _path() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clipscale" / "kernels.json"
+    return cache_folder(None) / "kernels.json"

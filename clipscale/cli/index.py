@@ -1,0 +1,85 @@
+"""`clipscale index`: its options, which are the settings of a source and of its index, and what it tells at the end."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from clipscale.config_data import Data, Select, SourceSettings
+
+if TYPE_CHECKING:
+    from clipscale.data import source
+
+
+def add_index_arguments(parser: argparse.ArgumentParser) -> None:
+    usual, select = SourceSettings(urls=""), Select()
+    parser.add_argument("shards", nargs="+", metavar="SHARDS", help="paths, globs, braces or URLs")
+    parser.add_argument("--need", choices=("pairs", "labelled"), default="pairs", help="captions, or labels (.cls)")
+    parser.add_argument(
+        "--check", choices=("fast", "decode"), default=select.check, help="decode: decode every picture, once"
+    )
+    parser.add_argument("--hash", choices=("crc32", "sha256"), default="crc32", help="of each shard; default: crc32")
+    parser.add_argument("--jobs", type=int, metavar="N", help="processes; default: the cores")
+    parser.add_argument("--index-dir", help="where the sidecars go; default: beside each shard, or the cache folder")
+    parser.add_argument("--cache-dir", help="where copies of remote shards go; default: the user's cache folder")
+    parser.add_argument("--allow-pipe", action="store_true", help="let 'pipe:' URLs run shell commands")
+    rules = parser.add_argument_group("selection", "the same as in the config: a run finds only the index of its rules")
+    rules.add_argument("--caption", default=usual.caption, help="a member's suffix, or json:<field>; default: txt")
+    rules.add_argument("--min-side", type=int, default=select.min_side, metavar="PIXELS", help="of the shorter side")
+    rules.add_argument("--max-aspect", type=float, metavar="RATIO", help="longer side over shorter side")
+    rules.add_argument(
+        "--max-pixels", type=int, default=Data.max_pixels, metavar="N", help="of a picture, with --check decode"
+    )
+    rules.add_argument("--uids", metavar="FILE", help="samples to keep: one uid a line, or DataComp's .npy")
+    rules.add_argument("--uid-field", default=select.uid_field, help="of a sample's JSON; __key__: its key")
+    rules.add_argument("--score-field", help="a number in a sample's JSON")
+    rules.add_argument("--min-score", type=float)
+    rules.add_argument("--max-score", type=float)
+
+
+def index_settings(arguments: argparse.Namespace) -> tuple[SourceSettings, Data, Literal["pairs", "labelled"]]:
+    """Raises UserError for values that do not go together."""
+    select = Select(
+        check=arguments.check,
+        min_side=arguments.min_side,
+        max_aspect=arguments.max_aspect,
+        uids=arguments.uids,
+        uid_field=arguments.uid_field,
+        score_field=arguments.score_field,
+        min_score=arguments.min_score,
+        max_score=arguments.max_score,
+    )
+    data = Data(
+        index_dir=arguments.index_dir,
+        index_jobs=arguments.jobs,
+        hash=arguments.hash,
+        cache_dir=arguments.cache_dir,
+        allow_pipe=arguments.allow_pipe,
+        max_pixels=arguments.max_pixels,
+    )
+    return SourceSettings("::".join(arguments.shards), caption=arguments.caption, select=select), data, arguments.need
+
+
+def print_report(found: source.Source) -> None:
+    """Which shards are damaged or changed, and what was refused, and why."""
+    from clipscale.data.fetch.urls import masked
+
+    noun = "pairs" if found.need == "pairs" else "labelled pictures"
+    for shard in found.shards:
+        if shard.changed:
+            print(f"{masked(shard.url)}: changed since it was indexed last: {shard.changed}")
+        if shard.cut:
+            print(f"{masked(shard.url)}: {shard.samples} {noun} usable: {shard.cut}")
+    refused, unread = found.refused(), found.not_read()
+    if refused or unread:
+        table = Table("what was left out", "count", "shards")
+        for cause, count in refused.most_common():
+            table.add_row(f"refused, {cause}", f"{count}", f"{sum(cause in s.refused for s in found.shards)}")
+        for suffix, count in unread.most_common():
+            table.add_row(f"not read, {suffix}", f"{count}", f"{sum(suffix in s.not_read for s in found.shards)}")
+        table.columns[1].justify = table.columns[2].justify = "right"
+        Console(width=100).print(table)
+    print(f"{len(found.shards)} shards, {found.samples} usable {noun}, fingerprint {found.fingerprint()}")

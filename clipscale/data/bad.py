@@ -1,0 +1,21 @@
+"""Why a sample that indexing took cannot be used after all: its slot is masked, counted and listed by one of these."""
+
+from __future__ import annotations
+
+CAUSES = (
+    "cannot be read",
+    "not JPEG, PNG or WebP",
+    "broken picture",
+    "too many pixels",
+    "caption is not UTF-8",
+    "caption cannot be used",
+)
+
+
+class BadSample(Exception):
+    """This sample is left out of its batch. `cause` is one of CAUSES."""
+
+    def __init__(self, cause: str, detail: str = "") -> None:
+        assert cause in CAUSES
+        super().__init__(f"{cause}: {detail}" if detail else cause)
+        self.cause = cause

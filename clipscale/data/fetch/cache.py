@@ -1,0 +1,179 @@
+"""Whole copies of remote shards in a folder of bounded size, shared by the processes of a node.
+
+    cache = ShardCache(None, None, Fetch(), allow_pipe=False)
+    cache.prefetch(["s3://bucket/00001.tar", "s3://bucket/00002.tar"])     # returns at once
+    file = cache.open("s3://bucket/00001.tar")                              # waits; then a descriptor for pread
+
+One thread of all processes fetches a shard while the others wait for it. Copies used longest ago make room for new
+ones; the descriptors that readers hold stay good. The folder should lie on a local disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable
+from contextlib import suppress
+
+from clipscale.config_data import Fetch
+from clipscale.data.fetch.copies import Copies, Lock, PartFile
+from clipscale.data.fetch.download import MAX_RETRY_AFTER_SECONDS, Expected, FetchError, Stopped, download
+from clipscale.data.fetch.urls import check_scheme, is_local, masked
+from clipscale.errors import UserError
+from clipscale.files import cache_folder
+
+__all__ = ["Expected", "FetchError", "ShardCache"]  # the whole of what others need
+
+_FAILED_SECONDS = 60.0  # a shard that could not be fetched fails at once for so long
+_POLL_SECONDS = 0.02
+
+
+class ShardCache:
+    """Copies of remote shards. Any thread may use it; pickled, it is its settings.
+
+    Args:
+        folder: `data.cache_dir`; None: the user's cache folder. The copies lie in its folder `shards`.
+        bound_bytes: of all copies together; None: 80 % of what they and the free space of the disk have now.
+    """
+
+    def __init__(self, folder: str | None, bound_bytes: int | None, fetch: Fetch, allow_pipe: bool) -> None:
+        self.folder, self.fetch, self.allow_pipe = folder, fetch, allow_pipe
+        self._copies = Copies(cache_folder(folder) / "shards", bound_bytes)
+        self.bound_bytes = self._copies.bound_bytes
+        self._lock = threading.Lock()  # of what follows
+        self._stop = threading.Event()
+        self._failed: dict[str, tuple[float, str]] = {}  # URL -> until when, why
+        self._wanted: deque[str] = deque()
+        self._pending: set[str] = set()  # wanted, or being fetched for it
+        self._workers: list[threading.Thread] = []
+
+    def __reduce__(self) -> tuple:
+        return ShardCache, (self.folder, self.bound_bytes, self.fetch, self.allow_pipe)
+
+    def open(self, url: str, *, expect: Expected | None = None) -> int:
+        """A file descriptor of the whole copy, the caller's to close. Waits while it is fetched, by whomever.
+
+        Raises:
+            FetchError: it cannot be had, or is not as expected; the same again at once for a minute.
+            UserError: the URL's scheme is not read here, or the folder cannot be used.
+        """
+        return self._open(url, expect or Expected(), self._stop)
+
+    def path(self, url: str) -> str | None:
+        """Where the copy lies; None while it is not there."""
+        path = self._copies.copy(_key(url))
+        return str(path) if path.exists() else None
+
+    def prefetch(self, urls: Iterable[str]) -> None:
+        """Begin to fetch these shards in the background, after those wanted before. A failure is told by `open`."""
+        with self._lock:
+            for url in urls:
+                if url not in self._pending:
+                    self._pending.add(url)
+                    self._wanted.append(url)
+            while self._wanted and len(self._workers) < min(self.fetch.parallel, len(self._pending)):
+                worker = threading.Thread(target=self._work, args=(self._stop,), name="clipscale-prefetch", daemon=True)
+                self._workers.append(worker)
+                worker.start()
+
+    def close(self) -> None:
+        """End all fetching, also that of a waiting `open`. The cache can be used again."""
+        with self._lock:
+            workers, self._workers = self._workers, []
+            self._wanted.clear()
+            self._pending.clear()
+            self._stop.set()
+            self._stop = threading.Event()
+        for worker in workers:
+            worker.join(timeout=1.0)
+
+    def _work(self, stop: threading.Event) -> None:
+        while True:
+            with self._lock:
+                if stop.is_set():
+                    return
+                if not self._wanted:
+                    self._workers.remove(threading.current_thread())
+                    return
+                url = self._wanted.popleft()
+            with suppress(FetchError, UserError):  # told by `open`
+                os.close(self._open(url, Expected(), stop))
+            with self._lock:
+                self._pending.discard(url)
+
+    def _open(self, url: str, expect: Expected, stop: threading.Event) -> int:
+        assert not is_local(url), url
+        key, began = _key(url), time.time()
+        watch = None
+        while True:
+            file = self._copies.open(key, expect)
+            if file is not None:
+                return file
+            self._raise_if_failed(url)
+            check_scheme(url, self.allow_pipe)
+            self._copies.make()
+            lock = Lock.take(self._copies.locks / key)
+            if lock:
+                return self._fetch(url, key, expect, stop, lock, began)
+            watch = watch or _Watch(self._copies, key, url, self.fetch)
+            watch.look()
+            if stop.wait(_POLL_SECONDS):
+                raise FetchError(f"{masked(url)}: the cache was closed")
+
+    def _fetch(self, url: str, key: str, expect: Expected, stop: threading.Event, lock: Lock, began: float) -> int:
+        note = ""
+        try:
+            file = self._copies.open(key, expect, hash_it=True)
+            if file is not None:
+                return file
+            told = lock.note(since=began)  # by a process that failed while this one waited for it
+            if told:
+                raise FetchError(told)
+            part = PartFile(self._copies, key, url, stop, sha256=expect.sha256 is not None)
+            try:
+                download(url, part, self.fetch, expect=expect, stop=stop)
+                return part.finish()
+            finally:
+                part.discard()
+        except Stopped:
+            raise FetchError(f"{masked(url)}: the cache was closed") from None
+        except FetchError as error:
+            note = str(error)
+            with self._lock:
+                self._failed[url] = time.monotonic() + _FAILED_SECONDS, note
+            raise
+        finally:
+            lock.release(note)
+
+    def _raise_if_failed(self, url: str) -> None:
+        with self._lock:
+            until, why = self._failed.get(url, (0.0, ""))
+            if time.monotonic() < until:
+                raise FetchError(why)
+            self._failed.pop(url, None)
+
+
+class _Watch:
+    """Over the holder of a lock who may have been halted: it fetches, pauses or waits for room, or is given up."""
+
+    def __init__(self, copies: Copies, key: str, url: str, fetch: Fetch) -> None:
+        self._copies, self._key, self._shown = copies, key, masked(url)
+        self._patience_seconds = MAX_RETRY_AFTER_SECONDS + 60 + 2 * fetch.stall_seconds
+        self._progress, self._since = copies.progress(key), time.monotonic()
+
+    def look(self) -> None:
+        progress, now = self._copies.progress(self._key), time.monotonic()
+        if progress != self._progress:
+            self._progress, self._since = progress, now
+        elif now - self._since > self._patience_seconds:
+            raise FetchError(
+                f"{self._shown}: another process has its lock {self._copies.locks / self._key} and did nothing for "
+                f"{self._patience_seconds:.0f} s; end that process"
+            )
+
+
+def _key(url: str) -> str:
+    return hashlib.sha256(url.encode()).hexdigest()[:32]

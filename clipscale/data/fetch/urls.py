@@ -1,0 +1,120 @@
+"""From what a config says about shards to paths and URLs, each of them one that can be read.
+
+    expand_urls("data/{train,extra}-*.tar::https://host/x-{00..09}.tar")     # a list of paths and URLs
+    masked("https://me:word@host/x.tar?token=abc")                          # https://***@host/x.tar?token=***
+
+Braces are expanded as webdataset expands them. Whatever tells a person about a URL shows it `masked`.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections import Counter
+
+import fsspec
+from braceexpand import braceexpand
+
+from clipscale.errors import UserError, require
+
+HTTP = ("http", "https")
+FSSPEC = ("s3", "gs", "gcs", "hf")
+_EXTRAS = {"s3": "s3", "gs": "gcs", "gcs": "gcs"}  # scheme -> the extra of clipscale that brings its client
+_INDEX_SUFFIX = ".index"  # of the sidecars that lie beside shards: no glob means them
+_SECRET = re.compile(
+    r"(?i)([\w-]*(?:authorization|api-?key|access_key|token|password|secret)[\w-]*\s*[:=]\s*"
+    r"(?:(?:bearer|basic|token)\s+)?)[^\s'\"&]+"
+)
+_QUERY_VALUE = re.compile(r"((?:^|&)(?:[^&=]*=)?)[^&]*?[^&\"')>\],;:.]([\"')>\],;:.]*)(?=&|$)")  # not what ends a quote
+
+
+def expand_urls(urls: str, allow_pipe: bool = False) -> list[str]:
+    """Braces, '::' and, for local paths, globs (sorted). Every local path that comes back exists, every URL's scheme
+    is one that can be read here.
+
+    Raises:
+        UserError: nothing left, a file that is not there, a glob without a match, the same shard twice, a scheme that
+            is not read or whose client is not installed, a pipe without `allow_pipe`.
+    """
+    try:
+        patterns = [url.strip() for part in urls.split("::") for url in braceexpand(part) if url.strip()]
+    except ValueError as error:  # braces that do not match
+        raise UserError(f"shards {masked(urls)!r}: cannot expand the pattern ({masked(str(error))})") from error
+    expanded: list[str] = []
+    for pattern in patterns:
+        if not is_local(pattern):
+            expanded.append(pattern)
+            continue
+        path = _without_scheme(pattern)
+        if not os.path.isfile(path) and any(sign in path for sign in "*?["):
+            matches = sorted(found for found in glob.glob(path, recursive=True) if not found.endswith(_INDEX_SUFFIX))
+            require(bool(matches), f"shards {pattern!r}: no file matches the pattern")
+            expanded.extend(matches)
+        else:
+            expanded.append(path)
+    missing = [path for path in expanded if is_local(path) and not os.path.isfile(path)]
+    more = f" (and {len(missing) - 1} more of {len(expanded)})" if len(missing) > 1 else ""
+    require(not missing, f"shard {missing[0] if missing else ''!r} is not a file{more}; check the path in the config")
+    require(bool(expanded), f"shards {masked(urls)!r}: the pattern names no shard")
+    for url in {scheme_of(url): url for url in expanded if not is_local(url)}.values():  # one of each scheme
+        check_scheme(url, allow_pipe)
+    places = Counter(os.path.abspath(url) if is_local(url) else url for url in expanded)
+    place, times = max(places.items(), key=lambda item: item[1])
+    require(times == 1, f"shard {masked(place)!r} is named {times} times in {masked(urls)!r}; name each shard once")
+    return expanded
+
+
+def is_local(url: str) -> bool:
+    return scheme_of(url) in ("", "file")
+
+
+def scheme_of(url: str) -> str:
+    """What stands before the first colon, unless a slash comes first: '' for a plain path."""
+    before, colon, _ = url.partition(":")
+    return before.lower() if colon and "/" not in before else ""
+
+
+def masked(text: str) -> str:
+    """`text` without what may be secret in it: user and password of a URL, every value of a query, and what follows
+    such words as `Authorization:` or `secret=` in a pipe's command."""
+    return re.sub(r"(?<=://)\S+", _mask_url, _SECRET.sub(r"\1***", text))
+
+
+def _mask_url(match: re.Match[str]) -> str:
+    place, query, values = re.fullmatch(r"([^?]*)(\??)(.*)", match[0], re.DOTALL).groups()
+    return re.sub(r"^[^/]*@", "***@", place) + query + _QUERY_VALUE.sub(r"\1***\2", values)
+
+
+def _without_scheme(url: str) -> str:
+    """file:a.tar -> a.tar, file:///a.tar -> /a.tar, a.tar -> a.tar"""
+    path = url[len("file:") :] if scheme_of(url) == "file" else url
+    return path[2:] if path.startswith("///") else path
+
+
+def check_scheme(url: str, allow_pipe: bool) -> None:
+    """Raise UserError unless remote URLs like this one can be read here."""
+    scheme, shown = scheme_of(url), masked(url)
+    if scheme == "pipe":
+        require(
+            allow_pipe,
+            f"shards {shown!r}: pipes run shell commands and are refused; data.allow_pipe=true lets them run",
+        )
+        return
+    require(
+        scheme in HTTP or scheme in FSSPEC,
+        f"shards {shown!r}: {scheme + ':'!r} is no scheme that is read; use a path, file:, http://, https://, s3://, "
+        "gs://, gcs://, hf://, or pipe: with data.allow_pipe=true (a path with a colon: file:<path>)",
+    )
+    require(
+        re.match(r"[^:]+://[^/\s]", url) is not None,
+        f"shards {shown!r}: no host or bucket follows; write {scheme}://<host or bucket>/<path>",
+    )
+    if scheme in FSSPEC:
+        package = f"clipscale[{_EXTRAS[scheme]}]" if scheme in _EXTRAS else "huggingface_hub"
+        try:
+            fsspec.get_filesystem_class(scheme)
+        except ImportError as error:
+            raise UserError(
+                f"shards {shown!r}: the client for {scheme}:// is not installed; pip install '{package}'"
+            ) from error

@@ -1,0 +1,241 @@
+"""Step batches, decoded in the background: position -> source -> shard -> sample -> uint8 pixels and tokens.
+
+    loader = Loader(pipeline, Share(global_batch=4096, world=4, rank=1), setup, start=0)
+    batch = next(loader)                                     # this rank's 1024 slots of positions 0..4095
+    for start, images in batch.images.first(device): ...     # pass 1: blocks as they arrive; tokens and valid fill up
+    for start, images in batch.images.again(device): ...     # pass 2: the same pictures
+    batch = next(loader)                                     # positions 4096..8191
+
+Blocks of shared memory circulate: the loader gives a free one to the workers with the next slots of the run to fill
+(fill.py, workers.py), takes it back filled, and frees it when the replay tier (replay.py) needs it no more. That is all
+the back-pressure there is: no free block, no new work.
+
+Shapes: N slots of this rank, M slots of a block, S side of a picture, L tokens of a caption.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from typing import Literal
+
+import numpy as np
+import torch
+
+from clipscale.data.load.blocks import Blocks, Layout
+from clipscale.data.load.fill import Done, Job, Skip
+from clipscale.data.load.replay import Block
+from clipscale.data.load.replay_plan import Tier
+from clipscale.data.load.workers import InlineWorkers, LoaderError, LoaderProcess
+from clipscale.data.pipeline import Pipeline, Share
+
+SLOTS_PER_JOB = 64
+Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (uint8 [M, 3, S, S], positions [M]) -> [M, 3, S, S]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a loader works; nothing here changes what it yields."""
+
+    block: int  # M: slots of a block
+    blocks: int  # R: how many there are; in the host tier a whole step's and some more
+    mode: Literal["process", "inline"] = "process"
+    threads: int = 2
+    pin: bool = False  # page-lock the blocks, for copies to a GPU
+
+
+@dataclass
+class StepBatch:
+    """This rank's slots of one step. A masked slot holds a black picture and no words.
+
+    `tokens`, `valid` and `skips` are complete once `images.first` has been walked to its end.
+    """
+
+    position: int  # of the global batch's first slot
+    positions: np.ndarray  # int64 [N]
+    images: Pictures  # uint8 [N, 3, S, S], block by block
+    tokens: torch.Tensor  # int64 [N, L]
+    valid: torch.Tensor  # bool [N]
+    skips: list[Skip]
+
+
+class Loader(Iterator[StepBatch]):
+    """An endless iterator of step batches. Taking the next one ends the one before.
+
+    Raises (from `next` and from walking the images):
+        LoaderError: the loader's process has ended or failed, or pass 2 reads other pixels than pass 1 did.
+    """
+
+    def __init__(
+        self, pipeline: Pipeline, share: Share, setup: Setup, tier: Tier, *, start: int, change: Change | None = None
+    ) -> None:
+        self.pipeline, self.share, self.setup, self.tier, self.change = pipeline, share, setup, tier, change
+        self.waited_seconds = 0.0  # in all, for blocks that were not filled yet
+        self._next_position = start
+        layout = Layout(setup.blocks, setup.block, pipeline.image_size, pipeline.context_length)
+        self._blocks = Blocks.make(layout)
+        if setup.pin:
+            self._blocks.pin()
+        work = {"process": LoaderProcess, "inline": InlineWorkers}[setup.mode]
+        self.workers = work(pipeline, share, self._blocks, setup.threads)
+        tokens = torch.zeros(share.slots, pipeline.context_length, dtype=torch.int64)
+        self._tokens = tokens.pin_memory() if setup.pin else tokens
+        self._valid = torch.zeros(share.slots, dtype=torch.bool)
+        self._plan = _planned(start, share, setup.block, passes=1 + tier.asks_twice)
+        self._numbers = count()
+        self._free = deque(range(setup.blocks))
+        self._coming: deque[_Coming] = deque()
+        self._feed: _Feed | None = None
+        self._submit()
+
+    def __next__(self) -> StepBatch:
+        if self._feed is not None:
+            self._feed.finish()
+        position = self._next_position
+        positions = self.share.positions(self.pipeline, position)
+        self._next_position += self.share.global_batch
+        feed = self._feed = _Feed(self, position, self._tokens, self._valid)
+        images = Pictures(feed, self.tier, positions, self.change)
+        return StepBatch(position, positions, images, feed.tokens, feed.valid, feed.skips)
+
+    def close(self) -> None:
+        """Stop the workers; slots not yet decoded are given up."""
+        self.workers.close()
+        self.tier.close()
+        if self.setup.pin:
+            self._blocks.unpin()
+        self._blocks.close()
+        self._feed = None  # which holds on to this loader
+
+    def _submit(self) -> None:
+        """Every free block is put to work."""
+        while self._free:
+            block = self._free.popleft()
+            position, start, stop = next(self._plan)
+            numbers = []
+            for first in range(start, stop, SLOTS_PER_JOB):
+                last = min(first + SLOTS_PER_JOB, stop)
+                numbers.append(next(self._numbers))
+                self.workers.submit(Job(numbers[-1], block, first - start, position, first, last))
+            self._coming.append(_Coming(block, start, stop, numbers))
+
+    def _take(self) -> tuple[_Coming, list[Done]]:
+        """The next block, once it is filled."""
+        coming, begin = self._coming.popleft(), time.perf_counter()
+        done = [self.workers.wait(number) for number in coming.numbers]
+        self.waited_seconds += time.perf_counter() - begin
+        return coming, done
+
+    def _release(self, block: int) -> None:
+        self._free.append(block)
+        self._submit()
+
+
+def _planned(position: int, share: Share, size: int, passes: int) -> Iterator[tuple[int, int, int]]:
+    """(position of the step, first slot, last slot + 1) of every block of the run, in the order they are used."""
+    for step in count(position, share.global_batch):
+        for _ in range(passes):
+            for start in range(0, share.slots, size):
+                yield step, start, min(start + size, share.slots)
+
+
+@dataclass(frozen=True)
+class _Coming:
+    """A block that is being filled with slots [start, stop), by the jobs of these numbers."""
+
+    block: int
+    start: int
+    stop: int
+    numbers: list[int]
+
+
+class _Feed:
+    """One step's blocks, as its replay tier asks for them."""
+
+    def __init__(self, loader: Loader, position: int, tokens: torch.Tensor, valid: torch.Tensor) -> None:
+        self._loader, self._position, self.tokens, self.valid = loader, position, tokens, valid
+        self.skips: list[Skip] = []
+        blocks = -(-loader.share.slots // loader.setup.block)
+        self._left, self._left_again = blocks, blocks * loader.tier.asks_twice
+        self._checksums = np.zeros(loader.share.slots, np.uint64)  # of the pictures of pass 1
+        self._out: set[int] = set()  # blocks that the tier has and has not freed
+
+    def arrive(self) -> Iterator[Block]:
+        """Pass 1: tokens, valid and skips come with the pixels."""
+        blocks = self._loader._blocks
+        while self._left:
+            coming, done = self._loader._take()
+            self._left -= 1
+            size = coming.stop - coming.start
+            self.tokens[coming.start : coming.stop] = blocks.tokens[coming.block, :size]
+            self.valid[coming.start : coming.stop] = blocks.valid[coming.block, :size]
+            self.skips.extend(skip for part in done for skip in part.skips)
+            self._checksums[coming.start : coming.stop] = np.concatenate([part.checksums for part in done])
+            yield self._block(coming)
+
+    def arrive_again(self) -> Iterator[Block]:
+        """Pass 2, read anew: the same pixels in every slot that is valid, or an error."""
+        while self._left_again:
+            coming, done = self._loader._take()
+            self._left_again -= 1
+            slots = slice(coming.start, coming.stop)
+            changed = np.concatenate([part.checksums for part in done]) != self._checksums[slots]
+            if (changed & self.valid[slots].numpy()).any():
+                new = {skip for part in done for skip in part.skips}.difference(self.skips)
+                what = min(new).detail if new else "other pixels than in the first pass"
+                raise LoaderError(
+                    f"replay.kind=recompute: slots {coming.start} to {coming.stop} of the batch at position "
+                    f"{self._position} cannot be read a second time ({what}); a shard has changed or is gone"
+                )
+            yield self._block(coming)
+
+    def finish(self) -> None:
+        """Take back what was not freed, and take what was not asked for, so that its blocks go round again."""
+        self._loader.tier.clear()
+        for block in [*self._out]:
+            self._free(block)
+        for block in self.arrive():
+            block.free()
+        while self._left_again:
+            coming, _ = self._loader._take()
+            self._left_again -= 1
+            self._loader._release(coming.block)
+
+    def _block(self, coming: _Coming) -> Block:
+        data = self._loader._blocks.images[coming.block, : coming.stop - coming.start]
+        self._out.add(coming.block)
+        return Block(coming.start, data, partial(self._free, coming.block))
+
+    def _free(self, block: int) -> None:
+        if block in self._out:  # once: a walk that was left in the middle may end after its step did
+            self._out.remove(block)
+            self._loader._release(block)
+
+
+class Pictures:
+    """uint8 [N, 3, S, S] of one step, walked twice (replay.Inputs); what `change` makes of them where there is one."""
+
+    def __init__(self, feed: _Feed, tier: Tier, positions: np.ndarray, change: Change | None) -> None:
+        self._feed, self._tier, self._change = feed, tier, change
+        self._positions = torch.from_numpy(positions)
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def first(self, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
+        return self._changed(self._tier.first(self._feed, device), device)
+
+    def again(self, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
+        return self._changed(self._tier.again(self._feed, device), device)
+
+    def _changed(
+        self, walk: Iterator[tuple[int, torch.Tensor]], device: torch.device
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        if self._change is None:
+            return walk
+        positions = self._positions.to(device)
+        return ((start, self._change(images, positions[start : start + len(images)])) for start, images in walk)

@@ -1,0 +1,191 @@
+"""Which tier of the replay buffer a run gets, and how many blocks its loader: arithmetic on budgets, before it starts.
+
+    need = Need(slots=131_072, block=256, side=224, ahead_blocks=14, local_ranks=8)
+    plan = choose(config.replay, need, budgets(config.replay, device))    # Plan(kind='host', blocks=526)
+
+A rank's step is n blocks of M pictures. The loader fills `ahead` more while the step is computed. In the host tier all
+n + ahead lie in memory; in the others `ahead` do.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from clipscale.config_data import Replay
+from clipscale.data.load.replay import Disk, Gpu, Host, Recompute
+from clipscale.errors import UserError
+
+_LEAST_AHEAD = 3  # one is computed on, one is copied, one is filled
+Tier = Host | Gpu | Disk | Recompute
+
+
+@dataclass(frozen=True)
+class Need:
+    slots: int  # N, pictures of a step on this rank
+    block: int  # M
+    side: int  # S, pixels
+    ahead_blocks: int  # wanted; as few as _LEAST_AHEAD will do
+    local_ranks: int
+
+    @property
+    def picture_bytes(self) -> int:
+        return 3 * self.side**2
+
+    @property
+    def block_bytes(self) -> int:
+        return self.block * self.picture_bytes
+
+    @property
+    def step_bytes(self) -> int:
+        return self.slots * self.picture_bytes
+
+    @property
+    def step_blocks(self) -> int:
+        return -(-self.slots // self.block)
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """Bytes. Those of host and disk are the node's, over its ranks; None: there is no such place."""
+
+    gpu: int | None
+    host: int
+    disk: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    kind: str
+    blocks: int  # R, of the loader's shared memory
+
+
+def budgets(replay: Replay, device: torch.device) -> Budgets:
+    """As the config sets them, else a share of what this machine has. Makes replay.dir.
+
+    Raises:
+        UserError: replay.dir cannot be made.
+    """
+    gpu = None
+    if device.type == "cuda":
+        gpu = replay.gpu_bytes
+        if gpu is None:
+            gpu = torch.cuda.get_device_properties(device).total_memory // 20
+    host = available_bytes() // 2 if replay.host_bytes is None else replay.host_bytes
+    disk = None
+    if replay.dir is not None:
+        try:
+            Path(replay.dir).mkdir(parents=True, exist_ok=True)
+            disk = shutil.disk_usage(replay.dir).free * 4 // 5 if replay.disk_bytes is None else replay.disk_bytes
+        except OSError as error:
+            raise UserError(
+                f"replay.dir={replay.dir!r} cannot be made: {error}; choose a folder that can be written"
+            ) from error
+    return Budgets(gpu, host, disk)
+
+
+def tightest(all_ranks: list[Budgets]) -> Budgets:
+    """What every rank has: they must take the same decision."""
+    gpu, disk = zip(*((budget.gpu, budget.disk) for budget in all_ranks), strict=True)
+    return Budgets(
+        gpu=None if None in gpu else min(gpu),
+        host=min(budget.host for budget in all_ranks),
+        disk=None if None in disk else min(disk),
+    )
+
+
+def available_bytes(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Memory that can still be had on this node, or in a control group of this process (Slurm's, a container's) where
+    that is less."""
+    lines = (proc / "meminfo").read_text().splitlines()
+    node = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    left = [node]
+    membership = proc / "self" / "cgroup"
+    for line in membership.read_text().splitlines() if membership.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:  # version 2
+            left += _group_bytes(groups, path, "memory.max", "memory.current", "")
+        elif "memory" in controllers.split(","):
+            left += _group_bytes(groups / "memory", path, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+    return min(left)
+
+
+def _group_bytes(root: Path, path: str, limit: str, usage: str, prefix: str) -> Iterator[int]:
+    """What the group and those above it leave, each that has a limit. Cached files are in their usage, and give way."""
+    folder = root / path.lstrip("/")
+    for group in (folder, *folder.parents):
+        try:
+            bound, used = int((group / limit).read_text()), int((group / usage).read_text())
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):  # not there, seen from a container; or 'max': no limit
+            continue
+        yield bound - used + sum(int(stat[f"{prefix}{kind}_file"]) for kind in ("active", "inactive"))
+
+
+def choose(replay: Replay, need: Need, budget: Budgets) -> Plan:
+    """The tier asked for; under `auto` the first of gpu, host and disk that fits.
+
+    Raises:
+        UserError: it does not fit, or none does; with the arithmetic.
+    """
+    kinds = ("gpu", "host", "disk") if replay.kind == "auto" else (replay.kind,)
+    problems = []
+    for kind in kinds:
+        plan = _try(kind, need, budget)
+        if isinstance(plan, Plan):
+            return plan
+        problems.append(f"{kind}: {plan}")
+    raise UserError(
+        f"replay.kind={replay.kind}: the pixels of a step have no place to wait for the second pass, "
+        f"{need.slots:,} pictures of {need.picture_bytes:,} bytes on each of {need.local_ranks} ranks of this node "
+        f"({'; '.join(problems)}). Raise a budget, use more ranks or a smaller train.global_batch, or set "
+        "replay.kind=recompute, which reads and decodes every picture twice"
+    )
+
+
+def _try(kind: str, need: Need, budget: Budgets) -> Plan | str:
+    """The plan, or why it cannot be."""
+    if kind == "gpu" and budget.gpu is None:
+        return "this rank has none"
+    if kind == "gpu" and need.step_bytes > budget.gpu:
+        return f"{_gb(need.step_bytes)} needed, replay.gpu_bytes allows {_gb(budget.gpu)}"
+    if kind == "disk" and budget.disk is None:
+        return "replay.dir is not set"
+    if kind == "disk" and need.step_bytes * need.local_ranks > budget.disk:
+        return f"{_gb(need.step_bytes * need.local_ranks)} needed, replay.disk_bytes allows {_gb(budget.disk)}"
+    held = need.step_blocks if kind == "host" else 0
+    room = budget.host // (need.local_ranks * need.block_bytes) - held
+    if room < _LEAST_AHEAD:
+        least = (held + _LEAST_AHEAD) * need.block_bytes * need.local_ranks
+        return (
+            f"{_gb(least)} of host memory needed ({held} blocks that wait and {_LEAST_AHEAD} being filled, of "
+            f"{need.block} pictures, on each rank), replay.host_bytes allows {_gb(budget.host)}"
+        )
+    return Plan(kind, held + min(room, max(need.ahead_blocks, _LEAST_AHEAD)))
+
+
+def build_tier(plan: Plan, replay: Replay, need: Need, device: torch.device) -> Tier:
+    """The tier that the plan names.
+
+    Raises:
+        UserError: replay.dir cannot be written, or has less room than its budget says.
+    """
+    if plan.kind == "host":
+        return Host()
+    if plan.kind == "gpu":
+        return Gpu(need.slots, need.side, device)
+    if plan.kind == "recompute":
+        return Recompute()
+    try:
+        return Disk(need.slots, need.side, need.block, replay.dir, pin=device.type == "cuda")
+    except OSError as error:
+        size = _gb(need.step_bytes)
+        raise UserError(f"replay.dir={replay.dir!r}: a file of {size} cannot be made there: {error}") from error
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count:,} bytes"

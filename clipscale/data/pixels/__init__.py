@@ -1,0 +1,1 @@
+"""Bytes of a picture -> pixels. Opens no file and no URL."""

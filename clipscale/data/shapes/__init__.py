@@ -1,0 +1,1 @@
+"""The quickstart's picture set: drawn, captioned and packed."""

@@ -1,0 +1,90 @@
+"""Many shards at once: what has no current sidecar is indexed, in processes of their own where that is worth it.
+
+    shards = index_shards(urls, Index(), cache, jobs=8, track=track, label="indexing train")
+
+A process fetches a remote shard itself, and indexes it. One that is killed is an error at once; a shard that cannot be
+read is told when all others are indexed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
+
+from clipscale.data.fetch.cache import ShardCache
+from clipscale.data.fetch.urls import is_local, masked
+from clipscale.data.shard.index import Index, Shard
+from clipscale.errors import UserError
+from clipscale.pool import WorkerDied, cores, map_in_processes
+
+Track = Callable[[Iterable[str], str], Iterable[str]]
+
+_LOOK_UPS = 8  # sidecars read at once: on a network's file system each takes milliseconds
+_INLINE_BYTES = {"fast": 1 << 29, "decode": 1 << 24}  # less than this is indexed sooner than a worker has started
+
+
+def index_shards(
+    urls: list[str],
+    index: Index,
+    cache: ShardCache | None,
+    *,
+    jobs: int | None = None,
+    track: Track | None = None,
+    label: str = "indexing",
+) -> list[Shard]:
+    """The index of every shard, in the order of `urls`. Remote ones come through `cache`.
+
+    Raises:
+        UserError: shards that cannot be read, named once all others are indexed; a worker that died.
+    """
+    with ThreadPoolExecutor(_LOOK_UPS) as pool:
+        found = dict(zip(urls, pool.map(partial(_known, index=index), urls), strict=True))
+    missing = [url for url in urls if found[url] is None]
+    if missing:
+        jobs = 1 if _is_little(missing, index) else min(jobs or cores(), len(missing))
+        with closing(map_in_processes(_build, missing, jobs, index, cache)) as built:
+            try:
+                found |= zip(track(missing, label) if track else missing, built, strict=True)
+            except WorkerDied as died:
+                what = (
+                    f"shard {masked(died.item)!r}: the process that indexed it" if died.item else "an indexing process"
+                )
+                raise UserError(f"{what} {died.how}; if memory is short, set fewer data.index_jobs (--jobs)") from died
+    unreadable = [url for url in urls if isinstance(found[url], str)]
+    if unreadable:
+        more = f" (and {len(unreadable) - 1} more of {len(urls)} shards)" if len(unreadable) > 1 else ""
+        shown = masked(unreadable[0])
+        why = found[unreadable[0]].removeprefix(f"{shown}: ")  # a failed download names its URL itself
+        raise UserError(f"shard {shown!r}: {why}{more}; mend that, or take the shard out of the config")
+    return [found[url] for url in urls]
+
+
+def _known(url: str, index: Index) -> Shard | str | None:
+    """A string: why it cannot be read."""
+    try:
+        return index.known(url)
+    except OSError as error:
+        return str(error)
+
+
+def _build(url: str, index: Index, cache: ShardCache | None) -> Shard | str:
+    """A string: why it cannot be read."""
+    try:
+        if is_local(url):
+            return index.build(url)
+        file = cache.open(url)
+        try:
+            return index.build(url, file)
+        finally:
+            os.close(file)
+    except OSError as error:
+        return str(error)
+
+
+def _is_little(urls: list[str], index: Index) -> bool:
+    """Whether the shards are read in less time than a worker takes to start."""
+    limit = _INLINE_BYTES["decode" if index.rules.looks_into_pictures else "fast"]
+    return all(map(is_local, urls)) and sum(os.path.getsize(url) for url in urls) < limit

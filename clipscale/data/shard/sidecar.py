@@ -1,0 +1,125 @@
+"""The file in which a shard's index lies: facts, then one record of 40 bytes for each usable sample, then the keys.
+
+    write(place, facts, spans, keys)                          # whole or not at all: another process never sees a part
+    facts = read_facts(place)                                 # {} where there is no whole sidecar
+    with open(place, "rb") as file:
+        records = Records.of(file.fileno(), facts["identity"])
+        records.read(17)                                      # Row(key='000017', image_offset=..., ...): two preads
+
+    bytes    0  magic  8   | size of the facts  4 | CRC-32 of the facts  4 | identity  8 | samples  8
+    bytes   32  the facts, JSON
+    then        records: offset 8 and size 4 of the picture, of the note and of the key; CRC-32 4
+    then        keys, UTF-8, one behind the other
+
+Nothing of it stays in memory, whatever the number of samples. All numbers are little-endian. A record's CRC-32 covers
+its number, itself and its key, so that a damaged sidecar is an error and never another sample.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from clipscale.files import whole_file
+
+_MAGIC = b"CSINDEX3"  # the last byte is the version of this format and of what selection means
+_PREAMBLE = struct.Struct("<8sIIQQ")
+_RECORD = struct.Struct("<QIQIQII")
+_COVERED = struct.Struct("<QQIQIQI")  # the sample's number, and its record up to the CRC
+_MAX_FACTS_BYTES = 1 << 20
+
+
+class Row(NamedTuple):
+    key: str
+    image_offset: int
+    image_size: int
+    note_offset: int
+    note_size: int
+
+
+class Records(NamedTuple):
+    """The records of an open sidecar."""
+
+    file: int
+    start: int  # byte of the first record
+    samples: int
+
+    @classmethod
+    def of(cls, file: int, identity: int) -> Records:
+        """Raises OSError where the sidecar is no longer the one whose `identity` is known."""
+        head = os.pread(file, _PREAMBLE.size, 0)
+        if len(head) < _PREAMBLE.size or head[: len(_MAGIC)] != _MAGIC:
+            raise OSError("the index is damaged; delete it, the next run builds it again")
+        _, facts_bytes, _, found, samples = _PREAMBLE.unpack(head)
+        if found != identity:
+            raise OSError("the index was built again while this run was using it: the shard has changed")
+        return cls(file, _PREAMBLE.size + facts_bytes, samples)
+
+    def read(self, index: int) -> Row:
+        """Raises OSError where the record is damaged."""
+        place = self.start + _RECORD.size * index
+        try:
+            *spans, key_at, key_bytes, crc32 = _RECORD.unpack(os.pread(self.file, _RECORD.size, place))
+            if key_bytes > _MAX_FACTS_BYTES:
+                raise ValueError(f"a key of {key_bytes} bytes")
+            key = os.pread(self.file, key_bytes, self.start + _RECORD.size * self.samples + key_at)
+            if zlib.crc32(key, zlib.crc32(_COVERED.pack(index, *spans, key_at, key_bytes))) != crc32:
+                raise ValueError("its checksum does not match")
+            return Row(key.decode(), *spans)
+        except (struct.error, ValueError, OverflowError) as error:
+            raise OSError(
+                f"record {index} of the index is damaged ({error}); delete it, the next run builds it again"
+            ) from error
+
+
+def write(place: Path, facts: dict[str, Any], spans: np.ndarray, keys: list[str]) -> dict[str, Any]:
+    """Write a sidecar and give back its facts, now with `samples` and `identity`.
+
+    `spans` int64 [n, 4]: offset and size of each sample's picture and note. The identity changes with the shard's bytes
+    and with which samples of them are used; it does not change with the shard's place, time or format of the facts.
+    """
+    encoded = [key.encode() for key in keys]
+    records = bytearray(_RECORD.size * len(keys))
+    key_at = 0
+    for index, ((*span,), key) in enumerate(zip(spans.tolist(), encoded, strict=True)):
+        crc32 = zlib.crc32(key, zlib.crc32(_COVERED.pack(index, *span, key_at, len(key))))
+        _RECORD.pack_into(records, _RECORD.size * index, *span, key_at, len(key), crc32)
+        key_at += len(key)
+    body = (bytes(records), b"".join(encoded))
+    identity = identity_of(facts["bytes"], facts["crc32"], len(keys), zlib.crc32(body[1], zlib.crc32(body[0])))
+    facts = facts | {"samples": len(keys), "identity": identity}
+    header = json.dumps(facts).encode()
+    assert len(header) <= _MAX_FACTS_BYTES
+    preamble = _PREAMBLE.pack(_MAGIC, len(header), zlib.crc32(header), identity, len(keys))
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(place, "wb", sync=False) as file:  # can be built again
+        file.write(b"".join((preamble, header, *body)))
+    return facts
+
+
+def identity_of(*facts: int | str) -> int:
+    """64 bits that stand for `facts`."""
+    return int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:8], "little")
+
+
+def read_facts(place: Path) -> dict[str, Any]:
+    """Empty where there is no whole sidecar of this version: it is built again."""
+    try:
+        with open(place, "rb") as file:
+            magic, size, crc32, identity, samples = _PREAMBLE.unpack(file.read(_PREAMBLE.size))
+            header = file.read(min(size, _MAX_FACTS_BYTES))
+            if magic != _MAGIC or zlib.crc32(header) != crc32:
+                return {}
+            facts = json.loads(header)
+            shortest = _PREAMBLE.size + size + _RECORD.size * samples
+            whole = os.fstat(file.fileno()).st_size >= shortest
+    except (OSError, struct.error, ValueError):
+        return {}
+    return facts if whole and (facts["identity"], facts["samples"]) == (identity, samples) else {}

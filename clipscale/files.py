@@ -1,0 +1,118 @@
+"""Files that are whole or not there, rows of JSON, hashes, and where copies are kept.
+
+write_file("runs/a/config.yaml", text)                       # under another name first, synced, then renamed
+with whole_file("sizes.json") as file: ...                   # the same, piece by piece
+append_rows("runs/a/skipped.jsonl", [{"position": 7}])
+hash_file("train-0000.tar", crc32=True)                      # {'bytes': 43110400, 'crc32': 2870425, ...}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, Literal
+
+_READ_BYTES = 1 << 20
+_Path = str | os.PathLike
+
+
+@contextmanager
+def whole_file(path: _Path, mode: Literal["w", "wb"] = "w", *, sync: bool = True) -> Iterator[IO]:
+    """A file to write to, text in UTF-8 or bytes, which gets its name once all is written.
+
+    sync: wait until file and name are on the disk; what can be made again at any time does without.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")  # of its own: several may write at once
+    try:
+        with synced_file(partial, mode, sync=sync) as file:
+            yield file
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    if sync:
+        sync_folder(path.parent)
+
+
+@contextmanager
+def synced_file(path: _Path, mode: Literal["w", "wb"] = "w", *, sync: bool = True) -> Iterator[IO]:
+    """A new file, under its own name at once; on the disk when the block ends.
+
+    Raises:
+        FileExistsError: there is one of that name.
+    """
+    with open(path, mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8") as file:
+        yield file
+        file.flush()
+        if sync:
+            os.fsync(file.fileno())
+
+
+def write_file(path: _Path, text: str, *, sync: bool = True) -> None:
+    """A small text file, whole or not at all."""
+    with whole_file(path, sync=sync) as file:
+        file.write(text)
+
+
+def sync_folder(folder: _Path) -> None:
+    """Make new names inside `folder` durable. Windows cannot open a folder and has no such call."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def keep_rows(path: _Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Drop the rows of a JSONL file that are not wanted, and a last row that a crash cut short."""
+    path = Path(path)
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if keep(row):
+            kept.append(line + "\n")
+    write_file(path, "".join(kept))
+
+
+def append_rows(path: _Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Add rows to a JSONL file; its folder is made."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def hash_file(file: _Path | int, *, crc32: bool = False, sha256: bool = False) -> dict[str, Any]:
+    """`bytes`, and those asked for of `crc32` (int) and `sha256` (hexadecimal); the others are None.
+
+    `file`: a path, or a descriptor, whose place is left alone. Read through one buffer that fits a processor's cache,
+    not through a map, whose pages would count as this process's memory.
+    """
+    crc, sha, done, buffer = 0, hashlib.sha256(), 0, memoryview(bytearray(_READ_BYTES))
+    with open(file, "rb", buffering=0, closefd=not isinstance(file, int)) as opened:
+        while size := os.preadv(opened.fileno(), [buffer], done):
+            done += size
+            if crc32:
+                crc = zlib.crc32(buffer[:size], crc)
+            if sha256:
+                sha.update(buffer[:size])
+    return {"bytes": done, "crc32": crc if crc32 else None, "sha256": sha.hexdigest() if sha256 else None}
+
+
+def cache_folder(cache_dir: str | None) -> Path:
+    """`cache_dir` (a setting), else the user's cache folder for clipscale."""
+    if cache_dir is not None:
+        return Path(cache_dir)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clipscale"

@@ -1,0 +1,52 @@
+"""Progress bars where a person watches, and durations in words.
+
+for shard in track(shards, "indexing train"): ...
+with progress_bar("drawing") as progress: progress(done=3, total=8)
+duration(4000)                                               # '1:06:40'
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+def track(items: Iterable[str], label: str) -> Iterable[str]:
+    """The same items, with a progress bar where a person watches."""
+    items = list(items)
+    with progress_bar(label) as progress:
+        for done, item in enumerate(items, 1):
+            yield item
+            progress(done, len(items))
+
+
+@contextmanager
+def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A function progress(done, total) that moves a bar on a terminal, and does nothing elsewhere."""
+    with bar_on(Console(stderr=True)) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def bar_on(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+def duration(seconds: float) -> str:
+    """95 -> '1:35', 4000 -> '1:06:40'."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,132 @@
+"""What a run tells: log lines and a progress bar for people, metrics.jsonl and TensorBoard for tools.
+
+    with RunLog("runs/a", rank=0) as log:
+        log.begin(start_step=0, total_steps=400)
+        log.metrics({"step": 1, "loss": 5.5, ...})          # one row of metrics.jsonl, the same in TensorBoard
+        tell("step 1/400 ...")                               # above the progress bar, and in run.log
+
+Only the main rank writes; other ranks pass on what was told for every rank. Rows of steps that a resumed run does again
+are dropped first, so every step stands once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from rich.console import Console
+from torch.utils.tensorboard import SummaryWriter
+
+from clipscale.files import keep_rows
+from clipscale.progress import bar_on
+from clipscale.tell import listening
+
+
+class RunLog:
+    """The one place a run writes to; on ranks other than 0 `begin`, `metrics` and `advance` do nothing.
+
+    It hears what is told from the start; `begin` comes before the first row, when nothing can refuse the run any more.
+    """
+
+    def __init__(self, folder: str, *, rank: int = 0) -> None:
+        self._rank, self._folder = rank, Path(folder)
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+        self._open = ExitStack()
+        self._open.enter_context(listening(self._hear))
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def begin(self, start_step: int, total_steps: int) -> None:
+        """Drop the rows of the steps that will be done again, and start the progress bar."""
+        if self._rank:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / "metrics.jsonl"
+        keep_rows(path, lambda row: row["step"] <= start_step)
+        self._metrics = self._append(path.name)
+        self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=start_step + 1)
+        self._open.callback(self._board.close)
+        self._progress = self._open.enter_context(bar_on(self._console))
+        self._task = self._progress.add_task("step", total=total_steps, completed=start_step)
+
+    def metrics(self, row: dict[str, Any]) -> None:
+        """One row of metrics.jsonl; its numbers go to TensorBoard under the same names."""
+        if self._rank:
+            return
+        finite = {name: value if math.isfinite(value) else None for name, value in row.items()}  # JSON has no NaN
+        self._metrics.write(json.dumps(finite) + "\n")
+        self._metrics.flush()
+        for name, value in row.items():
+            if name != "step":
+                self._board.add_scalar(name if "/" in name else f"train/{name}", value, row["step"])
+
+    def advance(self, step: int) -> None:
+        if self._rank == 0:
+            self._progress.update(self._task, completed=step)
+
+    def close(self) -> None:
+        self._open.close()
+
+    def _append(self, name: str) -> TextIO:
+        return self._open.enter_context((self._folder / name).open("a", encoding="utf-8"))
+
+    def _hear(self, line: str, every_rank: bool) -> None:
+        if self._rank and not every_rank:
+            return
+        line = f"rank {self._rank}: {line}" if self._rank else line
+        self._console.print(line)
+        if not self._folder.is_dir():  # not made yet, or this rank's node does not share it
+            return
+        # Opened for each line: ranks may share the file, and one write at its end stays whole.
+        with open(self._folder / "run.log", "ab", buffering=0) as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n".encode())
+
+
+class Pace:
+    """How fast a run goes: for one step, over an interval between two log lines, and in all."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._samples, self._waited, self._seconds = 0, 0.0, 0.0
+
+    def add(self, samples: int, waited: float, seconds: float) -> dict[str, float]:
+        """Count one step of `seconds`, of which `waited` went into waiting for data; returns its own rates."""
+        self._samples += samples
+        self._waited += waited
+        self._seconds += seconds
+        return {"samples_per_second": samples / seconds, "data_wait_share": waited / seconds}
+
+    def interval(self) -> dict[str, float]:
+        """The rates over all steps since the last call."""
+        rates = {
+            "samples_per_second": self._samples / self._seconds,
+            "data_wait_share": self._waited / self._seconds,
+        }
+        self._samples, self._waited, self._seconds = 0, 0.0, 0.0
+        return rates
+
+    def elapsed(self) -> float:
+        """Seconds since the beginning, evaluation and checkpoints included."""
+        return time.perf_counter() - self._started
+
+    def eta_seconds(self, done: int, total: int) -> float:
+        """Seconds to go at the pace so far, after `done` of `total` steps."""
+        return self.elapsed() / done * (total - done)
+
+
+def memory() -> dict[str, int]:
+    """Peak resident memory of this process, and the peak of its GPU where one is used."""
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    gpu = {"gpu_memory_bytes": torch.cuda.max_memory_allocated()} if torch.cuda.is_initialized() else {}
+    return {"memory_bytes": host} | gpu
