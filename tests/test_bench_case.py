@@ -11,7 +11,7 @@ from clipscale.bench.contestants import Contestant, own_contestants
 from clipscale.bench.options import loss_options
 from clipscale.bench.report import COLUMNS, cells, text_table
 from clipscale.bench.team import Outcome, Team
-from clipscale.cli import build_parser
+from clipscale.cli import parse
 from clipscale.dist import World
 
 ALONE = Team(World(0, 1, 0, torch.device("cpu")))
@@ -24,7 +24,7 @@ def small_product(monkeypatch):
 
 
 def run(contestants, *words, case=CASE, team=ALONE, budget=None, error_limit=10**6):
-    options = loss_options(build_parser().parse_args(["bench", "loss", "--seconds", "0.01", *words]))
+    options = loss_options(parse(["bench", "loss", "--seconds", "0.01", *words])[1])
     budget = budget or Budget(options.seconds, options.limit_seconds)
     return CaseRun(team, replace(options, error_limit=error_limit), budget, case).run(contestants)
 

@@ -14,7 +14,7 @@ from clipscale.bench.data_options import PARTS, data_options
 from clipscale.bench.data_report import tables
 from clipscale.bench.data_stages import STAGES
 from clipscale.bench.recipe import Recipe
-from clipscale.cli import build_parser, main
+from clipscale.cli import main, parse
 
 _SMALL_RECIPE = {"sample_shuffle": 8, "sample_shuffle_initial": 4}
 
@@ -189,12 +189,12 @@ def test_a_bar_that_is_missed_is_told_by_the_status_where_asked(small, tmp_path,
 
 
 def test_what_is_typed_arrives():
-    plain = data_options(build_parser().parse_args(["bench", "data"]))
+    plain = data_options(parse(["bench", "data"])[1])
     assert (plain.urls, plain.samples, plain.parts, plain.batch, plain.workers) == (None, 8192, PARTS, 64, None)
     assert (plain.soak, plain.check) == (0, False)
     assert [*plain.model_rates.values()] == [500, 1000, 2000, 4000]
     words = ["--soak", "2m", "--parts", "none", "--workers", "3"]
-    full = data_options(build_parser().parse_args(["bench", "data", *words]))
+    full = data_options(parse(["bench", "data", *words])[1])
     assert (full.soak, full.parts, full.workers) == (2 * 2**20, (), 3)
 
 

@@ -6,11 +6,11 @@ import sys
 import pytest
 
 from clipscale.bench.options import ENGINES, PRECISIONS, loss_options, parse_size, size_name
-from clipscale.cli import build_parser, main
+from clipscale.cli import main, parse
 
 
 def options(*words):
-    return loss_options(build_parser().parse_args(["bench", "loss", *words]))
+    return loss_options(parse(["bench", "loss", *words])[1])
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from clipscale.bench.case import Budget, Case, CaseRun
 from clipscale.bench.options import loss_options
 from clipscale.bench.peers import peer_contestants
 from clipscale.bench.team import Team
-from clipscale.cli import build_parser
+from clipscale.cli import parse
 from clipscale.dist import World
 from clipscale.loss import dense_contrastive_loss
 
@@ -69,7 +69,7 @@ def stand_ins(monkeypatch):
 
 
 def run(contestants, case, team=ALONE):
-    options = loss_options(build_parser().parse_args(["bench", "loss", "--seconds", "0.01"]))
+    options = loss_options(parse(["bench", "loss", "--seconds", "0.01"])[1])
     rows = CaseRun(team, replace(options, error_limit=10**6), Budget(0.01, 120.0), case).run(contestants)["rows"]
     return {row["contestant"]: row for row in rows}
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from shards import picture, write_shard
 
-from clipscale.cli import build_parser, main
+from clipscale.cli import main, parse
 from clipscale.cli.index import index_settings
 from clipscale.config_data import Data, Select, SourceSettings
 from clipscale.data.source import open_source
@@ -57,7 +57,7 @@ def test_every_option_is_a_rule_and_a_run_with_the_same_settings_finds_its_index
         "refused, picture too long": ("1", "1"),  # number 4, of 14 x 20; none is left that is too small
         "not read, .pyd": ("3", "1"),
     }
-    source, data, need = index_settings(build_parser().parse_args(["index", shards, *words]))
+    source, data, need = index_settings(parse(["index", shards, *words])[1])
     opened = open_source("x", source, data, need=need, track=lambda *_: pytest.fail("it is indexed"))
     assert [opened.read(0, i).key for i in range(1)] + [opened.read(1, i).key for i in range(3)] == ["5", "6", "7", "8"]
     assert all(shard.sha256 for shard in opened.shards)
@@ -66,7 +66,7 @@ def test_every_option_is_a_rule_and_a_run_with_the_same_settings_finds_its_index
 
 
 def test_defaults_are_a_sources_own(shards, capsys):
-    source, data, need = index_settings(build_parser().parse_args(["index", shards]))
+    source, data, need = index_settings(parse(["index", shards])[1])
     assert (source, data, need) == (SourceSettings(shards), Data(), "pairs")
     assert source.select == Select()
 

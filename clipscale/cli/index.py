@@ -13,8 +13,26 @@ from clipscale.config_data import Data, Select, SourceSettings
 if TYPE_CHECKING:
     from clipscale.data import source
 
+EXAMPLES = """\
+examples:
+  clipscale index 'shards/{0000..0999}.tar'
+  clipscale index 'cc3m/*.tar' 'cc12m/*.tar' --index-dir index --check decode --jobs 16
+  clipscale index 'laion/{00000..41454}.tar' --caption json:caption --min-side 128 --max-aspect 3
+  clipscale index 'datacomp/*.tar' --score-field clip_l14_similarity_score --min-score 0.3
+"""
+LEFT = "shards that were indexed stay so"
 
-def add_index_arguments(parser: argparse.ArgumentParser) -> None:
+
+def run(arguments: argparse.Namespace, words: list[str]) -> int:
+    settings, data, need = index_settings(arguments)
+    from clipscale.data.source import open_source
+    from clipscale.progress import track
+
+    print_report(open_source("index", settings, data, need=need, track=track, ahead=True))
+    return 0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     usual, select = SourceSettings(urls=""), Select()
     parser.add_argument("shards", nargs="+", metavar="SHARDS", help="paths, globs, braces or URLs")
     parser.add_argument("--need", choices=("pairs", "labelled"), default="pairs", help="captions, or labels (.cls)")
