@@ -7,7 +7,6 @@ import json
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from clipscale.files import append_rows, keep_rows
 from clipscale.progress import duration
 from clipscale.runlog import Pace, RunLog
 from clipscale.tell import tell
@@ -51,15 +50,6 @@ def test_other_ranks_tell_what_only_they_know(tmp_path, capsys):
     assert capsys.readouterr().err.splitlines() == ["rank 3: a node without the folder", "rank 3: only I know"]
     assert (tmp_path / "run" / "run.log").read_text().endswith(" rank 3: only I know\n")
     assert len([*(tmp_path / "run").iterdir()]) == 1
-
-
-def test_a_row_that_a_crash_cut_short_is_dropped(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    append_rows(path, [{"step": 1}, {"step": 2}])
-    with open(path, "a") as file:
-        file.write('{"step": 3, "lo')
-    keep_rows(path, lambda row: row["step"] != 1)
-    assert path.read_text() == '{"step": 2}\n'
 
 
 def test_pace():

@@ -23,6 +23,7 @@ from clipscale.data.load import workers
 from clipscale.data.load.fill import Job
 from clipscale.data.load.loader import Loader
 from clipscale.data.load.workers import LoaderError
+from clipscale.tell import listening, tell
 
 TESTS = Path(__file__).parent
 pytestmark = pytest.mark.timeout(120)
@@ -48,6 +49,20 @@ def test_the_same_batches_as_inline_and_a_clean_end(urls):
     assert [batch.chain() for batch in found] == [batch.chain() for batch in expected]
     assert [sorted(batch.skips) for batch in found] == [sorted(batch.skips) for batch in expected]
     assert not alive(loader.workers.pid)
+
+
+def tokenize_and_tell(captions: list[str]) -> torch.Tensor:
+    tell(f"process {os.getpid()} tells", every_rank=True)
+    return tokenize(captions)
+
+
+def test_what_the_loaders_process_tells_is_heard_here(urls):
+    heard = []
+    loader = open_loader(dataclasses.replace(pipeline(urls, 40), tokenize=tokenize_and_tell), 40, mode="process")
+    with listening(lambda *told: heard.append(told)):
+        take(loader)
+    loader.close()
+    assert set(heard) == {(f"process {loader.workers.pid} tells", True)}
 
 
 @pytest.mark.parametrize("when", ["at once", "in the middle"])
