@@ -1,6 +1,8 @@
-"""Compiles every loss kernel at every shape that may be tuned, ahead of time, without a GPU. A process of its own.
+"""Compiles the loss kernels at the shapes that may be tuned, ahead of time, without a GPU. A process of its own.
 
-    python compile_kernels.py 90          # one JSON line per compilation, for compute capability 9.0
+    python compile_kernels.py 90 first    # one JSON line per compilation, for compute capability 9.0: of each
+                                          # precision the shape that is taken untuned
+    python compile_kernels.py 90 other    # all other shapes
 
 Triton's interpreter and its compiler cannot share a process: TRITON_INTERPRET must not be set.
 """
@@ -86,11 +88,11 @@ def inspect(compiled, capability):
     }
 
 
-def main(capability):
+def main(capability, which):
     seen = set()
     for precision in TYPES:
-        shapes = candidates(precision, divmod(capability, 10))
-        for shape in shapes[:1] if precision == "bf16" else shapes:  # bf16 is fp16 to the compiler
+        first, *others = candidates(precision, divmod(capability, 10))
+        for shape in [first] if which == "first" else others if precision != "bf16" else []:  # bf16: as fp16
             for descriptors in {False, shape.descriptors}:
                 for kernel in (kernels._logsumexp_kernel, kernels._gradient_kernel):
                     case = (precision, shape._replace(descriptors=descriptors), kernel.fn.__name__)
@@ -106,4 +108,4 @@ def main(capability):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), sys.argv[2])

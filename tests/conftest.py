@@ -1,12 +1,16 @@
-"""Settings for every test, set before torch is imported."""
+"""Settings for every test, set before torch is imported; optional components; and the order of the files."""
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: a second thread costs more than it brings
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for torch.use_deterministic_algorithms on a GPU
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="clipscale-tests-")  # never the user's; one a test process
 
+import components
 import pytest
 import torch
 
@@ -15,15 +19,21 @@ from clipscale.tell import listening
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # the loss kernels on CPU tensors; read when they are imported
 
+LONGEST_FIRST = ("test_loss_kernels", "test_quickstart", "test_workers", "test_loss_compile", "test_resume")
+"""Files that begin early, so that with several processes (a file to each at a time) none has the last one alone."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(components)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` skip themselves, with the reason, where there is no GPU."""
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs an NVIDIA GPU; torch finds none here")
-    for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+    places = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 @pytest.fixture

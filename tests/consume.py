@@ -1,12 +1,8 @@
-"""Reads step batches for ever, all ranks of a world in turn, and writes down what it saw; run by test_hash_chain.py.
-
-python consume.py URLS OUT.jsonl FIRST_STEP WORLD MODE
-"""
+"""Reads step batches for ever, all ranks of a world in turn, and writes down what it saw; run by test_hash_chain.py."""
 
 from __future__ import annotations
 
 import json
-import sys
 import zlib
 from collections.abc import Iterator
 
@@ -45,8 +41,8 @@ def see(urls: str, *, start: int = 0, world: int = 1, **how) -> Iterator[list]:
             loader.close()
 
 
-if __name__ == "__main__":
-    urls, out, first, world, mode = sys.argv[1:]
+def consume(urls: str, out: str, first: str, world: str, mode: str) -> None:
+    """Appends [step, links] to the file `out`, a line each, from step `first` on."""
     with open(out, "a") as file:
         for step, seen in enumerate(see(urls, start=int(first), world=int(world), mode=mode), int(first)):
             print(json.dumps([step, seen]), file=file, flush=True)

@@ -23,7 +23,7 @@ def _facts(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 20.0) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
     """Returns as soon as `condition()` holds."""
     end = time.monotonic() + seconds
     while not condition():

@@ -1,18 +1,19 @@
 """Runs a function on several gloo ranks, each a process of its own."""
 
-import multiprocessing
 import os
 import pickle
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from forks import Child, start
 
 # How long the other ranks may take to fail too once one has: their tracebacks often tell less, but never nothing.
 _GRACE_SECONDS = 2.0
@@ -21,32 +22,29 @@ _GRACE_SECONDS = 2.0
 def run_ranks(fn: Callable, world: int, *args, timeout: float = 120.0) -> list[Any]:
     """The results of `fn(rank, world, *args)`, by rank, each from a process in a default gloo group of `world` ranks.
 
-    `fn` is a function of a module (spawned processes import it); arguments and results are pickled. A process takes
-    some 4 s to start, so put many checks into one call. `timeout` is in seconds.
+    `fn` is a function of a module; arguments and results are pickled. `timeout` is in seconds.
 
     RuntimeError when a rank fails or is still running when the time is up, with the tracebacks of those that failed,
     earliest first; the others are killed then.
     """
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
-        processes = [context.Process(target=_rank_main, args=(folder, fn, r, world, args)) for r in range(world)]
-        try:
-            for process in processes:
-                process.start()
-            _wait(processes, timeout)
-            _raise_failure(processes, Path(folder), timeout)
-        finally:
-            for process in processes:
-                if process.is_alive():
-                    process.kill()
-                    process.join()
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        Path(folder, "work").write_bytes(pickle.dumps((fn, args)))
+        code = "import spawn; spawn._rank_main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))"
+        ranks = [stack.enter_context(start(code, folder, r, world, modules=(fn.__module__,))) for r in range(world)]
+        _wait(ranks, timeout)
+        exitcodes = [rank.status for rank in ranks]
+        for rank in ranks:
+            if rank.status is None:
+                rank.kill()
+        _raise_failure(exitcodes, Path(folder), timeout)
         return [pickle.loads(Path(folder, f"result-{rank}").read_bytes()) for rank in range(world)]
 
 
-def _rank_main(folder: str, fn: Callable, rank: int, world: int, args: tuple) -> None:
+def _rank_main(folder: str, rank: int, world: int) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     try:
+        fn, args = pickle.loads(Path(folder, "work").read_bytes())
         dist.init_process_group(
             "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=60)
         )
@@ -58,17 +56,16 @@ def _rank_main(folder: str, fn: Callable, rank: int, world: int, args: tuple) ->
     os._exit(0)  # gloo's threads now and then abort an orderly exit ("terminate called without an active exception")
 
 
-def _wait(processes: list, timeout: float) -> None:
+def _wait(ranks: list[Child], timeout: float) -> None:
     """Until all have ended, the time is up, or one has failed and the others have had their grace."""
     deadline = time.monotonic() + timeout
-    while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
-        if any(process.exitcode for process in processes):
+    while [rank for rank in ranks if not rank.ended()] and time.monotonic() < deadline:
+        if any(rank.status for rank in ranks):
             deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
         time.sleep(0.02)
 
 
-def _raise_failure(processes: list, folder: Path, timeout: float) -> None:
-    exitcodes = [process.exitcode for process in processes]
+def _raise_failure(exitcodes: list[int | None], folder: Path, timeout: float) -> None:
     if not any(code != 0 for code in exitcodes):
         return
     errors = sorted(folder.glob("error-*"), key=lambda path: path.stat().st_mtime_ns)

@@ -211,7 +211,6 @@ def test_nothing_asks_for_a_value_on_the_host():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_nothing_waits_and_the_draws_are_the_same():
     pixels, positions = images(200, side=32), torch.arange(200)
     device_pixels, device_positions = pixels.cuda(), positions.cuda()

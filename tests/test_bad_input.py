@@ -1,7 +1,6 @@
 """Bad input through the real command line: one clear line within seconds, or counted and masked; never a hang."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -17,7 +16,7 @@ from tiny import write_config
 from clipscale.cli import main
 
 SECONDS = 30  # "within seconds", with room for a busy machine
-IMPORT_SECONDS = 60  # the same for a process that imports torch first
+IMPORT_SECONDS = 120  # the same for a process that imports torch first
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +82,6 @@ def test_a_wrong_shard_path_as_a_command():
     assert "'nowhere/0.tar' is not a file (and 3 more of 4); check the path" in the_error(err)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_ctrl_c_is_one_line_and_130_and_the_run_goes_on_later(good, capsys):
     arguments = train(good, "train.samples=800_000", "checkpoint.every_steps=2")
     process = command(arguments)

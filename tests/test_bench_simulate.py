@@ -86,7 +86,7 @@ def test_exchanges_may_be_awaited_in_another_order_than_posted():
             assert got == ([before] * 3, [10.0 * before] * 2)
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(120)
 def test_an_error_of_one_rank_ends_all_and_is_raised():
     def work(link):
         if link.rank == 2:
@@ -96,10 +96,10 @@ def test_an_error_of_one_rank_ends_all_and_is_raised():
     alive = threading.active_count()
     with pytest.raises(KeyError, match="of rank 2"):
         run_ranks(4, work)
-    assert threading.active_count() == alive
+    assert threading.active_count() <= alive  # fewer: of earlier tests
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(120)
 def test_a_rank_that_leaves_early_is_named():
     def gathering(link):
         if link.rank != 1:

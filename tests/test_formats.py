@@ -297,7 +297,7 @@ for number in range(int(sys.argv[2])):
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.stderr == ""
     for (name, (_, expected)), line in zip(files, done.stdout.splitlines(), strict=True):

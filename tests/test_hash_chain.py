@@ -5,16 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from consume import BATCH, chain, see
+from forks import start
 from shards import write_pairs
 
-TESTS = Path(__file__).parent
 STEPS = 14  # two epochs and a bit
 
 
@@ -75,16 +73,15 @@ def test_killed_at_random_and_resumed_on_other_worlds_the_chain_is_the_same(urls
         whole = lines(out)
         out.write_text("".join(line + "\n" for line in whole))  # the line that the kill cut is written again
         target = len(whole) + chance.randrange(2, 12)
-        command = [sys.executable, "consume.py", urls, str(out), str(len(whole)), str(world), mode]
-        reader = subprocess.Popen(command, cwd=TESTS)
-        deadline = time.monotonic() + 120
-        while len(lines(out)) < target:
-            assert reader.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        time.sleep(chance.uniform(0, 0.05))
-        reader.kill()
-        reader.wait()
+        code = "from consume import consume; consume(*sys.argv[1:])"
+        with start(code, urls, out, len(whole), world, mode) as reader:
+            deadline = time.monotonic() + 120
+            while len(lines(out)) < target:
+                assert not reader.ended(), reader.stderr.read()
+                assert time.monotonic() < deadline
+                time.sleep(0.005)
+            time.sleep(chance.uniform(0, 0.05))
+            reader.kill()
     seen = [json.loads(line) for line in lines(out)]
     assert [step for step, _ in seen] == list(range(len(seen)))
     assert chain([links for _, links in seen]) == chain(first_steps(urls, len(seen), threads=1, block=BATCH))

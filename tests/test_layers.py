@@ -225,10 +225,9 @@ def is_kernel(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
     return any("triton.jit" in ast.unparse(decorator) for decorator in function.decorator_list)
 
 
+@pytest.mark.needs("git")
 def test_top_level_folders():
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
-    if tracked.returncode:
-        pytest.skip("no git checkout")
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
     folders = {Path(line).parts[0] for line in tracked.stdout.splitlines() if "/" in line}
     assert folders <= FOLDERS
     missing = {name for name in FOLDERS if not name.startswith(".") and not (ROOT / name).is_dir()}
@@ -250,5 +249,5 @@ except SystemExit as stop:
 loaded = [name for name in ("torch", "open_clip", "webdataset") if name in sys.modules]
 assert not loaded, loaded
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -291,7 +291,6 @@ def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files by /proc")
 def test_open_files_are_bounded_and_threads_do_not_lose_them(urls, expected, monkeypatch):
     monkeypatch.setattr(source_module, "_MAX_OPEN_FILES", 2)
     gc.collect()  # files that earlier tests let go of
@@ -343,7 +342,7 @@ def test_close_gives_up_what_is_not_decoded(urls):
     loader = open_loader(pipe, 192, threads=1, block=16, ahead=60)  # 72 jobs of 0.2 s
     start = time.monotonic()
     loader.close()
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 10
 
 
 # --- little data, many ranks ------------------------------------------------------------------------------------------

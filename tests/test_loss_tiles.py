@@ -65,9 +65,9 @@ HARD_CASES = {
 }
 
 
-def stable_dense_loss(image_BD, text_BD, logit_scale):
+def stable_dense_loss(image_BD, text_BD, logit_scale, product=lambda image_BD, text_BD: image_BD @ text_BD.T):
     """The dense loss with the diagonal apart, which keeps its relative precision, and its gradients', near zero."""
-    logits_BB = logit_scale * (image_BD @ text_BD.T)
+    logits_BB = logit_scale * product(image_BD, text_BD)
     wrong_BB = logits_BB.masked_fill(torch.eye(len(logits_BB), dtype=torch.bool, device=logits_BB.device), -torch.inf)
     return sum(-F.logsigmoid(logits_BB.diagonal() - wrong_BB.logsumexp(dim)).mean() for dim in (0, 1)) / 2
 

@@ -3,7 +3,6 @@ import email.utils
 import hashlib
 import os
 import pickle
-import shutil
 import socket
 import ssl
 import subprocess
@@ -245,7 +244,7 @@ def test_stalls_end(server, fault, cause):
     server.faults["/00.tar"] = repeat(fault)
     start = time.monotonic()
     message = refused(f"{server.url}/00.tar", STALL)
-    assert 0.8 <= time.monotonic() - start < 5
+    assert 0.8 <= time.monotonic() - start < 20
     assert "stalled: " in message
     assert cause in message
     assert server.requests["/00.tar"] == 2
@@ -277,15 +276,18 @@ def test_headers_that_drip_are_a_stall(tmp_path):
         start = time.monotonic()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/x.tar"
         assert "no answer for 0.4 s" in refused(url, Fetch(stall_seconds=0.4, retries=0))
-        assert time.monotonic() - start < 3
+        assert not ended.is_set()
+        assert time.monotonic() - start < 9  # the whole header takes 11
         ended.set()
         thread.join(5)
 
 
 def test_a_slow_server_above_the_floor_is_no_stall(server, tmp_path):
     (tmp_path / "slow.tar").write_bytes(DATA[:4000])
-    server.faults["/slow.tar"] = [Fault(drip_seconds=0.0002)]
-    assert fetched(f"{server.url}/slow.tar", Fetch(stall_seconds=0.3, retries=0)) == DATA[:4000]
+    server.faults["/slow.tar"] = [Fault(drip_seconds=0.0005)]
+    start = time.monotonic()
+    assert fetched(f"{server.url}/slow.tar", Fetch(stall_seconds=1.5, retries=0)) == DATA[:4000]
+    assert time.monotonic() - start > 1.5
 
 
 def test_a_slow_disk_is_no_stall(server):
@@ -389,12 +391,11 @@ def test_names_with_blanks_and_letters_beyond_ascii(server, tmp_path):
     assert {path for path, _ in server.log} == {"/ein%20t%C3%A4r.tar"}
 
 
+@pytest.mark.needs("openssl")
 def test_an_untrusted_certificate_is_final(tmp_path):
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl makes the certificate")
     pem = tmp_path / "pem"
     make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]
-    subprocess.run([*make, "-keyout", pem, "-out", tmp_path / "cert"], check=True, capture_output=True, timeout=60)
+    subprocess.run([*make, "-keyout", pem, "-out", tmp_path / "cert"], check=True, capture_output=True, timeout=300)
     with serve(tmp_path) as server:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(tmp_path / "cert", pem)
@@ -500,7 +501,7 @@ def test_a_client_without_timeouts_is_given_up(bucket):
     Bucket.plan = [lambda: None, lambda: ended.wait(60), lambda: ended.wait(60)]
     start = time.monotonic()
     assert "stalled: no byte for 0.4 s at byte 100000 of 300000" in refused("s3://bucket/00.tar", STALL)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30  # of 60
     ended.set()
 
 
@@ -535,7 +536,7 @@ def test_a_silent_command_is_ended_with_all_its_children(tmp_path):
     start = time.monotonic()
     message = refused(f"pipe:echo x; (sleep 98 & echo $! >> {marker}; wait); echo y", STALL)
     assert "stalled: no byte for 0.4 s" in message
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30  # of 98
     pids = [int(line) for line in marker.read_text().split()]
     assert len(pids) == 2
     wait_until(lambda: not any(running(pid) for pid in pids))
@@ -569,9 +570,9 @@ def test_stop_is_obeyed_at_once(server, fault):
     time.sleep(0.1)
     start = time.monotonic()
     stop.set()
-    thread.join(5)
+    thread.join(20)
     assert ended
-    assert ended[0] - start < 0.5
+    assert ended[0] - start < 20  # not the 30 seconds of a stall, nor the 50 of a pause
 
 
 def test_an_abandoned_thread_does_not_keep_the_process(server):
@@ -588,7 +589,7 @@ def test_an_abandoned_thread_does_not_keep_the_process(server):
         env=os.environ | {"PYTHONPATH": place},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.stdout == "given up\n", done.stderr
 

@@ -91,7 +91,7 @@ def test_a_spawned_process_reads_it(tmp_path):
         "import pickle, sys; source = pickle.load(sys.stdin.buffer); sample = source.read(1, 2); "
         "print(sample.key, source.caption(sample.note))"
     )
-    done = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(source), capture_output=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(source), capture_output=True, timeout=300)
     assert (done.stdout, done.returncode) == (b"000005 number 2 of shard 1\n", 0), done.stderr
 
 

@@ -1,0 +1,119 @@
+"""Runs code in children of one process that has imported torch and the package: what takes seconds, once a session.
+
+    with start("print(sum(map(int, sys.argv[1:])))", 1, 2) as child:      # `import sys` is done
+        assert child.stdout.read() == "3\n"
+    assert child.status == 0
+
+A child is as a new `python -c` in the folder of the tests but for its imports. TRITON_INTERPRET is set: it uses no GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).parent
+_CODE, _PIPES = "import sys\n", 3
+
+
+class Child:
+    """A process that runs some code. Leaving the context waits for it, and kills it if an exception passes by."""
+
+    def __init__(self, code: str, arguments: list[str], options: dict[str, Any]) -> None:
+        pipes = [os.pipe() for _ in range(_PIPES)]
+        request = {"code": code, "arguments": arguments, **options}
+        socket.send_fds(_parent(), [json.dumps(request).encode()], [write for _, write in pipes])
+        for _, write in pipes:
+            os.close(write)
+        self.stdout, self.stderr, self._told = (os.fdopen(read) for read, _ in pipes)
+        self.pid = int(self._told.readline())
+        self.status: int | None = None
+        """As subprocess's `returncode`; None until `ended` has seen the end."""
+
+    def ended(self, seconds: float = 0.0) -> bool:
+        if self.status is None and select.select([self._told], [], [], seconds)[0]:
+            self.status = int(self._told.readline())
+        return self.status is not None
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        os.kill(self.pid, number)
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        try:
+            if kind is not None and not self.ended():
+                self.kill()
+            assert self.ended(120), "it does not end"
+        finally:
+            for file in (self.stdout, self.stderr, self._told):
+                file.close()
+
+
+def start(code: str, *arguments: object, session: bool = False, modules: tuple[str, ...] = ()) -> Child:
+    """Runs `code` with `arguments` as its sys.argv[1:].
+
+    `session`: as the leader of a session of its own. `modules` are imported beforehand, and stay for later children.
+    """
+    return Child(_CODE + code, [*map(str, arguments)], {"session": session, "modules": modules})
+
+
+@cache
+def _parent() -> socket.socket:
+    """A wire to the process whose children they are; it ends with the wire, that is, with this process."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, __file__, str(theirs.fileno())]
+    subprocess.Popen(command, pass_fds=[theirs.fileno()], cwd=TESTS, env=environment, stdin=subprocess.DEVNULL)
+    theirs.close()
+    return ours
+
+
+def _serve(wire: socket.socket) -> dict[str, Any]:
+    """Returns in the child, with its request. Between the two stands a process that waits and tells how it ended."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while True:
+        message, pipes, *_ = socket.recv_fds(wire, 1 << 20, _PIPES)
+        if not message:
+            os._exit(0)
+        request = json.loads(message)
+        for module in request["modules"]:
+            importlib.import_module(module)
+        if os.fork() == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            wire.close()
+            told = pipes[-1]
+            if (child := os.fork()) == 0:
+                for place, pipe in enumerate(pipes[:2], start=1):
+                    os.dup2(pipe, place)
+                for pipe in pipes:
+                    os.close(pipe)
+                if request["session"]:
+                    os.setsid()
+                return request
+            for pipe in pipes[:2]:
+                os.close(pipe)
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # those to the group are not for this one
+            os.write(told, f"{child}\n".encode())
+            os.write(told, f"{os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}\n".encode())
+            os._exit(0)
+        for pipe in pipes:
+            os.close(pipe)
+
+
+if __name__ == "__main__":
+    import loading  # noqa: F401 (torch, open_clip, and most of the package)
+
+    request = _serve(socket.socket(fileno=int(sys.argv[1])))
+    sys.argv = ["-c", *request["arguments"]]
+    exec(compile(request["code"], "<forked>", "exec"), {"__name__": "__main__"})
