@@ -255,6 +255,9 @@ def ends_well(work, *arguments, **settings):
 
 assert main(["train", "configs/quickstart.yaml", "--print-config"]) == 0
 assert main(["train", "configs/quickstart.yaml", "gradcache.image_chunk=0"]) == 2
+for name in commands.COMMANDS:
+    output = ["--output", "no-such/out.png"] if name != "check" else []
+    assert main(["shards", name, "no-such.tar", *output]) == 2
 below = [["bench", "loss"], ["bench", "data"], ["eval", "zeroshot"], *(["shards", name] for name in commands.COMMANDS)]
 for words in [[], *([name] for name in COMMANDS), *below]:
     ends_well(main, [*words, "--help"])

@@ -1,4 +1,4 @@
-"""`clipscale shards` and the scripts of data_tools/: one work, one set of texts, two doors; shardkit/publish.py."""
+"""`clipscale shards` and the scripts of data_tools/: one work, one set of texts, two doors; destination.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tools import FOLDER, load_tool
 
 from clipscale.cli import main
 from clipscale.shardkit.commands import run_script
-from clipscale.shardkit.publish import building
+from clipscale.shardkit.destination import building
 from clipscale.tell import tell
 
 SCRIPTS = {"make": "make_shards", "check": "check_shards", "inspect": "inspect_shard", "imagenet": "imagenet_shards"}
@@ -112,7 +112,7 @@ def test_a_script_passes_on_what_is_told_and_what_was_interrupted(capsys):
     assert capsys.readouterr().err.splitlines() == ["x.py: a.tar is damaged", "x.py: interrupted, nothing was written"]
 
 
-# --- publish ----------------------------------------------------------------------------------------------------------
+# --- destination ------------------------------------------------------------------------------------------------------
 
 
 def test_files_move_in_together_and_replace_the_old_ones(tmp_path):

@@ -17,7 +17,7 @@ from clipscale.data.shard.writer import ShardWriter
 from clipscale.errors import require
 from clipscale.files import write_file
 from clipscale.progress import progress_bar
-from clipscale.shardkit.publish import building
+from clipscale.shardkit.destination import building
 
 ROW_BYTES = 1 + 3 * 32 * 32  # a label, then the red, the green and the blue plane
 

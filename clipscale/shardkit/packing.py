@@ -10,61 +10,24 @@ Equal rows give equal bytes, whatever the number of processes.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from clipscale.data.shard.writer import ShardWriter
-from clipscale.errors import require
 from clipscale.files import write_file
 from clipscale.progress import progress_bar
+from clipscale.shardkit.destination import Destination, building
 from clipscale.shardkit.inputs import Refusal, Row
 from clipscale.shardkit.pictures import Encoding, Picture, read_pictures
-from clipscale.shardkit.publish import building
 from clipscale.shardkit.text import printable
-
-
-@dataclass(frozen=True)
-class Destination:
-    output: Path
-    prefix: str  # '': shards are called 00000.tar, as img2dataset's are
-    samples_per_shard: int
-    overwrite: bool
-
-    def old_shards(self) -> list[Path]:
-        """What is there under this prefix.
-
-        Raises:
-            UserError: something, without `overwrite`; or the folder cannot be one.
-        """
-        plain = "/" not in self.prefix and not self.prefix.startswith(".")
-        require(plain, f"--prefix {self.prefix!r}: must be a plain file name, or empty")
-        require(not self.output.exists() or self.output.is_dir(), f"{self.output} is a file: --output must be a folder")
-        start = f"{self.prefix}-" if self.prefix else ""
-        found = self.output.glob(f"{glob.escape(start)}*.tar")
-        old = sorted(path for path in found if path.name[len(start) : -len(".tar")].isdigit())
-        require(
-            not old or self.overwrite,
-            f"{self.output} already holds {len(old)} shards {start}*.tar: choose another --prefix or --overwrite",
-        )
-        return old
 
 
 class Written(NamedTuple):
     paths: list[Path]
     samples: int
     refusals: list[Refusal]
-
-
-def in_random_order(rows: list[Row], seed: int) -> list[Row]:
-    """Ranks of raw Philox words: unlike Generator.permutation the same in every version of numpy."""
-    words = np.random.Philox(key=np.array([seed, 0], dtype=np.uint64)).random_raw(len(rows))
-    return [rows[index] for index in np.argsort(words, kind="stable").tolist()]
 
 
 def pack(rows: list[Row], refusals: list[Refusal], to: Destination, encoding: Encoding, jobs: int) -> Written:

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from clipscale.data.bad import BadSample
-from clipscale.data.fetch.urls import expand_urls, masked
+from clipscale.data.fetch.urls import masked
 from clipscale.data.pixels.decode import decode, picture_size
 from clipscale.data.shard.captions import CaptionError, CaptionRule
 from clipscale.data.shard.select import IMAGE_SUFFIXES, MAX_LABEL_BYTES, MAX_PICTURE_BYTES, group
@@ -52,21 +52,19 @@ class Look:
 
 
 def read_tiles(
-    shard: str, look: Look, start: int, samples: int, seed: int | None, cache_dir: str | None
+    url: str, look: Look, start: int, samples: int, seed: int | None, cache_dir: str | None
 ) -> tuple[list[Tile], int]:
     """(the tiles, number of samples in the shard).
 
     Args:
-        shard: path or URL.
+        url: of the shard, or a path.
         start: number of the first sample.
         samples: at most so many: the next ones, with `seed` drawn at random from there on.
     """
-    urls = expand_urls(shard)
-    require(len(urls) == 1, f"{masked(shard)!r} names {len(urls)} shards: give one")
-    with opened(urls[0], cache_for(urls, cache_dir)) as tar:
+    with opened(url, cache_for([url], cache_dir)) as tar:
         listing = list_members(tar)
         found = list(group(listing.names))
-        require(bool(found), f"{masked(urls[0])} holds no sample ({listing.cut or 'an empty archive'})")
+        require(bool(found), f"{masked(url)} holds no sample ({listing.cut or 'an empty archive'})")
         require(start < len(found), f"--start {start}: the shard has the samples 0 to {len(found) - 1}")
         numbers = np.arange(start, len(found))
         if seed is not None:

@@ -1,7 +1,7 @@
 """Shards checked, all together: counts, sizes, duplicates.
 
     wanted = Wanted(need="pairs", caption="txt", max_pixels=50_000_000)
-    report = check_shards("train-{0000..0099}.tar", wanted, jobs=8, scratch=None, broken=None, cache_dir=None)
+    report = check_shards(urls, wanted, jobs=8, scratch=None, broken=None, cache_dir=None)
     report["usable"], report["findings"]        # 999998, {'truncated': 2}
 
 Flow: processes check whole shards (checks.py) -> counts add up here, hashes and sizes wait on disk (tally.py), so that
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from clipscale.data.fetch.cache import ShardCache
-from clipscale.data.fetch.urls import expand_urls, masked
+from clipscale.data.fetch.urls import masked
 from clipscale.files import whole_file
 from clipscale.pool import map_in_processes
 from clipscale.progress import progress_bar
@@ -114,20 +114,16 @@ def combined(pictures: np.ndarray, captions: np.ndarray) -> np.ndarray:
 
 
 def check_shards(
-    shards: str, wanted: Wanted, *, jobs: int, scratch: str | None, broken: Path | None, cache_dir: str | None
+    urls: list[str], wanted: Wanted, *, jobs: int, scratch: str | None, broken: Path | None, cache_dir: str | None
 ) -> dict:
     """The report, as `clipscale shards check --json` writes it.
 
     Args:
-        shards: paths, globs, braces or URLs, joined by '::'.
+        urls: of the shards, or paths.
         scratch: folder for what grows with the samples, 112 bytes each; None: the system's.
         broken: file for every finding, a line of JSON each.
         cache_dir: for copies of remote shards; None: the user's cache folder.
-
-    Raises:
-        UserError: shards that are not there, or named twice.
     """
-    urls = expand_urls(shards)
     cache, start = cache_for(urls, cache_dir), time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="check_shards.", dir=scratch) as folder:
         totals = Totals(Path(folder))

@@ -6,7 +6,8 @@
 
 A module holds `WHAT` (in a list of commands), `DESCRIPTION` and `EXAMPLES` (for its help; PROGRAM stands for what a
 person types), `LEFT` (what Ctrl-C leaves behind), `add_arguments(parser)` and `run(arguments)`, which gives the exit
-status. It imports torch, and whatever needs it, only in `run`: help and mistakes answer at once.
+status. What needs torch is imported in `run` alone, once the arguments are known to be right, so that help and
+mistakes answer at once.
 """
 
 from __future__ import annotations

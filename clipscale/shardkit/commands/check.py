@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from clipscale.data.fetch.urls import expand_urls
 from clipscale.errors import require
 from clipscale.files import write_file
 from clipscale.shardkit.commands.options import add_jobs, add_reading
@@ -49,12 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     for path in filter(None, (arguments.json, arguments.broken)):  # before the work, not after it
         require(path.parent.is_dir(), f"cannot write {path}: {path.parent} is no folder")
+    urls = expand_urls("::".join(arguments.urls))
     from clipscale.shardkit.checks import Wanted
     from clipscale.shardkit.totals import check_shards
 
     wanted = Wanted(arguments.need, arguments.caption, arguments.max_pixels)
     places = {"scratch": arguments.scratch, "broken": arguments.broken, "cache_dir": arguments.cache_dir}
-    report = check_shards("::".join(arguments.urls), wanted, jobs=arguments.jobs, **places)
+    report = check_shards(urls, wanted, jobs=arguments.jobs, **places)
     if arguments.json:
         write_file(arguments.json, json.dumps(report, indent=1) + "\n")
     print_report(report)

@@ -15,7 +15,9 @@ from clipscale.errors import require
 from clipscale.files import write_file
 from clipscale.progress import track
 from clipscale.shardkit.commands.options import natural
-from clipscale.shardkit.commands.packing import add_packing, packing_of, print_written
+from clipscale.shardkit.commands.packing import add_packing, destination_of, encoding_of, print_written
+from clipscale.shardkit.imagenet import Labels, find_pictures
+from clipscale.shardkit.inputs import in_random_order
 
 WHAT = "pack ImageNet, or any folder or tar of classes"
 DESCRIPTION = "Pack ImageNet (ILSVRC2012), or any folder or tar of classes, into labelled WebDataset shards."
@@ -59,22 +61,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from clipscale.shardkit.imagenet import Labels, find_pictures
-    from clipscale.shardkit.packing import in_random_order, pack
-
     start = time.perf_counter()
     numbers_only = arguments.synsets is None and arguments.first_label is None
     require(arguments.val_labels is not None or numbers_only, "--synsets and --first-label belong to --val-labels")
     labels = None
     if arguments.val_labels is not None:
         labels = Labels(arguments.val_labels, arguments.synsets, arguments.first_label)
-    to, encoding = packing_of(arguments)
-    to.old_shards()  # a refusal comes before the work
+    to = destination_of(arguments)
     found = find_pictures(arguments.source, labels, lambda members: track(members, "listing archives"))
     rows = found.rows
     if arguments.shuffle:  # from the order of names, so that a folder and its archive give the same shards
         rows = in_random_order(sorted(rows, key=lambda row: row.name), arguments.seed)
-    written = pack(rows, found.refusals, to, encoding, arguments.jobs)
+    from clipscale.shardkit.packing import pack  # with torch
+
+    written = pack(rows, found.refusals, to, encoding_of(arguments), arguments.jobs)
     print_written(written, arguments.output, arguments.source, time.perf_counter() - start)
     name = f"{arguments.prefix}-synsets.txt" if arguments.prefix else "synsets.txt"
     write_file(arguments.output / name, "".join(f"{synset}\n" for synset in found.classes))

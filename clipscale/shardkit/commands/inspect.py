@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from clipscale.data.fetch.urls import expand_urls, masked
 from clipscale.errors import require
 from clipscale.files import whole_file
 from clipscale.shardkit.commands.options import add_reading, natural, positive
@@ -41,18 +42,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     kind = arguments.output.suffix.lower()
     require(kind in (".png", ".html"), f"--output {str(arguments.output)!r}: must end in .png or .html")
-    from clipscale.data.fetch.urls import masked
+    urls, name = expand_urls(arguments.shard), masked(arguments.shard)
+    require(len(urls) == 1, f"{name!r} names {len(urls)} shards: give one")
     from clipscale.shardkit.sheet import Look, draw_sheet, read_tiles, write_page
 
     look = Look(arguments.caption, arguments.max_pixels, arguments.tile)
     wanted = (arguments.start, arguments.samples, arguments.seed)
-    tiles, samples = read_tiles(arguments.shard, look, *wanted, arguments.cache_dir)
+    tiles, samples = read_tiles(urls[0], look, *wanted, arguments.cache_dir)
     broken = sum(tile.picture is None for tile in tiles)
     note = f"{len(tiles)} of {samples:,} samples" + (f", {broken} without a picture" if broken else "")
     if kind == ".png":
         data = draw_sheet(tiles, arguments.columns, arguments.tile)
     else:
-        data = write_page(tiles, masked(arguments.shard), note, arguments.columns, arguments.tile).encode()
+        data = write_page(tiles, name, note, arguments.columns, arguments.tile).encode()
     with whole_file(arguments.output, "wb") as file:
         file.write(data)
     print(f"{arguments.output}: {note}")

@@ -15,8 +15,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from clipscale.shardkit.commands.packing import add_packing, packing_of, print_written
-from clipscale.shardkit.inputs import Keys, Refusal, Row, read_source
+from clipscale.shardkit.commands.packing import add_packing, destination_of, encoding_of, print_written
+from clipscale.shardkit.inputs import Keys, Refusal, Row, in_random_order, read_source
 
 WHAT = "pack pictures with captions into shards"
 DESCRIPTION = """\
@@ -55,15 +55,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from clipscale.shardkit.packing import in_random_order, pack
-
     start = time.perf_counter()
-    to, encoding = packing_of(arguments)
-    to.old_shards()  # a refusal comes before the work
+    to = destination_of(arguments)
     rows, refusals = read_rows(arguments.source, Keys(arguments.image_key, arguments.caption_key, arguments.label_key))
     if arguments.shuffle:
         rows = in_random_order(rows, arguments.seed)
-    written = pack(rows, refusals, to, encoding, arguments.jobs)
+    from clipscale.shardkit.packing import pack  # with torch
+
+    written = pack(rows, refusals, to, encoding_of(arguments), arguments.jobs)
     print_written(written, arguments.output, arguments.source, time.perf_counter() - start)
     return 0
 

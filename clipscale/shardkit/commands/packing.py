@@ -1,7 +1,7 @@
 """What the commands that pack pictures into shards have in common: their options, and what they tell at the end.
 
 add_packing(parser, prefix="train")
-destination, encoding = packing_of(parser.parse_args())
+destination = destination_of(parser.parse_args())
 print_written(written, destination.output, source, seconds)
 """
 
@@ -18,10 +18,11 @@ from rich.text import Text
 
 from clipscale.errors import UserError
 from clipscale.shardkit.commands.options import add_jobs, add_max_pixels, natural, positive, quality
+from clipscale.shardkit.destination import Destination
 from clipscale.shardkit.text import printable
 
 if TYPE_CHECKING:
-    from clipscale.shardkit.packing import Destination, Written
+    from clipscale.shardkit.packing import Written
     from clipscale.shardkit.pictures import Encoding
 
 
@@ -43,13 +44,18 @@ def add_packing(parser: argparse.ArgumentParser, prefix: str) -> None:
     add_jobs(parser)
 
 
-def packing_of(arguments: argparse.Namespace) -> tuple[Destination, Encoding]:
-    from clipscale.shardkit.packing import Destination
+def destination_of(arguments: argparse.Namespace) -> Destination:
+    """Raises UserError if it cannot be one, or holds what is not to be replaced: before the work."""
+    to = Destination(arguments.output, arguments.prefix, arguments.samples_per_shard, arguments.overwrite)
+    to.old_shards()
+    return to
+
+
+def encoding_of(arguments: argparse.Namespace) -> Encoding:
     from clipscale.shardkit.pictures import Encoding
 
-    to = Destination(arguments.output, arguments.prefix, arguments.samples_per_shard, arguments.overwrite)
     only_shrink = not arguments.enlarge
-    return to, Encoding(arguments.max_pixels, arguments.resize, only_shrink, arguments.format, arguments.quality)
+    return Encoding(arguments.max_pixels, arguments.resize, only_shrink, arguments.format, arguments.quality)
 
 
 def print_written(written: Written, output: Path, source: Path, seconds: float) -> None:
