@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from clipscale.data.fetch.urls import expand_urls
 from clipscale.errors import require
 from clipscale.files import write_file
 from clipscale.shardkit.commands.options import add_jobs, add_reading
@@ -50,9 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     for path in filter(None, (arguments.json, arguments.broken)):  # before the work, not after it
         require(path.parent.is_dir(), f"cannot write {path}: {path.parent} is no folder")
+    from clipscale.data.fetch.urls import expand_urls
+
     urls = expand_urls("::".join(arguments.urls))
     from clipscale.shardkit.checks import Wanted
-    from clipscale.shardkit.totals import check_shards
+    from clipscale.shardkit.totals import check_shards  # with torch
 
     wanted = Wanted(arguments.need, arguments.caption, arguments.max_pixels)
     places = {"scratch": arguments.scratch, "broken": arguments.broken, "cache_dir": arguments.cache_dir}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from clipscale.data.fetch.urls import expand_urls, masked
 from clipscale.errors import require
 from clipscale.files import whole_file
 from clipscale.shardkit.commands.options import add_reading, natural, positive
@@ -42,9 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     kind = arguments.output.suffix.lower()
     require(kind in (".png", ".html"), f"--output {str(arguments.output)!r}: must end in .png or .html")
+    from clipscale.data.fetch.urls import expand_urls, masked
+
     urls, name = expand_urls(arguments.shard), masked(arguments.shard)
     require(len(urls) == 1, f"{name!r} names {len(urls)} shards: give one")
-    from clipscale.shardkit.sheet import Look, draw_sheet, read_tiles, write_page
+    from clipscale.shardkit.sheet import Look, draw_sheet, read_tiles, write_page  # with torch
 
     look = Look(arguments.caption, arguments.max_pixels, arguments.tile)
     wanted = (arguments.start, arguments.samples, arguments.seed)
