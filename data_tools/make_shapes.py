@@ -1,86 +1,14 @@
-"""Build the shapes set (procedural pictures with captions) as WebDataset shards.
+"""Build the shapes set (procedural pictures with captions) as shards.
 
 python data_tools/make_shapes.py shapes
-python data_tools/make_shapes.py shapes-control --shuffle-captions
 """
 
-import argparse
 import sys
-import time
-from pathlib import Path
+from functools import partial
 
-from clipscale.data.shapes.make import make_shapes
-from clipscale.progress import progress_bar
-from clipscale.shardkit.commands import run
+from clipscale.shardkit.commands import run_script, shapes
 
-EXAMPLES = """\
-examples:
-  python data_tools/make_shapes.py shapes
-      20,000 training pictures of 32 pixels in 8 shards, with validation and zero-shot test shards
-  python data_tools/make_shapes.py shapes64 --train-samples 1000000 --shards 100 --image-size 64
-  python data_tools/make_shapes.py control --shuffle-captions
-      the control experiment: training captions change places, so zero-shot accuracy must stay at chance
-
-The folder then holds train-NNNN.tar, validation-0000.tar, test-NNNN.tar (with .cls labels), classnames.txt,
-unseen.txt (the classes that never occur in training), templates.txt and shapes.json.
-"""
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="make_shapes.py",
-        description="Draw the shapes set: 64 (colour, shape) classes, 8 of which only the zero-shot test shows.\n"
-        "Equal arguments give equal bytes; a folder that already holds the set is left as it is.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("folder", type=Path, help="where the set goes (made if absent)")
-    parser.add_argument("--train-samples", type=int, default=20_000, metavar="N", help="default: 20000")
-    parser.add_argument("--validation-samples", type=int, default=1_024, metavar="N", help="default: 1024")
-    parser.add_argument("--test-samples", type=int, default=2_560, metavar="N", help="default: 2560, 40 per class")
-    parser.add_argument(
-        "--image-size", type=int, default=32, metavar="PIXELS", help="side of the pictures, default: 32"
-    )
-    parser.add_argument(
-        "--image-format", choices=("jpg", "png"), default="jpg", help="jpg (quality 95, default) or png"
-    )
-    parser.add_argument("--shards", type=int, default=8, metavar="N", help="number of training shards, default: 8")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="another seed, other pictures; default: 0")
-    parser.add_argument("--shuffle-captions", action="store_true", help="give training pictures each other's captions")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    arguments = vars(build_parser().parse_args(argv))
-    folder = arguments.pop("folder")
-    start, written = time.perf_counter(), 0
-
-    def work() -> int:
-        with progress_bar("drawing") as bar:
-
-            def progress(done: int, total: int) -> None:
-                nonlocal written
-                written = done
-                bar(done, total)
-
-            make_shapes(folder, **arguments, progress=progress)
-        print(summary(folder, written, time.perf_counter() - start))
-        return 0
-
-    return run("make_shapes.py", work, left="nothing was left behind")
-
-
-def summary(folder: Path, written: int, seconds: float) -> str:
-    shards = sorted(folder.glob("*.tar"))
-    classes, unseen = (len((folder / name).read_text().splitlines()) for name in ("classnames.txt", "unseen.txt"))
-    if written:
-        work = f"{written:,} pictures in {seconds:.1f} s ({written / seconds:,.0f} a second)"
-    else:
-        work = "already complete, nothing to do"
-    mebibytes = sum(shard.stat().st_size for shard in shards) / 2**20
-    held = f"{classes} classes, {unseen} of them never in training; {len(shards)} shards, {mebibytes:.1f} MiB"
-    return f"{folder}: {work}; {held}"
-
+main = partial(run_script, shapes, "make_shapes.py")
 
 if __name__ == "__main__":
     sys.exit(main())

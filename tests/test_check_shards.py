@@ -1,4 +1,4 @@
-"""data_tools/check_shards.py, clipscale/shardkit/checks.py and tally.py."""
+"""data_tools/check_shards.py, clipscale/shardkit/checks.py, totals.py and tally.py."""
 
 from __future__ import annotations
 

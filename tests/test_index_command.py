@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +86,18 @@ def test_labelled_pictures(shards, capsys):
     found, last = run(capsys, shards, "--need", "labelled")
     assert found == {"not read, .pyd": ("3", "1")}
     assert last.startswith("2 shards, 10 usable labelled pictures, fingerprint ")
+
+
+def test_current_indexes_are_counted_without_torch(shards, capsys):
+    _, last = run(capsys, shards)
+    code = """
+import sys
+from clipscale.cli import main
+assert main(["index", sys.argv[1]]) == 0
+print([name for name in ("torch", "open_clip", "webdataset", "PIL") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code, shards], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-2:] == [last, "[]"], done.stderr
 
 
 def test_a_changed_shard_is_named(shards, tmp_path, capsys):

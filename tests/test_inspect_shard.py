@@ -1,4 +1,4 @@
-"""data_tools/inspect_shard.py: contact sheets as PNG and HTML."""
+"""data_tools/inspect_shard.py and clipscale/shardkit/sheet.py: contact sheets as PNG and HTML."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import pytest
 from PIL import Image, ImageFont
 from shards import picture, write_pairs, write_shard
 from tools import load_tool
+
+from clipscale.shardkit import sheet
 
 EVIL = '"><script>alert(1)</script><img src=x onerror=alert(2)>\u202e{0}'
 CAPTIONS = ["a plain caption", "一只猫坐在垫子上", "кошка", "قطة على السجادة", "🐈", EVIL, "x" * 5000]
@@ -62,14 +64,14 @@ def test_png_shows_each_picture_in_its_place(tmp_path, capsys):
 def test_png_takes_captions_in_any_script(tmp_path, monkeypatch, font):
     tool = load_tool("inspect_shard")
     if font == "Pillow's":
-        monkeypatch.setattr(tool, "load_font", lambda: ImageFont.load_default(12))
+        monkeypatch.setattr(sheet, "load_font", lambda: ImageFont.load_default(12))
     elif font == "no FreeType":
-        monkeypatch.setattr(tool, "load_font", ImageFont.load_default_imagefont)
+        monkeypatch.setattr(sheet, "load_font", ImageFont.load_default_imagefont)
     samples = [(f"ключ{i}", {"jpg": picture(i, 30, 40), "txt": text.encode()}) for i, text in enumerate(CAPTIONS)]
     path = write_shard(tmp_path / "x.tar", samples)
     assert tool.main([str(path), "--output", str(tmp_path / "sheet.png")]) == 0
-    with Image.open(tmp_path / "sheet.png") as sheet:
-        sheet.load()
+    with Image.open(tmp_path / "sheet.png") as drawn:
+        drawn.load()
 
 
 def test_html_is_one_file_in_which_nothing_runs(tmp_path):

@@ -235,19 +235,34 @@ def test_top_level_folders():
 
 
 def test_help_and_configuration_leave_torch_alone():
-    """So that help, --print-config and mistakes answer at once."""
+    """So that help, --print-config and mistakes answer at once: every command and every script of data_tools."""
     code = """
+import runpy
 import sys
+from pathlib import Path
 import clipscale.config_load
-from clipscale.cli import main
+from clipscale.cli import COMMANDS, main
+from clipscale.shardkit import commands
+
+def ends_well(work, *arguments, **settings):
+    try:
+        work(*arguments, **settings)
+    except SystemExit as stop:
+        assert not stop.code, (arguments, stop.code)
+    loaded = [name for name in ("torch", "open_clip", "webdataset") if name in sys.modules]
+    assert not loaded, (arguments, loaded)
+
 assert main(["train", "configs/quickstart.yaml", "--print-config"]) == 0
 assert main(["train", "configs/quickstart.yaml", "gradcache.image_chunk=0"]) == 2
-try:
-    main(["--help"])
-except SystemExit as stop:
-    assert not stop.code
-loaded = [name for name in ("torch", "open_clip", "webdataset") if name in sys.modules]
-assert not loaded, loaded
+for name in commands.COMMANDS:
+    output = ["--output", "no-such/out.png"] if name != "check" else []
+    assert main(["shards", name, "no-such.tar", *output]) == 2
+below = [["bench", "loss"], ["bench", "data"], ["eval", "zeroshot"], *(["shards", name] for name in commands.COMMANDS)]
+for words in [[], *([name] for name in COMMANDS), *below]:
+    ends_well(main, [*words, "--help"])
+for script in Path("data_tools").glob("*.py"):
+    sys.argv = [str(script), "--help"]
+    ends_well(runpy.run_path, str(script), run_name="__main__")
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""data_tools/make_cifar10.py, on a small imitation of the data set's binary version."""
+"""data_tools/make_cifar10.py and clipscale/shardkit/cifar10.py, on an imitation of the data set's binary version."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""clipscale/data/shapes/make.py, shape_pictures.py, shard_writer.py and data_tools/make_shapes.py."""
+"""clipscale/data/shapes/, data/shard/writer.py and data_tools/make_shapes.py."""
 
 import hashlib
 import io

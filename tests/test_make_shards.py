@@ -1,4 +1,4 @@
-"""data_tools/make_shards.py and clipscale/shardkit/inputs.py."""
+"""data_tools/make_shards.py and clipscale/shardkit/inputs.py, pictures.py and packing.py."""
 
 import csv
 import hashlib

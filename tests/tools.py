@@ -1,7 +1,6 @@
-"""The commands of data_tools, for the tests."""
+"""The scripts of data_tools, for the tests."""
 
 import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -11,6 +10,5 @@ FOLDER = Path(__file__).resolve().parents[1] / "data_tools"
 def load_tool(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module

@@ -1,4 +1,4 @@
-"""The command line: `clipscale train`, `eval`, `index`, `bench`; one file a command, and this one that finds it.
+"""The command line: `clipscale train`, `eval`, `index`, `shards`, `bench`; one file a command, this one finds it.
 
     main(["train", "configs/quickstart.yaml"])        # -> cli/train.py: add_arguments(parser), then run(arguments)
 
@@ -24,6 +24,7 @@ COMMANDS = {
     "train": "train a model, or resume its training",
     "eval": "evaluate a checkpoint",
     "index": "index shards ahead of training, and count what is usable",
+    "shards": "make, check and look at shards",
     "bench": "measure speed, memory and exactness on this machine",
 }
 

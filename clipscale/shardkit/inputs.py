@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
+import numpy as np
+
 from clipscale.errors import UserError
 
 LIST_FORMATS = {".csv": ",", ".tsv": "\t", ".jsonl": None, ".ndjson": None}
@@ -54,6 +56,12 @@ class Keys:
     image: str | None
     caption: str | None
     label: str | None
+
+
+def in_random_order(rows: list[Row], seed: int) -> list[Row]:
+    """Ranks of raw Philox words: unlike Generator.permutation the same in every version of numpy."""
+    words = np.random.Philox(key=np.array([seed, 0], dtype=np.uint64)).random_raw(len(rows))
+    return [rows[index] for index in np.argsort(words, kind="stable").tolist()]
 
 
 # --- sources: a list or a folder -> rows and refusals -----------------------------------------------------------------

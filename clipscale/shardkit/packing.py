@@ -1,6 +1,6 @@
 """A set of shards, written whole or not at all: `<output>/<prefix>-0000.tar`, ... and `refused.jsonl`.
 
-    written = pack(rows, refusals, Destination(Path("shards"), "train", 10_000, overwrite=False), recipe, jobs=8)
+    written = pack(rows, refusals, Destination(Path("shards"), "train", 10_000, overwrite=False), encoding, jobs=8)
     written.paths, written.samples, written.refusals
 
 Keys count the samples of the set in 9 digits; members are the picture, `.txt`, `.cls` and `.json`, as far as a sample
@@ -10,49 +10,18 @@ Equal rows give equal bytes, whatever the number of processes.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
-import os
-import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from clipscale.data.shard.writer import ShardWriter
-from clipscale.errors import require
-from clipscale.files import sync_folder, write_file
+from clipscale.files import write_file
 from clipscale.progress import progress_bar
+from clipscale.shardkit.destination import Destination, building
 from clipscale.shardkit.inputs import Refusal, Row
-from clipscale.shardkit.pictures import Picture, Recipe, read_pictures
-
-
-@dataclass(frozen=True)
-class Destination:
-    output: Path
-    prefix: str  # '': shards are called 00000.tar, as img2dataset's are
-    samples_per_shard: int
-    overwrite: bool
-
-    def old_shards(self) -> list[Path]:
-        """What is there under this prefix.
-
-        Raises:
-            UserError: something, without `overwrite`; or the folder cannot be one.
-        """
-        plain = "/" not in self.prefix and not self.prefix.startswith(".")
-        require(plain, f"--prefix {self.prefix!r}: must be a plain file name, or empty")
-        require(not self.output.exists() or self.output.is_dir(), f"{self.output} is a file: --output must be a folder")
-        start = f"{self.prefix}-" if self.prefix else ""
-        found = self.output.glob(f"{glob.escape(start)}*.tar")
-        old = sorted(path for path in found if path.name[len(start) : -len(".tar")].isdigit())
-        require(
-            not old or self.overwrite,
-            f"{self.output} already holds {len(old)} shards {start}*.tar: choose another --prefix or --overwrite",
-        )
-        return old
+from clipscale.shardkit.pictures import Encoding, Picture, read_pictures
+from clipscale.shardkit.text import printable
 
 
 class Written(NamedTuple):
@@ -61,36 +30,18 @@ class Written(NamedTuple):
     refusals: list[Refusal]
 
 
-def shuffled(rows: list[Row], seed: int) -> list[Row]:
-    """Ranks of raw Philox words: unlike Generator.permutation the same in every version of numpy."""
-    words = np.random.Philox(key=np.array([seed, 0], dtype=np.uint64)).random_raw(len(rows))
-    return [rows[index] for index in np.argsort(words, kind="stable").tolist()]
-
-
-def pack(rows: list[Row], refusals: list[Refusal], to: Destination, recipe: Recipe, jobs: int) -> Written:
+def pack(rows: list[Row], refusals: list[Refusal], to: Destination, encoding: Encoding, jobs: int) -> Written:
     """Write the shards of `rows` in their order. `refusals`: what has been refused before, to be listed too."""
     old, refusals = to.old_shards(), list(refusals)
-    to.output.mkdir(parents=True, exist_ok=True)
-    build = to.output / f".{to.prefix or 'shards'}.building"
-    shutil.rmtree(build, ignore_errors=True)
-    try:
-        paths, samples = _build(rows, refusals, to, build, recipe, jobs)
-        if samples:
-            for path in paths:
-                os.replace(path, to.output / path.name)
-            paths = [to.output / path.name for path in paths]
-            for path in set(old) - set(paths):
-                path.unlink()
-            sync_folder(to.output)
-    finally:
-        shutil.rmtree(build, ignore_errors=True)
+    with building(to.output, to.prefix or "shards", old) as build:
+        names, samples = _build(rows, refusals, to, build, encoding, jobs)
     _write_refused(to.output, to.prefix, refusals)
-    return Written(paths, samples, refusals)
+    return Written([to.output / name for name in names], samples, refusals)
 
 
 def _build(
-    rows: list[Row], refusals: list[Refusal], to: Destination, build: Path, recipe: Recipe, jobs: int
-) -> tuple[list[Path], int]:
+    rows: list[Row], refusals: list[Refusal], to: Destination, build: Path, encoding: Encoding, jobs: int
+) -> tuple[list[str], int]:
     most_shards = -(-len(rows) // to.samples_per_shard)
     # So that names sort and fit one brace pattern; img2dataset's have 5 digits.
     digits = max(4 if to.prefix else 5, len(str(max(most_shards - 1, 0))))
@@ -98,14 +49,14 @@ def _build(
         progress_bar("packing") as progress,
         ShardWriter(f"{build}/{to.prefix}", samples_per_shard=to.samples_per_shard, digits=digits) as writer,
     ):
-        for done, (row, picture) in enumerate(read_pictures(rows, recipe, jobs), 1):
+        for done, (row, picture) in enumerate(read_pictures(rows, encoding, jobs), 1):
             if isinstance(picture, Refusal):
                 refusals.append(picture)
             else:
                 key = f"{writer.samples:09d}"
                 writer.write(key, _members(key, row, picture))
             progress(done, len(rows))
-    return writer.paths, writer.samples
+    return [path.name for path in writer.paths], writer.samples
 
 
 def _members(key: str, row: Row, picture: Picture) -> dict[str, bytes | str | int | dict]:
@@ -126,11 +77,6 @@ def _members(key: str, row: Row, picture: Picture) -> dict[str, bytes | str | in
 def uid(sha256: str, caption: str) -> str:
     """32 hex digits for the pair, the same in every set that holds it: what `select.uids` lists."""
     return hashlib.sha256(f"{sha256} {caption}".encode()).hexdigest()[:32]
-
-
-def printable(text: str) -> str:
-    """Text that UTF-8 can hold: odd bytes of a path as backslash escapes."""
-    return text.encode("utf-8", errors="backslashreplace").decode("utf-8")
 
 
 def _write_refused(output: Path, prefix: str, refusals: list[Refusal]) -> None:

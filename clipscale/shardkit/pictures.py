@@ -1,12 +1,12 @@
 """Pictures on their way into shards: proved to decode, made smaller where asked, in several processes.
 
-    recipe = Recipe(max_pixels=50_000_000, short_side=256)
-    picture = prepare(jpeg_bytes, recipe)              # Picture(extension='jpg', data, width=341, height=256, ...)
-    for row, picture in read_pictures(rows, recipe, jobs=8):
-        ...                                            # Picture or Refusal, in the order of the rows
+    encoding = Encoding(max_pixels=50_000_000, short_side=256)
+    picture = prepare(jpeg_bytes, encoding)            # Picture(extension='jpg', data, width=341, height=256, ...)
+    for row, picture in read_pictures(rows, encoding, jobs=8):
+        ...                                              # Picture or Refusal, in the order of the rows
 
-A picture passes if the loader's own decoder takes it, so what is packed is not masked in training. A plain recipe
-leaves its bytes as they are. A recipe that resizes or converts makes all pictures upright: those that their EXIF turns,
+A picture passes if the loader's own decoder takes it, so what is packed is not masked in training. A plain encoding
+leaves its bytes as they are. One that resizes or converts makes all pictures upright: those that their EXIF turns,
 those that become smaller and those of another format are encoded anew, without metadata (the colour profile too: the
 loader takes pixels as sRGB either way); the others keep their bytes.
 """
@@ -42,8 +42,8 @@ Format = Literal["keep", "jpg", "webp"]
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What becomes of a picture."""
+class Encoding:
+    """How pictures come into shards: as they are, or encoded anew."""
 
     max_pixels: int  # refuse larger ones
     short_side: int | None = None  # pixels of the shorter side; None: no resize
@@ -66,31 +66,31 @@ class Picture(NamedTuple):
     sha256: str  # of the original bytes
 
 
-def prepare(data: bytes, recipe: Recipe) -> Picture:
-    """One picture after `recipe`.
+def prepare(data: bytes, encoding: Encoding) -> Picture:
+    """One picture after `encoding`.
 
     Raises:
         BadSample: the loader could not decode it.
     """
-    pixels = decode(data, recipe.max_pixels)
+    pixels = decode(data, encoding.max_pixels)
     kind, sha256 = sniff(data), hashlib.sha256(data).hexdigest()
     extension = EXTENSIONS[kind]
     height, width, _ = pixels.shape
-    target = extension if recipe.format == "keep" else recipe.format
-    upright = pixels if recipe.plain else turned(pixels, orientation(data, kind))
-    size = _size_after(recipe, *upright.shape[:2])
+    target = extension if encoding.format == "keep" else encoding.format
+    upright = pixels if encoding.plain else turned(pixels, orientation(data, kind))
+    size = _size_after(encoding, *upright.shape[:2])
     if target == extension and upright is pixels and size == (height, width):
         return Picture(extension, data, width, height, width, height, sha256)
-    encoded = encode(resize(upright, size), target, recipe.quality)
+    encoded = encode(resize(upright, size), target, encoding.quality)
     return Picture(target, encoded, size[1], size[0], width, height, sha256)
 
 
-def _size_after(recipe: Recipe, height: int, width: int) -> tuple[int, int]:
+def _size_after(encoding: Encoding, height: int, width: int) -> tuple[int, int]:
     """(height, width), the aspect ratio kept."""
     short = min(height, width)
-    if recipe.short_side is None or (recipe.only_shrink and short <= recipe.short_side):
+    if encoding.short_side is None or (encoding.only_shrink and short <= encoding.short_side):
         return height, width
-    return round(height * recipe.short_side / short), round(width * recipe.short_side / short)
+    return round(height * encoding.short_side / short), round(width * encoding.short_side / short)
 
 
 def resize(pixels_HW3: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -114,23 +114,23 @@ def encode(pixels_HW3: np.ndarray, extension: str, quality: int) -> bytes:
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def read_pictures(rows: Iterable[Row], recipe: Recipe, jobs: int) -> Iterator[tuple[Row, Picture | Refusal]]:
+def read_pictures(rows: Iterable[Row], encoding: Encoding, jobs: int) -> Iterator[tuple[Row, Picture | Refusal]]:
     """(row, its picture or why there is none) in the order of `rows`, whatever the number of processes."""
     rows = iter(rows)
     chunks = iter(lambda: list(islice(rows, _CHUNK_ROWS)), [])
-    for pairs in map_in_processes(_read_chunk, chunks, jobs, recipe):
+    for pairs in map_in_processes(_read_chunk, chunks, jobs, encoding):
         yield from pairs
 
 
-def _read_chunk(rows: list[Row], recipe: Recipe) -> list[tuple[Row, Picture | Refusal]]:
+def _read_chunk(rows: list[Row], encoding: Encoding) -> list[tuple[Row, Picture | Refusal]]:
     if parent_process() is not None:
         torch.set_num_threads(1)  # the processes are the parallelism
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow on odd metadata of pictures that decode well
-        return [(row, read_picture(row, recipe)) for row in rows]
+        return [(row, read_picture(row, encoding)) for row in rows]
 
 
-def read_picture(row: Row, recipe: Recipe) -> Picture | Refusal:
+def read_picture(row: Row, encoding: Encoding) -> Picture | Refusal:
     try:
         with open(row.path, "rb") as file:
             data = file.read() if row.size is None else os.pread(file.fileno(), row.size, row.offset)
@@ -139,6 +139,6 @@ def read_picture(row: Row, recipe: Recipe) -> Picture | Refusal:
     except (OSError, ValueError) as error:  # a folder, no permission, a name with a null byte
         return Refusal(row.name, "unreadable file", row.place, str(error))
     try:
-        return prepare(data, recipe)
+        return prepare(data, encoding)
     except BadSample as bad:
         return Refusal(row.name, bad.cause, row.place, str(bad))

@@ -1,0 +1,51 @@
+"""Options that several commands have, and the numbers they take.
+
+parser.add_argument("--samples", type=positive)       # '0' is a mistake that argparse tells
+add_jobs(parser)                                      # --jobs
+add_reading(parser)                                   # --caption, --max-pixels, --cache-dir
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from clipscale.config_data import Data
+from clipscale.pool import cores
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return int(text)
+
+
+def natural(text: str) -> int:
+    if not 0 <= int(text) < 2**64:
+        raise argparse.ArgumentTypeError(f"{text} is not 0 to 2^64 - 1")
+    return int(text)
+
+
+def quality(text: str) -> int:
+    if not 1 <= int(text) <= 100:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 to 100")
+    return int(text)
+
+
+def add_jobs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--jobs", type=positive, default=cores(), metavar="N", help="processes, default: the cores (here %(default)s)"
+    )
+
+
+def add_max_pixels(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-pixels", type=positive, default=Data.max_pixels, metavar="N", help="refuse larger; default: %(default)s"
+    )
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """How a command that looks into shards reads them."""
+    add = parser.add_argument
+    add("--caption", default="txt", metavar="WHERE", help="a member's suffix, or json:<field>; default: txt")
+    add_max_pixels(parser)
+    add("--cache-dir", metavar="DIR", help="copies of remote shards; default: the user's cache folder")
