@@ -25,7 +25,7 @@ from http_server import Fault, serve
 from processes import wait_until
 
 from clipscale.config_data import Fetch
-from clipscale.data.fetch import open_fsspec
+from clipscale.data.fetch import open_fsspec, open_http
 from clipscale.data.fetch.download import Expected, FetchError, Stopped, download
 from clipscale.data.fetch.streams import open_body
 from clipscale.data.fetch.urls import OPENERS
@@ -419,6 +419,36 @@ def test_names_with_blanks_and_letters_beyond_ascii(server, tmp_path):
     assert fetched(f"{server.url}/ein tär.tar") == DATA
     assert fetched(f"{server.url}/ein%20t%C3%A4r.tar") == DATA
     assert {path for path, _ in server.log} == {"/ein%20t%C3%A4r.tar"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/a%2fb.tar?Signature=ab%2fc~d%3D&Key=", "/a/../b/./c.tar", "/a//b.tar", "/[1]+(2)@=&,;!$'*.tar", "/50%.tar"],
+)
+def test_what_the_url_says_is_asked_for_as_it_stands(server, path):
+    """A signature can be of every character, and in a bucket `..` and `%2f` are names like others."""
+    failure(server.url + path)
+    assert [asked for asked, _ in server.log] == [path]
+
+
+def test_a_body_is_kept_as_it_comes(server):
+    """`Content-Encoding` says what the file is, as servers say it of x.tar.gz: nothing is unpacked here."""
+    server.faults["/00.tar"] = [Fault(headers={"Content-Encoding": "gzip"})]
+    assert fetched(f"{server.url}/00.tar") == DATA
+
+
+def test_proxies_of_the_environment(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(open_http, "_opener", open_http._opener.__wrapped__)  # it reads the environment once
+    monkeypatch.setenv("http_proxy", server.url.replace("//", "//me:p%40ss@"))
+    monkeypatch.setenv("https_proxy", server.url)
+    (tmp_path / "http:/shards.invalid").mkdir(parents=True)
+    (tmp_path / "http:/shards.invalid/00.tar").write_bytes(DATA)
+    assert fetched("http://shards.invalid/00.tar") == DATA
+    assert server.log[0][0] == "http://shards.invalid/00.tar"
+    assert server.log[0][1]["proxy-authorization"] == "Basic " + base64.b64encode(b"me:p@ss").decode()
+    assert fetched(f"{server.url}/00.tar") == DATA  # no_proxy names its host
+    assert server.log[1][0] == "/00.tar"
+    assert "Unsupported method ('CONNECT')" in refused("https://shards.invalid/00.tar", Fetch(retries=0))
 
 
 def test_an_untrusted_certificate_is_final(tmp_path):

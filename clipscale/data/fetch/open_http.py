@@ -2,7 +2,9 @@
 
     body = open_body("https://host/x-00.tar", start=0, version=None, stall_seconds=30.0)     # see `streams.open_body`
 
-Certificates are verified; proxies are those of the environment; redirects lead to http and https only.
+Certificates are verified; proxies are those of the environment; redirects lead to http and https only. What the URL
+says is asked for as it stands, escapes and dots included, for signatures and names of objects depend on every character
+of it: urllib3 and what is built on it tidy it up, which is why the standard library's client is used.
 """
 
 from __future__ import annotations
