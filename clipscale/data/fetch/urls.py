@@ -37,7 +37,7 @@ OPENERS = {  # by scheme: the schemes that are read
 }
 _INDEX_SUFFIX = ".index"  # of the sidecars that lie beside shards: no glob means them
 _SECRET = re.compile(
-    r"(?i)([\w-]*(?:authorization|api-?key|access_key|token|password|secret)[\w-]*\s*[:=]\s*"
+    r"(?i)((?<![\w-])(?=[\w-]*(?:authorization|api-?key|access_key|token|password|secret))[\w-]+\s*[:=]\s*"
     r"(?:(?:bearer|basic|token)\s+)?)[^\s'\"&]+"
 )
 _QUERY_VALUE = re.compile(r"((?:^|&)(?:[^&=]*=)?)[^&]*?[^&\"')>\],;:.]([\"')>\],;:.]*)(?=&|$)")  # not what ends a quote
