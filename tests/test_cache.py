@@ -165,6 +165,7 @@ def test_ten_thousand_samples_of_a_dead_shard_ask_once(served, cache, monkeypatc
         with pytest.raises(FetchError) as error:
             cache.open(url)
         messages.add(str(error.value))
+        assert error.value.missing
     assert messages == {f"{url}: HTTP 404 Not Found (1 attempt)"}
     assert served.requests["/none.tar"] == 1
     (served.folder / "none.tar").write_bytes(b"here now")
@@ -434,6 +435,21 @@ def test_processes_share_one_failure(served, tmp_path):
     assert read(shared, f"{served.url}/0.tar") == data("0.tar")  # a new run tries anew
     for process in processes:
         process.join(20)
+
+
+@pytest.mark.parametrize("status", [404, 503])
+def test_who_waited_is_told_whether_the_shard_is_missing(served, tmp_path, status):
+    """By another cache on the same folder, as another process would have."""
+    patient = Fetch(retries=1, backoff_seconds=0.5)
+    first, second = (ShardCache(str(tmp_path / "cache"), 10**8, patient, False) for _ in range(2))
+    served.faults["/0.tar"] = [Fault(status=503), *[Fault(status=status)] * 3]
+    first.prefetch([f"{served.url}/0.tar"])
+    wait_until(lambda: served.log)
+    for told in (second, second, first):
+        with pytest.raises(FetchError, match=rf"0\.tar: HTTP {status} .* \(2 attempts\)$") as error:
+            told.open(f"{served.url}/0.tar")
+        assert error.value.missing == (status == 404)
+    assert served.requests["/0.tar"] in (2, 4)
 
 
 def test_a_killed_download_leaves_nothing_in_the_way(served, cache):

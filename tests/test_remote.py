@@ -1,6 +1,8 @@
 import base64
 import email.utils
 import hashlib
+import importlib
+import inspect
 import os
 import pickle
 import socket
@@ -22,8 +24,10 @@ from http_server import Fault, serve
 from processes import wait_until
 
 from clipscale.config_data import Fetch
-from clipscale.data.fetch import streams
+from clipscale.data.fetch import open_fsspec, open_http
 from clipscale.data.fetch.download import Expected, FetchError, Stopped, download
+from clipscale.data.fetch.streams import open_body
+from clipscale.data.fetch.urls import OPENERS
 
 DATA = bytes(hashlib.shake_256(b"shard").digest(300_000))
 FAST = Fetch(stall_seconds=1.0, retries=4, backoff_seconds=0.01)
@@ -70,11 +74,21 @@ def fetched(url: str, fetch: Fetch = FAST, expect: Expected | None = None) -> by
     return bytes(part.data)
 
 
-def refused(url: str, fetch: Fetch = FAST, expect: Expected | None = None) -> str:
+def failure(url: str, fetch: Fetch = FAST, expect: Expected | None = None) -> FetchError:
     with pytest.raises(FetchError) as error:
         fetched(url, fetch, expect)
     assert "\n" not in str(error.value)
-    return str(error.value)
+    return error.value
+
+
+def refused(url: str, fetch: Fetch = FAST, expect: Expected | None = None) -> str:
+    return str(failure(url, fetch, expect))
+
+
+@pytest.mark.parametrize("scheme", OPENERS)
+def test_every_scheme_has_its_opener(scheme):
+    module = importlib.import_module(f"clipscale.data.fetch.open_{OPENERS[scheme].kind}")
+    assert inspect.signature(module.open_body) == inspect.signature(open_body)
 
 
 # --- http -------------------------------------------------------------------------------------------------------------
@@ -104,6 +118,24 @@ def test_what_may_pass_is_tried_again(server, status):
     server.faults["/00.tar"] = [Fault(status=status)] * 3
     assert fetched(f"{server.url}/00.tar") == DATA
     assert server.requests["/00.tar"] == 4
+
+
+@pytest.mark.parametrize(
+    ("missing", "status"),
+    [*((True, status) for status in (400, 401, 403, 404, 410)), *((False, s) for s in (302, 408, 425, 429, 500, 503))],
+)
+def test_what_the_server_says_is_missing(server, missing, status):
+    """By what happened, not by words: those of the URL are in the message too."""
+    path = "/Permission-FileNotFound-HTTP 404/00.tar"
+    server.faults[path.replace(" ", "%20")] = repeat(Fault(status=status))
+    assert failure(server.url + path, Fetch(retries=0)).missing == missing
+
+
+def test_no_answer_is_not_missing(server):
+    server.faults["/00.tar"] = repeat(Fault(before="close"))
+    assert not failure(f"{server.url}/00.tar", Fetch(retries=0)).missing
+    server.faults["/00.tar"] = ()
+    assert not failure(f"{server.url}/00.tar", FAST, Expected(crc32=1)).missing
 
 
 def test_the_budget_ends(server):
@@ -391,6 +423,36 @@ def test_names_with_blanks_and_letters_beyond_ascii(server, tmp_path):
     assert {path for path, _ in server.log} == {"/ein%20t%C3%A4r.tar"}
 
 
+@pytest.mark.parametrize(
+    "path",
+    ["/a%2fb.tar?Signature=ab%2fc~d%3D&Key=", "/a/../b/./c.tar", "/a//b.tar", "/[1]+(2)@=&,;!$'*.tar", "/50%.tar"],
+)
+def test_what_the_url_says_is_asked_for_as_it_stands(server, path):
+    """A signature can be of every character, and in a bucket `..` and `%2f` are names like others."""
+    failure(server.url + path)
+    assert [asked for asked, _ in server.log] == [path]
+
+
+def test_a_body_is_kept_as_it_comes(server):
+    """`Content-Encoding` says what the file is, as servers say it of x.tar.gz: nothing is unpacked here."""
+    server.faults["/00.tar"] = [Fault(headers={"Content-Encoding": "gzip"})]
+    assert fetched(f"{server.url}/00.tar") == DATA
+
+
+def test_proxies_of_the_environment(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(open_http, "_opener", open_http._opener.__wrapped__)  # it reads the environment once
+    monkeypatch.setenv("http_proxy", server.url.replace("//", "//me:p%40ss@"))
+    monkeypatch.setenv("https_proxy", server.url)
+    (tmp_path / "http:/shards.invalid").mkdir(parents=True)
+    (tmp_path / "http:/shards.invalid/00.tar").write_bytes(DATA)
+    assert fetched("http://shards.invalid/00.tar") == DATA
+    assert server.log[0][0] == "http://shards.invalid/00.tar"
+    assert server.log[0][1]["proxy-authorization"] == "Basic " + base64.b64encode(b"me:p@ss").decode()
+    assert fetched(f"{server.url}/00.tar") == DATA  # no_proxy names its host
+    assert server.log[1][0] == "/00.tar"
+    assert "Unsupported method ('CONNECT')" in refused("https://shards.invalid/00.tar", Fetch(retries=0))
+
+
 @pytest.mark.needs("openssl")
 def test_an_untrusted_certificate_is_final(tmp_path):
     pem = tmp_path / "pem"
@@ -450,7 +512,7 @@ class Reads:
 @pytest.fixture
 def bucket(monkeypatch):
     fsspec.register_implementation("s3", Bucket, clobber=True)
-    monkeypatch.setattr(streams, "_RANGE_BYTES", 100_000)
+    monkeypatch.setattr(open_fsspec, "_RANGE_BYTES", 100_000)
     files = fsspec.filesystem("s3")
     Bucket.plan, Bucket.reads = [], []
     files.pipe("/bucket/00.tar", DATA)
@@ -494,6 +556,14 @@ def test_objects_that_cannot_be_had(bucket):
     assert "PermissionError: Access Denied" in refused("s3://bucket/00.tar")
     Bucket.plan = [fail(OSError("slow down"))] * 99
     assert "slow down at byte 0 of 300000 (5 attempts)" in refused("s3://bucket/00.tar")
+
+
+def test_which_objects_are_missing(bucket):
+    assert failure("s3://bucket/none.tar").missing
+    assert not failure("s3://bucket").missing  # a folder
+    for kind, missing in ((PermissionError, True), (NotADirectoryError, True), (ValueError, False), (OSError, False)):
+        Bucket.plan = [fail(kind("no"))]
+        assert failure("s3://bucket/00.tar", Fetch(retries=0)).missing == missing
 
 
 def test_a_client_without_timeouts_is_given_up(bucket):
@@ -604,4 +674,6 @@ def test_errors_are_bounded_and_travel(server):
     server.faults["/00.tar"] = repeat(Fault(status=302, headers={"Location": "ftp://" + "a" * 5000}))
     message = refused(f"{server.url}/00.tar")
     assert len(message) < 700
-    assert str(pickle.loads(pickle.dumps(FetchError(message)))) == message
+    for missing in (False, True):
+        travelled = pickle.loads(pickle.dumps(FetchError(message, missing=missing)))
+        assert (str(travelled), travelled.missing) == (message, missing)

@@ -374,10 +374,19 @@ def test_found_files_of_another_form_are_passed_over(server, remote, content):
 
 def test_a_server_that_fails_says_nothing_about_counts(server, remote):
     """Else a node that reaches it and one that does not would disagree about the order."""
+    (server.folder / "Permission").mkdir()  # a name that could be taken for what went wrong
+    write_pairs(server.folder / "Permission", 1, 4, size=8)
+    server.faults["/Permission/sizes.json"] = [Fault(status=503)] * 9
+    with pytest.raises(UserError, match=r"sizes.json: HTTP 503 .*how many samples.*: try again later"):
+        opened(f"{server.url}/Permission/0000.tar", data=remote)
+
+
+@pytest.mark.parametrize("status", [403, 404])
+def test_a_server_that_has_or_shows_no_counts(server, remote, status):
     write_pairs(server.folder, 1, 4, size=8)
-    server.faults["/sizes.json"] = [Fault(status=503)] * 9
-    with pytest.raises(UserError, match=r"sizes.json: HTTP 503 .*how many samples"):
-        opened(f"{server.url}/0000.tar", data=remote)
+    server.faults["/sizes.json"] = [Fault(status=status)] * 9
+    assert opened(f"{server.url}/0000.tar", data=remote).counts.tolist() == [4]
+    assert server.requests["/sizes.json"] == 1
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ __all__ = ["Expected", "FetchError", "ShardCache"]  # the whole of what others n
 
 _FAILED_SECONDS = 60.0  # a shard that could not be fetched fails at once for so long
 _POLL_SECONDS = 0.02
+_MISSING = "\nmissing"  # ends the note of a failure
 
 
 class ShardCache:
@@ -45,7 +46,7 @@ class ShardCache:
         self.bound_bytes = self._copies.bound_bytes
         self._lock = threading.Lock()  # of what follows
         self._stop = threading.Event()
-        self._failed: dict[str, tuple[float, str]] = {}  # URL -> until when, why
+        self._failed: dict[str, tuple[float, str]] = {}  # URL -> until when, the note of why
         self._wanted: deque[str] = deque()
         self._pending: set[str] = set()  # wanted, or being fetched for it
         self._workers: list[threading.Thread] = []
@@ -131,7 +132,7 @@ class ShardCache:
                 return file
             told = lock.note(since=began)  # by a process that failed while this one waited for it
             if told:
-                raise FetchError(told)
+                raise _noted(told)
             part = PartFile(self._copies, key, url, stop, sha256=expect.sha256 is not None)
             try:
                 download(url, part, self.fetch, expect=expect, stop=stop)
@@ -141,7 +142,7 @@ class ShardCache:
         except Stopped:
             raise FetchError(f"{masked(url)}: the cache was closed") from None
         except FetchError as error:
-            note = str(error)
+            note = _note(error)
             with self._lock:
                 self._failed[url] = time.monotonic() + _FAILED_SECONDS, note
             raise
@@ -150,9 +151,9 @@ class ShardCache:
 
     def _raise_if_failed(self, url: str) -> None:
         with self._lock:
-            until, why = self._failed.get(url, (0.0, ""))
+            until, note = self._failed.get(url, (0.0, ""))
             if time.monotonic() < until:
-                raise FetchError(why)
+                raise _noted(note)
             self._failed.pop(url, None)
 
 
@@ -173,6 +174,16 @@ class _Watch:
                 f"{self._shown}: another process has its lock {self._copies.locks / self._key} and did nothing for "
                 f"{self._patience_seconds:.0f} s; end that process"
             )
+
+
+def _note(error: FetchError) -> str:
+    """A failure as it is remembered and told to other processes: its message and, on a line of its own, whether the
+    shard is missing."""
+    return f"{error}{_MISSING}" if error.missing else str(error)
+
+
+def _noted(note: str) -> FetchError:
+    return FetchError(note.removesuffix(_MISSING), missing=note.endswith(_MISSING))
 
 
 def _key(url: str) -> str:

@@ -33,7 +33,14 @@ Facts = dict[str, int | str | None]
 
 
 class FetchError(OSError):
-    """A shard could not be fetched; names the URL (masked), the cause and the number of attempts."""
+    """A shard could not be fetched; names the URL (masked), the cause and the number of attempts.
+
+    `missing`: the server says that there is no such file, or forbids to look.
+    """
+
+    def __init__(self, message: str, *, missing: bool = False) -> None:
+        super().__init__(message)
+        self.missing = missing
 
 
 class Stopped(Exception):
@@ -152,11 +159,12 @@ class _Download:
             raise _Mismatch(wrong)
         part.reserve(body.total_bytes)
 
-    def failed(self, error: Exception, attempts: int) -> FetchError:
+    def failed(self, error: TryAgain | Refused, attempts: int) -> FetchError:
         cause = " ".join(masked(str(error)).split())[:500]
         if not isinstance(error, _Mismatch) and (self.part.written_bytes or self.total_bytes):
             cause += f" at byte {self.part.written_bytes} of {self.total_bytes or 'an unknown number'}"
-        return FetchError(f"{masked(self.url)}: {cause} ({attempts} attempt{'s' if attempts > 1 else ''})")
+        message = f"{masked(self.url)}: {cause} ({attempts} attempt{'s' if attempts > 1 else ''})"
+        return FetchError(message, missing=isinstance(error, Refused) and error.missing)
 
 
 class _Stream:

@@ -12,18 +12,32 @@ import glob
 import os
 import re
 from collections import Counter
+from typing import NamedTuple
 
-import fsspec
 from braceexpand import braceexpand
 
 from clipscale.errors import UserError, require
 
-HTTP = ("http", "https")
-FSSPEC = ("s3", "gs", "gcs", "hf")
-_EXTRAS = {"s3": "s3", "gs": "gcs", "gcs": "gcs"}  # scheme -> the extra of clipscale that brings its client
+
+class Opener(NamedTuple):
+    """What opens the URLs of a scheme."""
+
+    kind: str  # open_<kind>.py, beside this file, has their `open_body`
+    package: str | None = None  # to install for fsspec's client
+
+
+OPENERS = {  # by scheme: the schemes that are read
+    "http": Opener("http"),
+    "https": Opener("http"),
+    "s3": Opener("fsspec", "clipscale[s3]"),
+    "gs": Opener("fsspec", "clipscale[gcs]"),
+    "gcs": Opener("fsspec", "clipscale[gcs]"),
+    "hf": Opener("fsspec", "huggingface_hub"),
+    "pipe": Opener("pipe"),
+}
 _INDEX_SUFFIX = ".index"  # of the sidecars that lie beside shards: no glob means them
 _SECRET = re.compile(
-    r"(?i)([\w-]*(?:authorization|api-?key|access_key|token|password|secret)[\w-]*\s*[:=]\s*"
+    r"(?i)((?<![\w-])(?=[\w-]*(?:authorization|api-?key|access_key|token|password|secret))[\w-]+\s*[:=]\s*"
     r"(?:(?:bearer|basic|token)\s+)?)[^\s'\"&]+"
 )
 _QUERY_VALUE = re.compile(r"((?:^|&)(?:[^&=]*=)?)[^&]*?[^&\"')>\],;:.]([\"')>\],;:.]*)(?=&|$)")  # not what ends a quote
@@ -95,6 +109,12 @@ def _without_scheme(url: str) -> str:
 def check_scheme(url: str, allow_pipe: bool) -> None:
     """Raise UserError unless remote URLs like this one can be read here."""
     scheme, shown = scheme_of(url), masked(url)
+    remote = ", ".join(f"{name}://" for name in OPENERS if name != "pipe")
+    require(
+        scheme in OPENERS,
+        f"shards {shown!r}: {scheme + ':'!r} is no scheme that is read; use a path, file:, {remote}, "
+        "or pipe: with data.allow_pipe=true (a path with a colon: file:<path>)",
+    )
     if scheme == "pipe":
         require(
             allow_pipe,
@@ -102,19 +122,16 @@ def check_scheme(url: str, allow_pipe: bool) -> None:
         )
         return
     require(
-        scheme in HTTP or scheme in FSSPEC,
-        f"shards {shown!r}: {scheme + ':'!r} is no scheme that is read; use a path, file:, http://, https://, s3://, "
-        "gs://, gcs://, hf://, or pipe: with data.allow_pipe=true (a path with a colon: file:<path>)",
-    )
-    require(
         re.match(r"[^:]+://[^/\s]", url) is not None,
         f"shards {shown!r}: no host or bucket follows; write {scheme}://<host or bucket>/<path>",
     )
-    if scheme in FSSPEC:
-        package = f"clipscale[{_EXTRAS[scheme]}]" if scheme in _EXTRAS else "huggingface_hub"
+    opener = OPENERS[scheme]
+    if opener.kind == "fsspec":
+        import fsspec  # only for those who read through it
+
         try:
             fsspec.get_filesystem_class(scheme)
         except ImportError as error:
             raise UserError(
-                f"shards {shown!r}: the client for {scheme}:// is not installed; pip install '{package}'"
+                f"shards {shown!r}: the client for {scheme}:// is not installed; pip install '{opener.package}'"
             ) from error

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections import Counter
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,9 +20,6 @@ from clipscale.data.shard.index import Index, basename
 from clipscale.errors import UserError, require
 
 _MAX_BYTES = 1 << 26
-_ABSENT = re.compile(
-    r"HTTP 4(?!08|25|29)\d\d|FileNotFound|Permission|NotADirectory"
-)  # also for whom listing is forbidden
 
 
 def declared_counts(urls: list[str], counts: str | None, index: Index, cache: ShardCache) -> dict[str, int]:
@@ -94,7 +90,7 @@ def _fetch_json(url: str, cache: ShardCache) -> dict[str, Any] | None:
     try:
         file = cache.open(url)
     except FetchError as error:
-        if _ABSENT.search(str(error)):
+        if error.missing:
             return None
         raise UserError(f"{error}; it may say how many samples the shards hold: try again later") from error
     try:
