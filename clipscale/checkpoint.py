@@ -5,7 +5,7 @@
     snapshot = load_checkpoint(found)
 
 A checkpoint is a folder `checkpoints/step-000000500` with model.pt (open_clip's CustomTextCLIP state dict),
-optimizer.pt, state.json (step, position, order, counters, the loss kernels' shapes), config.yaml and manifest.json
+optimizer.pt, state.json (step, position and the fields of RunState), config.yaml and manifest.json
 (size and SHA-256 of each).
 Randomness needs no state: it is keyed by the seed and by steps and positions (gradcache.py, data/), which are here.
 Tensors are loaded with `weights_only=True`: nothing is unpickled.
@@ -20,7 +20,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -38,6 +38,20 @@ _FILES = ("model.pt", "optimizer.pt", "state.json", "config.yaml")  # of a check
 
 
 @dataclass
+class RunState:
+    """What a run keeps beside its tensors, as JSON can hold it. The names are those of state.json.
+
+    A new one is that of a run which has not begun.
+    """
+
+    order: dict[str, Any] | None = None  # what a position means (Pipeline.identity); None: not laid out yet
+    skips: dict[str, int] = field(default_factory=dict)  # masked samples by source and cause
+    scaler: dict[str, Any] = field(default_factory=dict)  # of the loss scale; empty unless in fp16
+    last_row: dict[str, Any] = field(default_factory=dict)  # of metrics
+    kernels: dict[str, list] = field(default_factory=dict)  # the loss kernels' tuned shapes; oldest checkpoints: none
+
+
+@dataclass
 class Snapshot:
     """A run after `step` steps, on the CPU or not."""
 
@@ -45,7 +59,7 @@ class Snapshot:
     position: int  # samples consumed: where the next batch begins
     model: dict[str, torch.Tensor]
     optimizer: dict[str, Any]
-    state: dict[str, Any]  # JSON: what the trainer keeps besides (order, counters, loss scaler)
+    state: RunState
     config: Config
 
 
@@ -77,7 +91,7 @@ def save_checkpoint(run_dir: str, snapshot: Snapshot, keep: int) -> Path:
     folder = Path(run_dir, "checkpoints")
     target = folder / f"step-{snapshot.step:09}"
     aside = folder / f"{target.name}.tmp-{os.getpid()}"
-    state = {"version": VERSION, "step": snapshot.step, "position": snapshot.position, **snapshot.state}
+    state = {"version": VERSION, "step": snapshot.step, "position": snapshot.position, **vars(snapshot.state)}
     try:
         for leftover in folder.glob("step-*.tmp-*"):
             shutil.rmtree(leftover)
@@ -162,10 +176,11 @@ def load_config_of(path: Path) -> Config:
 
 
 def load_checkpoint(path: Path) -> Snapshot:
-    """A verified checkpoint's content, tensors on the CPU.
+    """A verified checkpoint's content, tensors on the CPU. Tells of what state.json holds and this version cannot keep.
 
     Raises:
-        UserError: written by another layout version, or tensors that are not plain tensors.
+        UserError: written by another layout version, a state.json that lacks something, or tensors that are not plain
+            tensors.
     """
     state = json.loads((path / "state.json").read_text())
     if state.pop("version") != VERSION:
@@ -175,9 +190,21 @@ def load_checkpoint(path: Path) -> Snapshot:
         position=state.pop("position"),
         model=_load_tensors(path / "model.pt"),
         optimizer=_load_tensors(path / "optimizer.pt"),
-        state=state,
+        state=_run_state(path, state),
         config=load_config_of(path),
     )
+
+
+def _run_state(path: Path, found: dict[str, Any]) -> RunState:
+    names = {each.name for each in fields(RunState)}
+    if missing := sorted(names - {"kernels"} - found.keys()):
+        raise UserError(f"checkpoint {path}: state.json has no {', '.join(missing)}; use another checkpoint")
+    if unknown := sorted(found.keys() - names):
+        tell(
+            f"warning: checkpoint {path}: state.json holds {', '.join(unknown)}, which this clipscale does not know; "
+            "its own checkpoints will be without"
+        )
+    return RunState(**{name: value for name, value in found.items() if name in names})
 
 
 def _load_tensors(path: Path) -> dict[str, Any]:

@@ -19,9 +19,10 @@ import numpy as np
 import torch
 
 from clipscale.config import Config
-from clipscale.config_data import AugmentSettings, SourceSettings
+from clipscale.config_data import AugmentSettings, Replay, SourceSettings
 from clipscale.data.load.loader import Loader, Setup, StepBatch
-from clipscale.data.load.replay_plan import Need, Plan, budgets, build_tier, choose, tightest
+from clipscale.data.load.replay_plan import Plan, budgets, build_tier, choose_tier, tightest
+from clipscale.data.load.shape import StepShape
 from clipscale.data.pipeline import Share, build_pipeline
 from clipscale.data.pixels.augment import Augment
 from clipscale.data.shapes.make import make_shapes
@@ -83,40 +84,30 @@ class Feed:
             if shortage := source.cache_shortage(order.block_samples()):
                 tell(shortage)
         share = Share(self.global_batch, world.size, world.rank)
-        block = min(config.gradcache.image_chunk, share.slots)
-        plan, need = self._plan_replay(config, share, block, towers.image_size)
+        shape = StepShape.fit(
+            share.slots,
+            chunk=config.gradcache.image_chunk,
+            side=towers.image_size,
+            ahead_steps=data.prefetch_steps,
+            ahead_bytes=data.prefetch_bytes,
+        )
+        plan = plan_replay(config.replay, shape, world)
         change = None
         if data.augment != AugmentSettings():
             change = Augment(data.augment, config.seed)
         self.loader = Loader(
             self.pipeline,
             share,
-            Setup(block, plan.blocks, data.loader, data.threads, pin=world.device.type == "cuda"),
-            build_tier(plan, config.replay, need, world.device),
+            Setup(shape, plan.blocks, data.loader, data.threads, pin=world.device.type == "cuda"),
+            build_tier(plan, config.replay, shape, world.device),
             start=position,
             change=change,
         )
         tell(
             "data: "
             + ", ".join(f"{source.name} {source.samples:,} pairs" for source in self.pipeline.sources)
-            + f"; replay tier {plan.kind}, {plan.blocks} blocks of {block} pictures a rank"
+            + f"; replay tier {plan.kind}, {plan.blocks} blocks of {shape.chunk} pictures a rank"
         )
-
-    def _plan_replay(self, config: Config, share: Share, block: int, side: int) -> tuple[Plan, Need]:
-        """The same tier on every rank, by the tightest budget and the fullest node of any; collective."""
-        here = socket.gethostname(), budgets(config.replay, self.world.device)
-        everywhere = self.world.gather(here)
-        ahead_bytes = config.data.prefetch_bytes
-        need = Need(
-            slots=share.slots,
-            block=block,
-            side=side,
-            ahead_blocks=min(
-                config.data.prefetch_steps * -(-share.slots // block), ahead_bytes // (block * 3 * side**2)
-            ),
-            local_ranks=max(Counter(host for host, _ in everywhere).values()),
-        )
-        return choose(config.replay, need, tightest([budget for _, budget in everywhere])), need
 
     def repeats(self, batch: StepBatch) -> dict[str, int]:
         """How many pairs, and how many captions, of the whole batch stand in it more than once; collective.
@@ -137,6 +128,17 @@ class Feed:
         self.loader.close()
         for source in self.pipeline.sources:
             source.close()
+
+
+def plan_replay(replay: Replay, shape: StepShape, world: World) -> Plan:
+    """The same tier on every rank, by the tightest budget and the fullest node of any; collective.
+
+    Raises:
+        UserError: no tier fits.
+    """
+    everywhere = world.gather((socket.gethostname(), budgets(replay, world.device)))
+    local_ranks = max(Counter(host for host, _ in everywhere).values())
+    return choose_tier(replay, shape, tightest([budget for _, budget in everywhere]), local_ranks=local_ranks)
 
 
 def caption_hashes(tokens_NL: torch.Tensor) -> np.ndarray:

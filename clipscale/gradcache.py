@@ -1,6 +1,6 @@
 """The step under gradient caching (Gao et al., arXiv 2101.06983): memory for a chunk, not for the batch.
 
-    result = gradcache_step(towers, batch.images, Held(batch.tokens, size=1024), batch.valid, ...)
+    result = gradcache_step(towers, batch.images, Held(batch.tokens, chunk=1024), batch.valid, ...)
     sum_gradients(towers.encoder_parameters(), world)      # parallel.py: once a step, then the optimizer
 
 Three movements: embed every chunk without grad; take the loss and its gradients on all embeddings of all ranks at once

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from clipscale.checkpoint import (
+    RunState,
     Snapshot,
     find_checkpoint,
     load_checkpoint,
@@ -27,7 +28,7 @@ from clipscale.checkpoint import (
     save_checkpoint,
 )
 from clipscale.config import Config
-from clipscale.config_load import changed_keys, dump_config
+from clipscale.config_load import dump_config
 from clipscale.counter import fold
 from clipscale.data.load.loader import StepBatch
 from clipscale.data.load.replay import Held
@@ -45,6 +46,7 @@ from clipscale.progress import duration
 from clipscale.runlog import Pace, RunLog, memory
 from clipscale.tell import tell
 from clipscale.towers import autocast_dtype, build_towers
+from clipscale.train_report import start_lines, step_line, summary_lines
 
 
 def train(config: Config) -> list[str]:
@@ -91,42 +93,37 @@ class Trainer:
         snapshot = load_checkpoint(found) if found else None
         self.steps_done = snapshot.step if snapshot else 0
         self.position = snapshot.position if snapshot else 0
-        state = snapshot.state if snapshot else {"skips": {}, "last_row": {}, "order": None, "scaler": {}}
-        self.last_row: dict[str, Any] = state["last_row"]
-        adopt_shapes(state.get("kernels", {}))
+        state = snapshot.state if snapshot else RunState()
+        self.last_row = state.last_row
+        adopt_shapes(state.kernels)
         self.nonfinite_in_a_row = 0
         self.last_step = self.steps_done + total_steps(config, self.position)
-        self.skips = Skips(config, state["skips"], world)
-        self._tell_start(found, snapshot)
-        self._build_towers(snapshot, state["scaler"])
+        self.skips = Skips(config, state.skips, world)
+        for line in start_lines(config, world, last_step=self.last_step, found=found, snapshot=snapshot):
+            tell(line)
+        self._build_towers(snapshot)
         if self.steps_done < self.last_step:
-            self._build_data(state["order"])
+            self._build_data(state.order)
             self._begin()
 
     def run(self) -> list[str]:
         """The loop: take a batch, step, evaluate, tell, save."""
         config = self.config
         if self.steps_done == self.last_step:
-            return self._summary("already complete: nothing to do")
+            return summary_lines("already complete: nothing to do", self.last_row, config.run.dir)
         self.towers.model.train()
         first, pace = self.steps_done, Pace()
         while self.steps_done < self.last_step:
-            begin, loader = time.perf_counter(), self.feed.loader
-            waited = loader.waited_seconds
-            row = self.step(next(loader))
-            waited = loader.waited_seconds - waited
-            row |= pace.add(config.train.global_batch, waited, time.perf_counter() - begin)
-            row |= self._evaluate_if_due()
+            row = self.last_row = self._timed_step(pace) | self._evaluate_if_due()
             self.log.metrics(row)
-            self.last_row = row
             self.log.advance(self.steps_done)
             if self._due(config.run.log_every_steps):
-                self._tell_step(
-                    row | pace.interval(), pace.eta_seconds(self.steps_done - first, self.last_step - first)
-                )
+                eta = pace.eta_seconds(self.steps_done - first, self.last_step - first)
+                tell(step_line(row | pace.interval(), last_step=self.last_step, eta_seconds=eta))
             if self._due(config.checkpoint.every_steps):
                 self._save()
-        return self._summary(f"trained {self.last_step - first} steps in {duration(pace.elapsed())}")
+        what = f"trained {self.last_step - first} steps in {duration(pace.elapsed())}"
+        return summary_lines(what, self.last_row, config.run.dir)
 
     def step(self, batch: StepBatch) -> dict[str, Any]:
         """One optimizer step on one global batch; returns its row of metrics."""
@@ -159,6 +156,14 @@ class Trainer:
         self._resources.close()
 
     # --- one step -----------------------------------------------------------------------------------------------------
+
+    def _timed_step(self, pace: Pace) -> dict[str, Any]:
+        """The step on the next batch; its row with how fast it went."""
+        loader, begin = self.feed.loader, time.perf_counter()
+        waited = loader.waited_seconds
+        row = self.step(next(loader))
+        waited = loader.waited_seconds - waited
+        return row | pace.add(self.config.train.global_batch, waited, time.perf_counter() - begin)
 
     def _gradients(self, batch: StepBatch) -> StepResult:
         """Gradients of the mean over the whole step's valid pairs, summed over the ranks."""
@@ -204,7 +209,7 @@ class Trainer:
         self.scaler.update()
         return grad_norm
 
-    # --- evaluation, telling, saving ----------------------------------------------------------------------------------
+    # --- evaluation and saving ----------------------------------------------------------------------------------------
 
     def _due(self, every_steps: int) -> bool:
         return self.steps_done == self.last_step or (every_steps > 0 and self.steps_done % every_steps == 0)
@@ -217,26 +222,6 @@ class Trainer:
             row |= self.evaluations.zeroshot()
         return row
 
-    def _tell_start(self, found: Path | None, snapshot: Snapshot | None) -> None:
-        config = self.config
-        tell(
-            f"{config.run.dir}: {self.last_step} steps of {config.train.global_batch} pairs on {self.world.size} "
-            f"{self.world.device.type} rank{'s' * (self.world.size > 1)}, "
-            + (f"resuming after step {self.steps_done} from {found}" if found else "from the start")
-        )
-        for change in changed_keys(snapshot.config, config) if snapshot else []:
-            tell(f"changed since the checkpoint: {change}")
-
-    def _tell_step(self, row: dict[str, Any], eta_seconds: float) -> None:
-        memory_gib = row.get("gpu_memory_bytes", row["memory_bytes"]) / 2**30
-        tell(
-            f"step {row['step']}/{self.last_step}  samples {row['samples']:,}  loss {row['loss']:.4f}  "
-            f"scale {row['logit_scale']:.2f}  grad {row['grad_norm']:.3f}  lr {row['lr']:.2e}  "
-            f"{row['samples_per_second']:,.0f} samples/s  data wait {row['data_wait_share']:.0%}  "
-            f"memory {memory_gib:.2f} GiB  masked {row['masked_samples']}  eta {duration(eta_seconds)}"
-            + "".join(f"  {name} {value:.4f}" for name, value in row.items() if "/" in name)
-        )
-
     def _save(self) -> None:
         """Every rank reaches this at the same step; the main rank writes, an error is everyone's."""
         snapshot = Snapshot(
@@ -244,31 +229,16 @@ class Trainer:
             position=self.position,
             model=self.towers.model.state_dict(),
             optimizer=self.optimizer.state_dict(),
-            state={
-                "order": self.feed.pipeline.identity(),
-                "skips": dict(self.skips.counts),
-                "scaler": self.scaler.state_dict(),
-                "last_row": self.last_row,
-                "kernels": tuned_shapes(),  # the main rank's: on equal machines, everyone's
-            },
+            state=RunState(
+                order=self.feed.pipeline.identity(),
+                skips=dict(self.skips.counts),
+                scaler=self.scaler.state_dict(),
+                last_row=self.last_row,
+                kernels=tuned_shapes(),  # the main rank's: on equal machines, everyone's
+            ),
             config=self.config,
         )
         self.world.lead(partial(save_checkpoint, self.config.run.dir, snapshot, self.config.checkpoint.keep))
-
-    def _summary(self, what: str) -> list[str]:
-        """What was learned and where things lie."""
-        row, folder = self.last_row, Path(self.config.run.dir)
-        scores = [f"loss {row['loss']:.4f}", f"in-batch accuracy {row['image_accuracy']:.3f}"]
-        if "validation/loss" in row:
-            scores.append(f"validation loss {row['validation/loss']:.4f}")
-        if "zeroshot/top1" in row:
-            scores.append(f"zero-shot top-1 {row['zeroshot/top1']:.4f}, top-5 {row['zeroshot/top5']:.4f}")
-        return [
-            f"{what}; {row['samples']:,} samples seen, {row['masked_samples']} masked",
-            "learned: " + ", ".join(scores),
-            f"checkpoints in {folder / 'checkpoints'}, metrics in {folder / 'metrics.jsonl'}; "
-            f"curves: tensorboard --logdir {folder / 'tensorboard'}",
-        ]
 
     # --- building -----------------------------------------------------------------------------------------------------
 
@@ -290,7 +260,7 @@ class Trainer:
         # A run started from elsewhere goes on from its own checkpoints once it has any: a requeued job loses nothing.
         return found if found is not None or resume in ("auto", "fresh") else find_checkpoint(resume)
 
-    def _build_towers(self, snapshot: Snapshot | None, scaler_state: dict[str, Any]) -> None:
+    def _build_towers(self, snapshot: Snapshot | None) -> None:
         config, device = self.config, self.world.device
         autocast = autocast_dtype(config.train.precision, device)
         self.towers = build_towers(config.model, device=device, autocast=autocast, seed=config.seed)
@@ -308,8 +278,8 @@ class Trainer:
                 restore_optimizer(self.optimizer, snapshot.optimizer)
             except (RuntimeError, ValueError) as error:
                 raise UserError(f"the checkpoint does not fit the model of this config: {error}") from error
-            if scaler_state:  # empty unless that part of the run was in fp16 too
-                self.scaler.load_state_dict(scaler_state)
+            if snapshot.state.scaler:  # empty unless that part of the run was in fp16 too
+                self.scaler.load_state_dict(snapshot.state.scaler)
         broadcast_parameters(self.towers.model, self.world)
 
     def _build_data(self, recorded: dict[str, Any] | None) -> None:

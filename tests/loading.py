@@ -11,7 +11,8 @@ import torch
 from clipscale.config_data import Data, Replay, SourceSettings
 from clipscale.data.load.fill import Skip
 from clipscale.data.load.loader import Loader, Setup
-from clipscale.data.load.replay_plan import Budgets, Need, build_tier, choose
+from clipscale.data.load.replay_plan import Budgets, build_tier, choose_tier
+from clipscale.data.load.shape import StepShape
 from clipscale.data.pipeline import Pipeline, Share, build_pipeline
 
 LENGTH = 24
@@ -44,7 +45,7 @@ def open_loader(
     start: int = 0,
     world: int = 1,
     rank: int = 0,
-    block: int = 20,
+    chunk: int = 20,
     ahead: int = 3,
     mode: str = "inline",
     threads: int = 2,
@@ -55,11 +56,11 @@ def open_loader(
 ) -> Loader:
     share = Share(batch, world, rank)
     replay = Replay(kind=tier, dir=folder)
-    need = Need(share.slots, min(block, share.slots), pipe.image_size, ahead, local_ranks=world)
+    shape = StepShape(share.slots, min(chunk, share.slots), pipe.image_size, ahead)
     gpu = 2**30 if device.type == "cuda" else None
-    plan = choose(replay, need, Budgets(gpu, host=2**30, disk=2**30))
-    setup = Setup(need.block, plan.blocks, mode, threads, pin=device.type == "cuda")
-    return Loader(pipe, share, setup, build_tier(plan, replay, need, device), start=start, change=change)
+    plan = choose_tier(replay, shape, Budgets(gpu, host=2**30, disk=2**30), local_ranks=world)
+    setup = Setup(shape, plan.blocks, mode, threads, pin=device.type == "cuda")
+    return Loader(pipe, share, setup, build_tier(plan, replay, shape, device), start=start, change=change)
 
 
 @dataclass

@@ -15,6 +15,7 @@ import torch
 from tiny import tiny_config
 
 from clipscale.checkpoint import (
+    RunState,
     Snapshot,
     find_checkpoint,
     load_checkpoint,
@@ -38,7 +39,7 @@ def save(tmp_path):
             position=step * 8,
             model={"weight": torch.full((3,), float(step))},
             optimizer={"state": {}, "param_groups": []},
-            state={"skips": {"broken picture": step}},
+            state=RunState(order={"seed": 5}, skips={"broken picture": step}),
             config=tiny_config(tmp_path, "shards/*.tar"),
         )
         return save_checkpoint(str(tmp_path), snapshot, keep)
@@ -64,7 +65,7 @@ def test_a_round_trip_is_exact(tmp_path):
     for _ in range(2):
         towers.image(images)[:, 0].sum().backward()
         optimizer.step()
-    state = {"skips": {"broken picture": 2}, "order": {"seed": 2**63 - 1, "crop": [0.1, 1 / 3]}, "last_row": {}}
+    state = RunState(skips={"broken picture": 2}, order={"seed": 2**63 - 1, "crop": [0.1, 1 / 3]})
     model = towers.model.state_dict() | {"half": torch.tensor([1e-7, 3.0], dtype=torch.float16)}
     snapshot = Snapshot(7, 56, model, optimizer.state_dict(), state, config)
     path = save_checkpoint(str(tmp_path / "run"), snapshot, keep=2)
@@ -170,6 +171,72 @@ def test_another_layout_version_is_named(save):
     (path / "state.json").write_text(json.dumps(state | {"version": 99}))
     with pytest.raises(UserError, match="another layout version; this clipscale reads version 1"):
         load_checkpoint(path)
+
+
+# --- state.json -------------------------------------------------------------------------------------------------------
+
+STATE = """{
+ "version": 1,
+ "step": 3,
+ "position": 24,
+ "order": {
+  "seed": 5
+ },
+ "skips": {
+  "mine: broken picture": 2
+ },
+ "scaler": {
+  "scale": 65536.0
+ },
+ "last_row": {
+  "loss": 2.5
+ },
+ "kernels": {
+  "gradient": [
+   128,
+   true
+  ]
+ }
+}"""
+RUN_STATE = RunState(
+    order={"seed": 5},
+    skips={"mine: broken picture": 2},
+    scaler={"scale": 65536.0},
+    last_row={"loss": 2.5},
+    kernels={"gradient": [128, True]},
+)
+
+
+def rewrite(path: Path, **changes: object) -> Path:
+    """state.json with other values; None: without that name."""
+    state = json.loads((path / "state.json").read_text()) | changes
+    (path / "state.json").write_text(json.dumps({key: value for key, value in state.items() if value is not None}))
+    return path
+
+
+def test_state_json_is_that_of_earlier_versions_to_the_byte(tmp_path):
+    snapshot = Snapshot(3, 24, {}, {}, RUN_STATE, tiny_config(tmp_path, "shards/*.tar"))
+    path = save_checkpoint(str(tmp_path), snapshot, keep=1)
+    assert (path / "state.json").read_text() == STATE
+    (path / "state.json").write_text(STATE)
+    assert load_checkpoint(path).state == RUN_STATE
+
+
+def test_the_oldest_checkpoints_have_no_kernels(save, told):
+    state = load_checkpoint(rewrite(save(1), kernels=None)).state
+    assert (state.kernels, state.order, state.skips) == ({}, {"seed": 5}, {"broken picture": 1})
+    assert not told
+
+
+def test_what_a_later_version_keeps_is_not_lost_in_silence(save, told):
+    assert load_checkpoint(rewrite(save(1), averages=[3], another=1)).state.skips == {"broken picture": 1}
+    (line,) = told
+    assert "step-000000001: state.json holds another, averages, which this clipscale does not know" in line
+
+
+def test_state_that_lacks_something_is_not_taken_for_a_new_run(save):
+    with pytest.raises(UserError, match=r"step-000000001: state\.json has no order, scaler; use another checkpoint"):
+        load_checkpoint(rewrite(save(1), scaler=None, order=None))
 
 
 # --- hostile and full -------------------------------------------------------------------------------------------------

@@ -14,11 +14,12 @@ from shards import picture, write_pairs, write_shard
 from tiny import tiny_config
 
 from clipscale import feed
+from clipscale.config_data import Replay
+from clipscale.data.load.shape import StepShape
 from clipscale.data.load.workers import LoaderError
-from clipscale.data.pipeline import Share
 from clipscale.dist import World
 from clipscale.errors import UserError
-from clipscale.feed import Feed, _require_equal, caption_hashes
+from clipscale.feed import _require_equal, caption_hashes, plan_replay
 from clipscale.train import Trainer, train
 
 CPU = torch.device("cpu")
@@ -99,19 +100,16 @@ def test_a_step_that_fits_nowhere_is_refused_before_the_first(tmp_path):
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_nodes_of_several_sizes_take_one_decision(tmp_path, monkeypatch):
+def test_nodes_of_several_sizes_take_one_decision(monkeypatch):
     """Two ranks here, one there: what does not fit on one node is refused on both, or one would wait for the other."""
-    enough, too_little = (
-        tiny_config(tmp_path, "none.tar", "replay.kind=host", f"replay.host_bytes={n}") for n in (40_000, 20_000)
-    )
-    share, plans = Share(global_batch=24, world=3), []
+    enough, too_little = (Replay(kind="host", host_bytes=n) for n in (40_000, 20_000))
+    shape, plans = StepShape(slots=8, chunk=4, side=16, ahead=2), []
     for host in ("crowded", "roomy"):
         monkeypatch.setattr(feed.socket, "gethostname", lambda host=host: host)
         world = SimpleNamespace(device=CPU, gather=lambda mine: [("crowded", mine[1])] * 2 + [("roomy", mine[1])])
-        plan, need = Feed._plan_replay(SimpleNamespace(world=world), enough, share, 4, 16)
-        plans.append((plan, need.local_ranks))
+        plans.append(plan_replay(enough, shape, world))
         with pytest.raises(UserError, match=r"replay.host_bytes allows 20,000 bytes"):
-            Feed._plan_replay(SimpleNamespace(world=world), too_little, share, 4, 16)
+            plan_replay(too_little, shape, world)
     assert plans[0] == plans[1]
 
 

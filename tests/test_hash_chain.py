@@ -28,7 +28,7 @@ def first_steps(urls: str, steps: int = STEPS, **how) -> list:
 
 @pytest.fixture(scope="module")
 def expected(urls) -> list:
-    return first_steps(urls, threads=1, block=BATCH)
+    return first_steps(urls, threads=1, chunk=BATCH)
 
 
 def test_the_chain_is_of_all_samples_and_notices_any_change(expected):
@@ -47,17 +47,17 @@ def test_the_chain_is_of_all_samples_and_notices_any_change(expected):
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 @pytest.mark.parametrize("threads", [1, 2, 4])
 def test_ranks_and_threads_change_nothing(urls, expected, world, threads):
-    assert chain(first_steps(urls, world=world, threads=threads, block=4)) == chain(expected)
+    assert chain(first_steps(urls, world=world, threads=threads, chunk=4)) == chain(expected)
 
 
 @pytest.mark.parametrize("tier", ["host", "disk", "recompute"])
 @pytest.mark.parametrize("world", [1, 3])
 def test_replay_tiers_change_nothing(urls, expected, tmp_path, tier, world):
-    assert chain(first_steps(urls, tier=tier, folder=str(tmp_path), world=world, block=3)) == chain(expected)
+    assert chain(first_steps(urls, tier=tier, folder=str(tmp_path), world=world, chunk=3)) == chain(expected)
 
 
 def test_the_process_changes_nothing(urls, expected, tmp_path):
-    found = first_steps(urls, mode="process", world=2, threads=4, block=4, tier="recompute")
+    found = first_steps(urls, mode="process", world=2, threads=4, chunk=4, tier="recompute")
     assert chain(found) == chain(expected)
 
 
@@ -84,4 +84,4 @@ def test_killed_at_random_and_resumed_on_other_worlds_the_chain_is_the_same(urls
             reader.kill()
     seen = [json.loads(line) for line in lines(out)]
     assert [step for step, _ in seen] == list(range(len(seen)))
-    assert chain([links for _, links in seen]) == chain(first_steps(urls, len(seen), threads=1, block=BATCH))
+    assert chain([links for _, links in seen]) == chain(first_steps(urls, len(seen), threads=1, chunk=BATCH))

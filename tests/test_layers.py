@@ -20,7 +20,7 @@ GROUND = {
 }
 STAGES = {"data", "towers", "loss"}
 ASSEMBLY = {"gradcache", "parallel", "optim", "checkpoint", "eval"}
-ENTRIES = {"train", "feed", "evaluate"}
+ENTRIES = {"train", "train_report", "feed", "evaluate"}
 # What a room may import beside itself and (where nothing else is said) the ground.
 LAWS: dict[str, set[str]] = {
     **dict.fromkeys(GROUND, GROUND),

@@ -78,9 +78,9 @@ def test_a_crop_of_the_whole_is_the_picture_itself(urls):
 # --- threads, ranks, restarts and prefetching change nothing ----------------------------------------------------------
 
 
-@pytest.mark.parametrize(("threads", "block", "ahead"), [(1, 96, 2), (2, 7, 1), (4, 64, 9), (4, 1, 3)])
-def test_threads_blocks_and_prefetch_change_nothing(urls, expected, threads, block, ahead):
-    assert_equal(read(pipeline(urls, 96), 5, 96, threads=threads, block=block, ahead=ahead), expected)
+@pytest.mark.parametrize(("threads", "chunk", "ahead"), [(1, 96, 2), (2, 7, 1), (4, 64, 9), (4, 1, 3)])
+def test_threads_chunks_and_prefetch_change_nothing(urls, expected, threads, chunk, ahead):
+    assert_equal(read(pipeline(urls, 96), 5, 96, threads=threads, chunk=chunk, ahead=ahead), expected)
 
 
 @pytest.mark.parametrize("world", [2, 4, 3])
@@ -303,8 +303,8 @@ def test_open_files_are_bounded_and_threads_do_not_lose_them(urls, expected, mon
 
 
 def test_blocks_go_round(urls):
-    """Five blocks a step, all held until pass 2, and three ahead."""
-    loader = open_loader(pipeline(urls, 96), 96, block=20, ahead=3)
+    """Five chunks a step, all held until pass 2, and three ahead."""
+    loader = open_loader(pipeline(urls, 96), 96, chunk=20, ahead=3)
     places = set()
     for _ in range(9):
         places |= {images.data_ptr() for _, images in next(loader).images.first(CPU)}
@@ -316,7 +316,7 @@ def test_a_batch_that_is_not_walked_is_passed_over(urls, expected):
     loader = open_loader(pipeline(urls, 96), 96)
     next(loader)
     batch = next(loader)
-    next(batch.images.first(CPU))  # one block of five
+    next(batch.images.first(CPU))  # one chunk of five
     for _ in next(loader).images.first(CPU):
         pass
     assert_equal([take(loader)], [expected[3]])
@@ -339,7 +339,7 @@ def test_close_gives_up_what_is_not_decoded(urls):
         return tokenize(captions)
 
     pipe = dataclasses.replace(pipeline(urls, 192, allow_repeats=True), tokenize=slow)
-    loader = open_loader(pipe, 192, threads=1, block=16, ahead=60)  # 72 jobs of 0.2 s
+    loader = open_loader(pipe, 192, threads=1, chunk=16, ahead=60)  # 72 jobs of 0.2 s
     start = time.monotonic()
     loader.close()
     assert time.monotonic() - start < 10
@@ -388,6 +388,6 @@ def test_a_rank_fetches_ahead_what_it_will_read_itself(tmp_path, monkeypatch, so
 
     for rank in range(2):
         asked.clear()
-        read(pipe, 4, 16, world=2, rank=rank, ahead=3, block=8)
+        read(pipe, 4, 16, world=2, rank=rank, ahead=3, chunk=8)
         share, later = Share(16, 2, rank), max(1, pipe.horizon() // 16)
         assert shards_of(share, range(later, later + 4)) <= asked <= shards_of(share, range(later, later + 8))

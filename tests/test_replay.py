@@ -7,7 +7,8 @@ import torch
 from loading import CPU, open_loader, pipeline, read, take
 from shards import write_pairs
 
-from clipscale.data.load.replay import Held
+from clipscale.data.load.replay import Disk, Held
+from clipscale.data.load.shape import StepShape
 from clipscale.data.load.workers import LoaderError
 from clipscale.data.source import Sample, Source
 
@@ -52,11 +53,11 @@ def test_on_a_gpu_chunks_come_from_pinned_memory(size):
 
 
 @pytest.mark.parametrize("tier", ["host", "disk", "recompute"])
-@pytest.mark.parametrize(("block", "ahead"), [(100, 3), (9, 3), (1, 5)])
-def test_every_tier_shows_the_same_pictures_twice(urls, tmp_path, tier, block, ahead):
+@pytest.mark.parametrize(("chunk", "ahead"), [(100, 3), (9, 3), (1, 5)])
+def test_every_tier_shows_the_same_pictures_twice(urls, tmp_path, tier, chunk, ahead):
     """`read` walks both passes and compares them."""
     expected = read(pipeline(urls, 40), 4, 40)
-    found = read(pipeline(urls, 40), 4, 40, tier=tier, folder=str(tmp_path), block=block, ahead=ahead)
+    found = read(pipeline(urls, 40), 4, 40, tier=tier, folder=str(tmp_path), chunk=chunk, ahead=ahead)
     assert [batch.chain() for batch in found] == [batch.chain() for batch in expected]
     assert sum(len(batch.skips) for batch in found) == sum(len(batch.skips) for batch in expected) == 2
     assert not os.listdir(tmp_path)
@@ -66,7 +67,7 @@ def test_every_tier_shows_the_same_pictures_twice(urls, tmp_path, tier, block, a
 def test_the_gpu_tier_and_the_others_on_a_gpu(urls, tmp_path):
     device, expected = torch.device("cuda"), read(pipeline(urls, 40), 4, 40)
     for tier in ("gpu", "host", "disk", "recompute"):
-        loader = open_loader(pipeline(urls, 40), 40, tier=tier, folder=str(tmp_path), block=9, device=device)
+        loader = open_loader(pipeline(urls, 40), 40, tier=tier, folder=str(tmp_path), chunk=9, device=device)
         for wanted in expected:
             batch = next(loader)
             for walk in (batch.images.first, batch.images.again):
@@ -77,7 +78,7 @@ def test_the_gpu_tier_and_the_others_on_a_gpu(urls, tmp_path):
 
 def test_the_disk_tier_writes_what_it_is_given_and_reads_that(urls, tmp_path, monkeypatch):
     """A byte that flips on the disk is seen in pass 2: nothing is kept in memory beside the file."""
-    loader = open_loader(pipeline(urls, 40), 40, tier="disk", folder=str(tmp_path), block=9)
+    loader = open_loader(pipeline(urls, 40), 40, tier="disk", folder=str(tmp_path), chunk=9)
     batch = next(loader)
     first = torch.cat([images.clone() for _, images in batch.images.first(CPU)])
     file = loader.tier._file.fileno()
@@ -89,7 +90,7 @@ def test_the_disk_tier_writes_what_it_is_given_and_reads_that(urls, tmp_path, mo
 
 
 def test_recomputing_notices_a_shard_that_changed_between_the_passes(tmp_path):
-    loader = open_loader(pipeline(write_pairs(tmp_path, 1, 40), 40), 40, tier="recompute", block=8, ahead=3)
+    loader = open_loader(pipeline(write_pairs(tmp_path, 1, 40), 40), 40, tier="recompute", chunk=8, ahead=3)
     batch = next(loader)
     for _ in batch.images.first(CPU):
         pass
@@ -106,7 +107,7 @@ def test_recomputing_notices_a_shard_that_changed_between_the_passes(tmp_path):
 @pytest.mark.parametrize("tier", ["host", "disk", "recompute"])
 def test_a_second_pass_that_is_not_walked_holds_nothing_up(urls, tmp_path, tier):
     expected = read(pipeline(urls, 40), 4, 40)
-    loader = open_loader(pipeline(urls, 40), 40, tier=tier, folder=str(tmp_path), block=9)
+    loader = open_loader(pipeline(urls, 40), 40, tier=tier, folder=str(tmp_path), chunk=9)
     for _ in next(loader).images.first(CPU):
         pass
     partly = next(loader).images
@@ -122,7 +123,7 @@ def test_a_second_pass_that_is_not_walked_holds_nothing_up(urls, tmp_path, tier)
 @pytest.mark.parametrize("walk", ["first", "again"])
 def test_walks_that_are_left_in_the_middle_cost_no_blocks(urls, tmp_path, tier, walk):
     """More of them than there are blocks."""
-    loader = open_loader(pipeline(urls, 40), 40, tier=tier, folder=str(tmp_path), block=9)
+    loader = open_loader(pipeline(urls, 40), 40, tier=tier, folder=str(tmp_path), chunk=9)
     kept = []
     for step in range(12):
         images = next(loader).images
@@ -137,12 +138,10 @@ def test_walks_that_are_left_in_the_middle_cost_no_blocks(urls, tmp_path, tier, 
 
 
 def test_a_full_disk_is_an_error_at_once(tmp_path):
-    from clipscale.data.load.replay import Disk
-
     free = os.statvfs(tmp_path)
     pictures = free.f_bavail * free.f_frsize // (3 * 224 * 224) * 2
     with pytest.raises(OSError, match=r"No space left|File too large"):
-        Disk(pictures, 224, 16, str(tmp_path), pin=False)
+        Disk(StepShape(pictures, 16, 224, ahead=3), str(tmp_path), pin=False)
     assert not list(Path(tmp_path).iterdir())
 
 
@@ -160,7 +159,7 @@ def test_recomputing_needs_only_what_the_first_pass_could_read(tmp_path, monkeyp
 
     monkeypatch.setattr(Source, "read", read_once)
     pipe = pipeline(write_pairs(tmp_path, 2, 20, broken={33}), 40)
-    loader = open_loader(pipe, 40, tier="recompute", block=8, threads=1)
+    loader = open_loader(pipe, 40, tier="recompute", chunk=8, threads=1)
     batch = next(loader)
     first = torch.cat([images.clone() for _, images in batch.images.first(CPU)])
     if which == "first":

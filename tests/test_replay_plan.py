@@ -4,16 +4,17 @@ import pytest
 import torch
 
 from clipscale.config_data import Replay
-from clipscale.data.load.replay_plan import Budgets, Need, available_bytes, budgets, choose, tightest
+from clipscale.data.load.replay_plan import Budgets, available_bytes, budgets, choose_tier, tightest
+from clipscale.data.load.shape import StepShape
 from clipscale.errors import UserError
 
 MB = 10**6
-# 1,000 pictures of 3 x 100 x 100 bytes: 30 MB a step in 10 blocks of 3 MB; two ranks on the node.
-NEED = Need(slots=1000, block=100, side=100, ahead_blocks=5, local_ranks=2)
+# 1,000 pictures of 3 x 100 x 100 bytes: 30 MB a step in 10 chunks of 3 MB; two ranks on the node.
+SHAPE = StepShape(slots=1000, chunk=100, side=100, ahead=5)
 
 
-def plan(kind: str = "auto", *, need: Need = NEED, gpu: int | None = None, host: int = 0, disk: int | None = None):
-    chosen = choose(Replay(kind=kind, dir="x"), need, Budgets(gpu, host, disk))
+def plan(kind: str = "auto", *, gpu: int | None = None, host: int = 0, disk: int | None = None):
+    chosen = choose_tier(Replay(kind=kind, dir="x"), SHAPE, Budgets(gpu, host, disk), local_ranks=2)
     return chosen.kind, chosen.blocks
 
 

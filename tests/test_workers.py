@@ -44,7 +44,7 @@ def take_several(loader: Loader) -> None:
 
 def test_the_same_batches_as_inline_and_a_clean_end(urls):
     expected = read(pipeline(urls, 40), 5, 40)
-    loader = open_loader(pipeline(urls, 40), 40, mode="process", threads=3, block=7)
+    loader = open_loader(pipeline(urls, 40), 40, mode="process", threads=3, chunk=7)
     found = [take(loader) for _ in range(5)]
     loader.close()
     assert [batch.chain() for batch in found] == [batch.chain() for batch in expected]
@@ -111,7 +111,7 @@ from test_workers import slow
 from clipscale.data.load import workers
 pipe = dataclasses.replace(pipeline(sys.argv[1], 96), tokenize=slow)
 workers._START = workers._START.replace("main()", "main.__globals__['_SIGN_OF_LIFE_SECONDS'] = 0.5; main()")
-loader = open_loader(pipe, 96, mode="process", threads=1, block=64)
+loader = open_loader(pipe, 96, mode="process", threads=1, chunk=64)
 take(loader)
 workers._SILENCE_SECONDS = 4
 print(loader.workers.pid, flush=True)
@@ -156,7 +156,7 @@ class SlowToNote:
 
 def test_thousands_of_jobs_at_once_do_not_fill_the_wire_both_ways(urls):
     pipe = dataclasses.replace(pipeline(urls, 40, image_size=8), tokenize=SlowToNote())
-    loader = open_loader(pipe, 40, mode="process", block=1, ahead=2000)
+    loader = open_loader(pipe, 40, mode="process", chunk=1, ahead=2000)
     expected = read(pipeline(urls, 40, image_size=8), 1, 40)
     assert take(loader).chain() == expected[0].chain()
     loader.close()
@@ -172,7 +172,7 @@ def test_a_loader_that_is_halted_while_it_is_sent_jobs_is_an_error(urls, monkeyp
 
     monkeypatch.setattr(workers.LoaderProcess, "submit", submit_to_the_halted)
     with pytest.raises(LoaderError, match=r"has been silent for 2 s") as silent:
-        open_loader(pipeline(urls, 40), 40, mode="process", block=1, ahead=2000)
+        open_loader(pipeline(urls, 40), 40, mode="process", chunk=1, ahead=2000)
     process = next(f.frame.f_locals["self"] for f in silent.traceback if f.name == "submit_to_the_halted")
     process.close()
 
@@ -188,7 +188,7 @@ class Foreign:
 
 def test_why_it_ended_is_told_also_to_one_who_is_still_sending_jobs(urls):
     pipe = dataclasses.replace(pipeline(urls, 40), tokenize=Foreign())
-    loader = open_loader(pipe, 40, mode="process", block=1, ahead=2000)
+    loader = open_loader(pipe, 40, mode="process", chunk=1, ahead=2000)
     with pytest.raises(LoaderError, match="the loader failed: ValueError: invalid literal for int"):
         take(loader)
     loader.close()
@@ -212,7 +212,7 @@ def test_a_fault_of_ours_comes_with_its_traceback(urls):
 
 def test_close_gives_up_what_is_not_decoded(urls):
     pipe = dataclasses.replace(pipeline(urls, 192, allow_repeats=True), tokenize=slow)
-    loader = open_loader(pipe, 192, mode="process", threads=1, block=16, ahead=60)
+    loader = open_loader(pipe, 192, mode="process", threads=1, chunk=16, ahead=60)
     next(next(loader).images.first(CPU))
     begin = time.monotonic()
     loader.close()

@@ -22,6 +22,7 @@ from clipscale.data.load.blocks import Blocks, Layout
 from clipscale.data.load.fill import Filler, Job
 from clipscale.data.load.loader import SLOTS_PER_JOB, Loader, Setup, StepBatch
 from clipscale.data.load.replay import Host
+from clipscale.data.load.shape import StepShape
 from clipscale.data.pipeline import Pipeline, Share, build_pipeline
 from clipscale.data.pixels import decode
 from clipscale.data.tokenize import build_tokenizer
@@ -29,7 +30,7 @@ from clipscale.data.tokenize import build_tokenizer
 Mode = Literal["process", "inline"]
 MODES: tuple[Mode, ...] = ("process", "inline")
 STEP = 2048  # pictures of a step
-BLOCK = 256
+CHUNK = 256
 _LENGTH = 77
 
 
@@ -48,7 +49,8 @@ def open_pipeline(urls: str, *, image_size: int, cache_dir: str | None = None) -
 
 def open_loader(pipeline: Pipeline, *, mode: Mode, threads: int) -> Loader:
     """Steps of STEP pictures wait in the host tier, where nothing is copied; as many are decoded ahead."""
-    setup = Setup(block=BLOCK, blocks=2 * STEP // BLOCK, mode=mode, threads=threads)
+    shape = StepShape(STEP, CHUNK, pipeline.image_size, ahead=STEP // CHUNK)
+    setup = Setup(shape, blocks=shape.chunks + shape.ahead, mode=mode, threads=threads)
     return Loader(pipeline, Share(STEP), setup, Host(), start=0)
 
 

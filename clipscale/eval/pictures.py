@@ -23,7 +23,7 @@ from clipscale.data.source import Source
 from clipscale.errors import require
 
 
-class Pictures(Protocol):
+class EvalPictures(Protocol):
     """Picture i and the bytes beside it: a caption, or a label's decimal digits."""
 
     def __len__(self) -> int: ...
@@ -70,7 +70,7 @@ class FolderPictures:
 
 
 def batches(
-    pictures: Pictures, indices: Sequence[int], *, batch: int, side: int, threads: int, decoding: Decoding
+    pictures: EvalPictures, indices: Sequence[int], *, batch: int, side: int, threads: int, decoding: Decoding
 ) -> Iterator[tuple[torch.Tensor, list[bytes], torch.Tensor]]:
     """(images uint8 [M, 3, side, side], notes, valid bool [M]) for `batch` indices at a time; M <= batch.
 

@@ -23,13 +23,13 @@ from clipscale.data.source import open_source
 from clipscale.data.tokenize import Tokenize
 from clipscale.dist import World
 from clipscale.errors import UserError, require
-from clipscale.eval.pictures import FolderPictures, Pictures, ShardPictures, batches
+from clipscale.eval.pictures import EvalPictures, FolderPictures, ShardPictures, batches
 from clipscale.towers import Towers
 
 
 @dataclass(frozen=True)
 class ZeroShotTask:
-    pictures: Pictures  # their notes are labels: the number of a class name
+    pictures: EvalPictures  # their notes are labels: the number of a class name
     classnames: list[str]
     templates: list[str]  # '{}' stands for the class name
 
@@ -60,7 +60,7 @@ def load_task(config: ZeroShot, data: Data) -> ZeroShotTask:
     odd = [template for template in templates if template.count("{}") != 1]
     require(not odd, f"eval.zeroshot.templates: {odd[:1]} must hold '{{}}' once, where the class name goes")
     if config.folder is not None:
-        pictures: Pictures = FolderPictures(config.folder)
+        pictures: EvalPictures = FolderPictures(config.folder)
         classes = len(pictures.folders)
         require(
             classes == len(names),

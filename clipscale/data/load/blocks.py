@@ -1,12 +1,14 @@
-"""Memory that the loader's process and the training process share: R blocks of M slots, filled in place, never moved.
+"""Memory that the loader's process and the training process share: R blocks, filled in place, never moved.
 
-    blocks = Blocks.make(Layout(blocks=12, slots=256, side=224, length=77))
+    blocks = Blocks.make(Layout(blocks=12, chunk=256, side=224, length=77))
     blocks.images[3], blocks.tokens[3], blocks.valid[3]       # block 3: uint8 [M, 3, S, S], int32 [M, L], bool [M]
     Blocks(blocks.layout, blocks.file)                        # the same bytes in another process, by an inherited file
 
+A block is the memory that holds one chunk; chunks come and go, blocks stay and circulate (loader.py).
+
 A memory file (memfd) rather than /dev/shm: it has no name to leak when a run is killed, and containers do not cap it.
 
-Shapes: R blocks, M slots of a block, S side of a picture, L tokens of a caption.
+Shapes: R blocks, M slots of a chunk, S side of a picture, L tokens of a caption.
 """
 
 from __future__ import annotations
@@ -18,21 +20,19 @@ from dataclasses import dataclass
 
 import torch
 
+from clipscale.data.load.shape import picture_bytes
+
 
 @dataclass(frozen=True)
 class Layout:
     blocks: int  # R
-    slots: int  # M
+    chunk: int  # M
     side: int  # S, pixels
     length: int  # L
 
     @property
-    def picture_bytes(self) -> int:
-        return 3 * self.side * self.side
-
-    @property
     def total_bytes(self) -> int:
-        return self.blocks * self.slots * (self.picture_bytes + 4 * self.length + 1)
+        return self.blocks * self.chunk * (picture_bytes(self.side) + 4 * self.length + 1)
 
 
 class Blocks:
@@ -41,9 +41,9 @@ class Blocks:
     def __init__(self, layout: Layout, file: int) -> None:
         self.layout, self.file = layout, file
         memory = torch.frombuffer(mmap.mmap(file, layout.total_bytes), dtype=torch.uint8)
-        r, m, s, length = layout.blocks, layout.slots, layout.side, layout.length
+        r, m, s, length = layout.blocks, layout.chunk, layout.side, layout.length
         # Tokens first: int32 wants an address divisible by 4.
-        tokens, images, valid = memory.split([4 * r * m * length, r * m * layout.picture_bytes, r * m])
+        tokens, images, valid = memory.split([4 * r * m * length, r * m * picture_bytes(s), r * m])
         self.tokens = tokens.view(torch.int32).view(r, m, length)
         self.images = images.view(r, m, 3, s, s)
         self.valid = valid.view(torch.bool).view(r, m)

@@ -2,15 +2,15 @@
 
     loader = Loader(pipeline, Share(global_batch=4096, world=4, rank=1), setup, start=0)
     batch = next(loader)                                     # this rank's 1024 slots of positions 0..4095
-    for start, images in batch.images.first(device): ...     # pass 1: blocks as they arrive; tokens and valid fill up
+    for start, images in batch.images.first(device): ...     # pass 1: chunks as they arrive; tokens and valid fill up
     for start, images in batch.images.again(device): ...     # pass 2: the same pictures
     batch = next(loader)                                     # positions 4096..8191
 
-Blocks of shared memory circulate: the loader gives a free one to the workers with the next slots of the run to fill
-(fill.py, workers.py), takes it back filled, and frees it when the replay tier (replay.py) needs it no more. That is all
-the back-pressure there is: no free block, no new work.
+Blocks of shared memory (blocks.py), each the size of a chunk, circulate: the loader gives a free one to the workers,
+with the next slots of the run to fill (fill.py, workers.py), hands it out filled (`take`), and has it back (`release`)
+when the replay tier (replay.py) needs it no more. That is all the back-pressure there is: no free block, no new work.
 
-Shapes: N slots of this rank, M slots of a block, S side of a picture, L tokens of a caption.
+Shapes: N slots of this rank, M slots of a chunk, S side of a picture, L tokens of a caption.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ import numpy as np
 import torch
 
 from clipscale.data.load.blocks import Blocks, Layout
-from clipscale.data.load.fill import Done, Job, Skip
-from clipscale.data.load.replay import Block
+from clipscale.data.load.fill import Job, Skip
+from clipscale.data.load.replay import Chunk
 from clipscale.data.load.replay_plan import Tier
+from clipscale.data.load.shape import StepShape, spans
 from clipscale.data.load.workers import InlineWorkers, LoaderError, LoaderProcess
 from clipscale.data.pipeline import Pipeline, Share
 
@@ -39,9 +40,9 @@ Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (uint8 [M, 3, S
 
 @dataclass(frozen=True)
 class Setup:
-    """How a loader works; nothing here changes what it yields."""
+    """How a loader works; beside the slots and their side, which the run has, nothing here changes what it yields."""
 
-    block: int  # M: slots of a block
+    shape: StepShape
     blocks: int  # R: how many there are; in the host tier a whole step's and some more
     mode: Literal["process", "inline"] = "process"
     threads: int = 2
@@ -57,10 +58,24 @@ class StepBatch:
 
     position: int  # of the global batch's first slot
     positions: np.ndarray  # int64 [N]
-    images: Pictures  # uint8 [N, 3, S, S], block by block
+    images: StepPictures  # uint8 [N, 3, S, S], chunk by chunk
     tokens: torch.Tensor  # int64 [N, L]
     valid: torch.Tensor  # bool [N]
     skips: list[Skip]
+
+
+@dataclass(frozen=True)
+class Filled:
+    """Slots [start, stop) of a step, as the workers have filled them in; views on a block, until that is released."""
+
+    start: int
+    stop: int
+    block: int
+    images: torch.Tensor  # uint8 [M, 3, S, S]
+    tokens: torch.Tensor  # int32 [M, L]
+    valid: torch.Tensor  # bool [M]
+    skips: list[Skip]
+    checksums: np.ndarray  # uint64 [M], of the pictures
 
 
 class Loader(Iterator[StepBatch]):
@@ -73,10 +88,11 @@ class Loader(Iterator[StepBatch]):
     def __init__(
         self, pipeline: Pipeline, share: Share, setup: Setup, tier: Tier, *, start: int, change: Change | None = None
     ) -> None:
+        assert (setup.shape.slots, setup.shape.side) == (share.slots, pipeline.image_size)
         self.pipeline, self.share, self.setup, self.tier, self.change = pipeline, share, setup, tier, change
-        self.waited_seconds = 0.0  # in all, for blocks that were not filled yet
+        self.waited_seconds = 0.0  # in all, for chunks that were not filled yet
         self._next_position = start
-        layout = Layout(setup.blocks, setup.block, pipeline.image_size, pipeline.context_length)
+        layout = Layout(setup.blocks, setup.shape.chunk, pipeline.image_size, pipeline.context_length)
         self._blocks = Blocks.make(layout)
         if setup.pin:
             self._blocks.pin()
@@ -85,22 +101,22 @@ class Loader(Iterator[StepBatch]):
         tokens = torch.zeros(share.slots, pipeline.context_length, dtype=torch.int64)
         self._tokens = tokens.pin_memory() if setup.pin else tokens
         self._valid = torch.zeros(share.slots, dtype=torch.bool)
-        self._plan = _planned(start, share, setup.block, passes=1 + tier.asks_twice)
+        self._plan = _planned(start, share.global_batch, setup.shape, passes=1 + tier.asks_twice)
         self._numbers = count()
         self._free = deque(range(setup.blocks))
         self._coming: deque[_Coming] = deque()
-        self._feed: _Feed | None = None
+        self._step: _StepChunks | None = None
         self._submit()
 
     def __next__(self) -> StepBatch:
-        if self._feed is not None:
-            self._feed.finish()
+        if self._step is not None:
+            self._step.finish()
         position = self._next_position
         positions = self.share.positions(self.pipeline, position)
         self._next_position += self.share.global_batch
-        feed = self._feed = _Feed(self, position, self._tokens, self._valid)
-        images = Pictures(feed, self.tier, positions, self.change)
-        return StepBatch(position, positions, images, feed.tokens, feed.valid, feed.skips)
+        step = self._step = _StepChunks(self, position, self._tokens, self._valid)
+        images = StepPictures(step, self.tier, positions, self.change)
+        return StepBatch(position, positions, images, step.tokens, step.valid, step.skips)
 
     def close(self) -> None:
         """Stop the workers; slots not yet decoded are given up."""
@@ -109,7 +125,29 @@ class Loader(Iterator[StepBatch]):
         if self.setup.pin:
             self._blocks.unpin()
         self._blocks.close()
-        self._feed = None  # which holds on to this loader
+        self._step = None  # which holds on to this loader
+
+    def take(self) -> Filled:
+        """The next chunk of the run, once it is filled. Its block is the caller's until it is released."""
+        coming, begin = self._coming.popleft(), time.perf_counter()
+        done = [self.workers.wait(number) for number in coming.numbers]
+        self.waited_seconds += time.perf_counter() - begin
+        here = coming.block, slice(coming.stop - coming.start)
+        return Filled(
+            coming.start,
+            coming.stop,
+            coming.block,
+            images=self._blocks.images[here],
+            tokens=self._blocks.tokens[here],
+            valid=self._blocks.valid[here],
+            skips=[skip for part in done for skip in part.skips],
+            checksums=np.concatenate([part.checksums for part in done]),
+        )
+
+    def release(self, block: int) -> None:
+        """Nothing reads this block any more: the workers fill it anew."""
+        self._free.append(block)
+        self._submit()
 
     def _submit(self) -> None:
         """Every free block is put to work."""
@@ -117,30 +155,18 @@ class Loader(Iterator[StepBatch]):
             block = self._free.popleft()
             position, start, stop = next(self._plan)
             numbers = []
-            for first in range(start, stop, SLOTS_PER_JOB):
-                last = min(first + SLOTS_PER_JOB, stop)
+            for first, last in spans(start, stop, SLOTS_PER_JOB):
                 numbers.append(next(self._numbers))
                 self.workers.submit(Job(numbers[-1], block, first - start, position, first, last))
             self._coming.append(_Coming(block, start, stop, numbers))
 
-    def _take(self) -> tuple[_Coming, list[Done]]:
-        """The next block, once it is filled."""
-        coming, begin = self._coming.popleft(), time.perf_counter()
-        done = [self.workers.wait(number) for number in coming.numbers]
-        self.waited_seconds += time.perf_counter() - begin
-        return coming, done
 
-    def _release(self, block: int) -> None:
-        self._free.append(block)
-        self._submit()
-
-
-def _planned(position: int, share: Share, size: int, passes: int) -> Iterator[tuple[int, int, int]]:
-    """(position of the step, first slot, last slot + 1) of every block of the run, in the order they are used."""
-    for step in count(position, share.global_batch):
+def _planned(position: int, global_batch: int, shape: StepShape, passes: int) -> Iterator[tuple[int, int, int]]:
+    """(position of the step, first slot, last slot + 1) of every chunk of the run, in the order they are used."""
+    for step in count(position, global_batch):
         for _ in range(passes):
-            for start in range(0, share.slots, size):
-                yield step, start, min(start + size, share.slots)
+            for start, stop in shape.spans:
+                yield step, start, stop
 
 
 @dataclass(frozen=True)
@@ -153,84 +179,82 @@ class _Coming:
     numbers: list[int]
 
 
-class _Feed:
-    """One step's blocks, as its replay tier asks for them."""
+class _StepChunks:
+    """One step's chunks, as its replay tier asks for them (replay.Chunks)."""
 
     def __init__(self, loader: Loader, position: int, tokens: torch.Tensor, valid: torch.Tensor) -> None:
         self._loader, self._position, self.tokens, self.valid = loader, position, tokens, valid
         self.skips: list[Skip] = []
-        blocks = -(-loader.share.slots // loader.setup.block)
-        self._left, self._left_again = blocks, blocks * loader.tier.asks_twice
-        self._checksums = np.zeros(loader.share.slots, np.uint64)  # of the pictures of pass 1
+        shape = loader.setup.shape
+        self._left, self._left_again = shape.chunks, shape.chunks * loader.tier.asks_twice
+        self._checksums = np.zeros(shape.slots, np.uint64)  # of the pictures of pass 1
         self._out: set[int] = set()  # blocks that the tier has and has not freed
 
-    def arrive(self) -> Iterator[Block]:
+    def arrive(self) -> Iterator[Chunk]:
         """Pass 1: tokens, valid and skips come with the pixels."""
-        blocks = self._loader._blocks
         while self._left:
-            coming, done = self._loader._take()
+            filled = self._loader.take()
             self._left -= 1
-            size = coming.stop - coming.start
-            self.tokens[coming.start : coming.stop] = blocks.tokens[coming.block, :size]
-            self.valid[coming.start : coming.stop] = blocks.valid[coming.block, :size]
-            self.skips.extend(skip for part in done for skip in part.skips)
-            self._checksums[coming.start : coming.stop] = np.concatenate([part.checksums for part in done])
-            yield self._block(coming)
+            slots = slice(filled.start, filled.stop)
+            self.tokens[slots] = filled.tokens
+            self.valid[slots] = filled.valid
+            self.skips.extend(filled.skips)
+            self._checksums[slots] = filled.checksums
+            yield self._lend(filled)
 
-    def arrive_again(self) -> Iterator[Block]:
+    def arrive_again(self) -> Iterator[Chunk]:
         """Pass 2, read anew: the same pixels in every slot that is valid, or an error."""
         while self._left_again:
-            coming, done = self._loader._take()
+            filled = self._loader.take()
             self._left_again -= 1
-            slots = slice(coming.start, coming.stop)
-            changed = np.concatenate([part.checksums for part in done]) != self._checksums[slots]
+            slots = slice(filled.start, filled.stop)
+            changed = filled.checksums != self._checksums[slots]
             if (changed & self.valid[slots].numpy()).any():
-                new = {skip for part in done for skip in part.skips}.difference(self.skips)
+                new = {*filled.skips}.difference(self.skips)
                 what = min(new).detail if new else "other pixels than in the first pass"
                 raise LoaderError(
-                    f"replay.kind=recompute: slots {coming.start} to {coming.stop} of the batch at position "
+                    f"replay.kind=recompute: slots {filled.start} to {filled.stop} of the batch at position "
                     f"{self._position} cannot be read a second time ({what}); a shard has changed or is gone"
                 )
-            yield self._block(coming)
+            yield self._lend(filled)
 
     def finish(self) -> None:
         """Take back what was not freed, and take what was not asked for, so that its blocks go round again."""
         self._loader.tier.clear()
         for block in [*self._out]:
             self._free(block)
-        for block in self.arrive():
-            block.free()
+        for chunk in self.arrive():
+            chunk.free()
         while self._left_again:
-            coming, _ = self._loader._take()
+            filled = self._loader.take()
             self._left_again -= 1
-            self._loader._release(coming.block)
+            self._loader.release(filled.block)
 
-    def _block(self, coming: _Coming) -> Block:
-        data = self._loader._blocks.images[coming.block, : coming.stop - coming.start]
-        self._out.add(coming.block)
-        return Block(coming.start, data, partial(self._free, coming.block))
+    def _lend(self, filled: Filled) -> Chunk:
+        self._out.add(filled.block)
+        return Chunk(filled.start, filled.images, partial(self._free, filled.block))
 
     def _free(self, block: int) -> None:
         if block in self._out:  # once: a walk that was left in the middle may end after its step did
             self._out.remove(block)
-            self._loader._release(block)
+            self._loader.release(block)
 
 
-class Pictures:
+class StepPictures:
     """uint8 [N, 3, S, S] of one step, walked twice (replay.Inputs); what `change` makes of them where there is one."""
 
-    def __init__(self, feed: _Feed, tier: Tier, positions: np.ndarray, change: Change | None) -> None:
-        self._feed, self._tier, self._change = feed, tier, change
+    def __init__(self, chunks: _StepChunks, tier: Tier, positions: np.ndarray, change: Change | None) -> None:
+        self._chunks, self._tier, self._change = chunks, tier, change
         self._positions = torch.from_numpy(positions)
 
     def __len__(self) -> int:
         return len(self._positions)
 
     def first(self, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
-        return self._changed(self._tier.first(self._feed, device), device)
+        return self._changed(self._tier.first(self._chunks, device), device)
 
     def again(self, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
-        return self._changed(self._tier.again(self._feed, device), device)
+        return self._changed(self._tier.again(self._chunks, device), device)
 
     def _changed(
         self, walk: Iterator[tuple[int, torch.Tensor]], device: torch.device

@@ -1,17 +1,17 @@
 """The replay buffer: a step's inputs are needed twice, once for each pass of gradient caching, with identical bytes.
 
-    for start, images in batch.images.first(device):       # pass 1, while later blocks are still being decoded
+    for start, images in batch.images.first(device):       # pass 1, while later chunks are still being decoded
         tower(images)
     for start, images in batch.images.again(device):       # pass 2
 
-Tokens are small and held (`Held`). Pixels arrive in blocks from the loader, and wait for pass 2 in one of four tiers:
+Tokens are small and held (`Held`). Pixels arrive in chunks from the loader, and wait for pass 2 in one of four tiers:
 
-    Host        in the blocks they arrived in, which go back to the loader one by one as pass 2 uses them
+    Host        in the blocks of memory they arrived in, which go back to the loader one by one as pass 2 uses them
     Gpu         on the GPU; the loader has its blocks back at once
     Disk        in a file of fixed size, written and read ahead by a thread of its own
     Recompute   nowhere: they are read and decoded again by position, and must come out the same
 
-Shapes: N slots of this rank, M slots of a block, S side of a picture.
+Shapes: N slots of this rank, M slots of a chunk, S side of a picture.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from clipscale.data.load.shape import StepShape, spans
+
 
 class Inputs(Protocol):
     """[N, ...] of raw inputs, walked twice in the same chunks."""
@@ -32,7 +34,7 @@ class Inputs(Protocol):
     def __len__(self) -> int: ...
 
     def first(self, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
-        """(start, inputs[start : start + size] on `device`), in order, for pass 1."""
+        """(start, inputs[start : start + M] on `device`), in order, for pass 1."""
 
     def again(self, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
         """The same for pass 2. When it has ended, the memory may be filled anew."""
@@ -41,15 +43,15 @@ class Inputs(Protocol):
 class Held:
     """Inputs that are there already, in host memory."""
 
-    def __init__(self, inputs: torch.Tensor, size: int) -> None:
-        self.inputs, self.size = inputs, size
+    def __init__(self, inputs: torch.Tensor, chunk: int) -> None:
+        self.inputs, self.chunk = inputs, chunk
 
     def __len__(self) -> int:
         return len(self.inputs)
 
     def first(self, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
-        starts = range(0, len(self.inputs), self.size)
-        return to_device((Block(start, self.inputs[start : start + self.size]) for start in starts), device)
+        cuts = spans(0, len(self.inputs), self.chunk)
+        return to_device((Chunk(start, self.inputs[start:stop]) for start, stop in cuts), device)
 
     again = first
 
@@ -58,7 +60,7 @@ def _nothing() -> None:
     pass
 
 
-class Block(NamedTuple):
+class Chunk(NamedTuple):
     """Slots [start, start + M) in host memory; `free()` once nothing reads them any more."""
 
     start: int
@@ -66,14 +68,14 @@ class Block(NamedTuple):
     free: Callable[[], None] = _nothing
 
 
-def to_device(blocks: Iterator[Block], device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
-    """(start, data on `device`) of each block in turn, then its `free()`.
+def to_device(chunks: Iterator[Chunk], device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
+    """(start, data on `device`) of each chunk in turn, then its `free()`.
 
-    On a GPU the copies go through two buffers on a stream of their own, so that the next block is copied while the
+    On a GPU the copies go through two buffers on a stream of their own, so that the next chunk is copied while the
     current one is computed on: for that its memory must be page-locked.
     """
     if device.type != "cuda":
-        for start, data, free in blocks:
+        for start, data, free in chunks:
             yield start, data
             free()
         return
@@ -81,7 +83,7 @@ def to_device(blocks: Iterator[Block], device: torch.device) -> Iterator[tuple[i
     buffers: list[torch.Tensor | None] = [None, None]
     used = [torch.cuda.Event(), torch.cuda.Event()]  # the computation on a buffer has passed
     copies: deque[tuple[torch.cuda.Event, Callable[[], None]]] = deque()
-    for turn, (start, data, free) in enumerate(blocks):
+    for turn, (start, data, free) in enumerate(chunks):
         side = turn % 2
         if buffers[side] is None:
             buffers[side] = torch.empty_like(data, device=device)
@@ -108,28 +110,28 @@ def _finish(copied: torch.cuda.Event, free: Callable[[], None]) -> None:
     free()
 
 
-class Feed(Protocol):
-    """What a tier asks of the loader, for one step."""
+class Chunks(Protocol):
+    """One step's pixels as the loader has them; what a tier asks of it."""
 
-    def arrive(self) -> Iterator[Block]:
-        """This step's blocks, in order, as they are filled."""
+    def arrive(self) -> Iterator[Chunk]:
+        """In order, as they are filled."""
 
-    def arrive_again(self) -> Iterator[Block]:
+    def arrive_again(self) -> Iterator[Chunk]:
         """The same once more, for tiers with `asks_twice`."""
 
 
 class Host:
-    """The blocks themselves are the buffer: nothing is copied."""
+    """The loader's own memory is the buffer: nothing is copied."""
 
     asks_twice = False
 
     def __init__(self) -> None:
-        self._held: deque[Block] = deque()
+        self._held: deque[Chunk] = deque()
 
-    def first(self, feed: Feed, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
-        return to_device(self._hold(feed), device)
+    def first(self, chunks: Chunks, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
+        return to_device(self._hold(chunks), device)
 
-    def again(self, feed: Feed, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
+    def again(self, chunks: Chunks, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
         return to_device(self._give(), device)
 
     def clear(self) -> None:
@@ -139,12 +141,12 @@ class Host:
     def close(self) -> None:
         pass
 
-    def _hold(self, feed: Feed) -> Iterator[Block]:
-        for block in feed.arrive():
-            self._held.append(block)
-            yield Block(block.start, block.data)
+    def _hold(self, chunks: Chunks) -> Iterator[Chunk]:
+        for chunk in chunks.arrive():
+            self._held.append(chunk)
+            yield Chunk(chunk.start, chunk.data)
 
-    def _give(self) -> Iterator[Block]:
+    def _give(self) -> Iterator[Chunk]:
         while self._held:
             yield self._held.popleft()
 
@@ -154,18 +156,18 @@ class Gpu:
 
     asks_twice = False
 
-    def __init__(self, slots: int, side: int, device: torch.device) -> None:
-        self._store = torch.empty(slots, 3, side, side, dtype=torch.uint8, device=device)
+    def __init__(self, shape: StepShape, device: torch.device) -> None:
+        self._store = torch.empty(shape.slots, 3, shape.side, shape.side, dtype=torch.uint8, device=device)
         self._sizes: list[tuple[int, int]] = []
 
-    def first(self, feed: Feed, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
+    def first(self, chunks: Chunks, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
         self._sizes.clear()
-        for start, data in to_device(feed.arrive(), device):
+        for start, data in to_device(chunks.arrive(), device):
             self._sizes.append((start, len(data)))
             kept = self._store[start : start + len(data)].copy_(data)
             yield start, kept
 
-    def again(self, feed: Feed, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
+    def again(self, chunks: Chunks, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
         for start, size in self._sizes:
             yield start, self._store[start : start + size]
 
@@ -180,22 +182,23 @@ class Disk:
     """A file of N pictures in `folder`, allocated at once and without a name, so that nothing is left behind."""
 
     asks_twice = False
-    _AHEAD = 2  # blocks read before they are asked for
+    _AHEAD = 2  # chunks read before they are asked for
 
-    def __init__(self, slots: int, side: int, block: int, folder: str, pin: bool) -> None:
+    def __init__(self, shape: StepShape, folder: str, pin: bool) -> None:
         self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - closed by close
-        self._picture_bytes = 3 * side * side
-        os.posix_fallocate(self._file.fileno(), 0, slots * self._picture_bytes)
+        self._picture_bytes = shape.picture_bytes
+        os.posix_fallocate(self._file.fileno(), 0, shape.step_bytes)
         self._buffers = [
-            torch.empty(block, 3, side, side, dtype=torch.uint8, pin_memory=pin) for _ in range(self._AHEAD + 2)
+            torch.empty(shape.chunk, 3, shape.side, shape.side, dtype=torch.uint8, pin_memory=pin)
+            for _ in range(self._AHEAD + 2)
         ]
         self._thread = ThreadPoolExecutor(1, "replay-disk")
         self._sizes: list[tuple[int, int]] = []
 
-    def first(self, feed: Feed, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
-        return to_device(self._store(feed), device)
+    def first(self, chunks: Chunks, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
+        return to_device(self._store(chunks), device)
 
-    def again(self, feed: Feed, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
+    def again(self, chunks: Chunks, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
         return to_device(self._load(), device)
 
     def clear(self) -> None:
@@ -205,9 +208,9 @@ class Disk:
         self._thread.shutdown()
         self._file.close()
 
-    def _store(self, feed: Feed) -> Iterator[Block]:
+    def _store(self, chunks: Chunks) -> Iterator[Chunk]:
         self._sizes.clear()
-        for start, data, free in feed.arrive():
+        for start, data, free in chunks.arrive():
             self._sizes.append((start, len(data)))
             written = self._thread.submit(self._write, start, data)
 
@@ -215,9 +218,9 @@ class Disk:
                 written.result()
                 free()
 
-            yield Block(start, data, done)
+            yield Chunk(start, data, done)
 
-    def _load(self) -> Iterator[Block]:
+    def _load(self) -> Iterator[Chunk]:
         todo, spare = deque(self._sizes), deque(self._buffers)
         coming: deque[tuple[int, torch.Tensor, torch.Tensor, Future]] = deque()
         while todo or coming:
@@ -226,7 +229,7 @@ class Disk:
                 coming.append((start, buffer[:size], buffer, self._thread.submit(self._read, start, buffer[:size])))
             start, data, buffer, read = coming.popleft()
             read.result()
-            yield Block(start, data, lambda buffer=buffer: spare.append(buffer))
+            yield Chunk(start, data, lambda buffer=buffer: spare.append(buffer))
 
     def _write(self, start: int, data: torch.Tensor) -> None:
         _whole(os.pwrite, self._file.fileno(), data, start * self._picture_bytes)
@@ -254,11 +257,11 @@ class Recompute:
 
     asks_twice = True
 
-    def first(self, feed: Feed, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
-        return to_device(feed.arrive(), device)
+    def first(self, chunks: Chunks, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
+        return to_device(chunks.arrive(), device)
 
-    def again(self, feed: Feed, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
-        return to_device(feed.arrive_again(), device)
+    def again(self, chunks: Chunks, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
+        return to_device(chunks.arrive_again(), device)
 
     def clear(self) -> None:
         pass

@@ -1,10 +1,11 @@
 """Which tier of the replay buffer a run gets, and how many blocks its loader: arithmetic on budgets, before it starts.
 
-    need = Need(slots=131_072, block=256, side=224, ahead_blocks=14, local_ranks=8)
-    plan = choose(config.replay, need, budgets(config.replay, device))    # Plan(kind='host', blocks=526)
+    shape = StepShape(slots=131_072, chunk=256, side=224, ahead=14)
+    plan = choose_tier(config.replay, shape, budgets(config.replay, device), local_ranks=8)
+    plan                                                                  # Plan(kind='host', blocks=526)
 
-A rank's step is n blocks of M pictures. The loader fills `ahead` more while the step is computed. In the host tier all
-n + ahead lie in memory; in the others `ahead` do.
+A rank's step is n chunks of M pictures. The loader fills `ahead` more while the step is computed. In the host tier all
+n + ahead lie in memory, each in a block of its own; in the others `ahead` do.
 """
 
 from __future__ import annotations
@@ -18,35 +19,11 @@ import torch
 
 from clipscale.config_data import Replay
 from clipscale.data.load.replay import Disk, Gpu, Host, Recompute
+from clipscale.data.load.shape import StepShape
 from clipscale.errors import UserError
 
-_LEAST_AHEAD = 3  # one is computed on, one is copied, one is filled
+_LEAST_AHEAD = 3  # chunks, whatever shape.ahead says: one is computed on, one is copied, one is filled
 Tier = Host | Gpu | Disk | Recompute
-
-
-@dataclass(frozen=True)
-class Need:
-    slots: int  # N, pictures of a step on this rank
-    block: int  # M
-    side: int  # S, pixels
-    ahead_blocks: int  # wanted; as few as _LEAST_AHEAD will do
-    local_ranks: int
-
-    @property
-    def picture_bytes(self) -> int:
-        return 3 * self.side**2
-
-    @property
-    def block_bytes(self) -> int:
-        return self.block * self.picture_bytes
-
-    @property
-    def step_bytes(self) -> int:
-        return self.slots * self.picture_bytes
-
-    @property
-    def step_blocks(self) -> int:
-        return -(-self.slots // self.block)
 
 
 @dataclass(frozen=True)
@@ -126,8 +103,8 @@ def _group_bytes(root: Path, path: str, limit: str, usage: str, prefix: str) -> 
         yield bound - used + sum(int(stat[f"{prefix}{kind}_file"]) for kind in ("active", "inactive"))
 
 
-def choose(replay: Replay, need: Need, budget: Budgets) -> Plan:
-    """The tier asked for; under `auto` the first of gpu, host and disk that fits.
+def choose_tier(replay: Replay, shape: StepShape, budget: Budgets, *, local_ranks: int) -> Plan:
+    """The tier asked for; under `auto` the first of gpu, host and disk that fits `local_ranks` ranks of a node.
 
     Raises:
         UserError: it does not fit, or none does; with the arithmetic.
@@ -135,40 +112,40 @@ def choose(replay: Replay, need: Need, budget: Budgets) -> Plan:
     kinds = ("gpu", "host", "disk") if replay.kind == "auto" else (replay.kind,)
     problems = []
     for kind in kinds:
-        plan = _try(kind, need, budget)
+        plan = _try(kind, shape, budget, local_ranks)
         if isinstance(plan, Plan):
             return plan
         problems.append(f"{kind}: {plan}")
     raise UserError(
         f"replay.kind={replay.kind}: the pixels of a step have no place to wait for the second pass, "
-        f"{need.slots:,} pictures of {need.picture_bytes:,} bytes on each of {need.local_ranks} ranks of this node "
+        f"{shape.slots:,} pictures of {shape.picture_bytes:,} bytes on each of {local_ranks} ranks of this node "
         f"({'; '.join(problems)}). Raise a budget, use more ranks or a smaller train.global_batch, or set "
         "replay.kind=recompute, which reads and decodes every picture twice"
     )
 
 
-def _try(kind: str, need: Need, budget: Budgets) -> Plan | str:
+def _try(kind: str, shape: StepShape, budget: Budgets, local_ranks: int) -> Plan | str:
     """The plan, or why it cannot be."""
     if kind == "gpu" and budget.gpu is None:
         return "this rank has none"
-    if kind == "gpu" and need.step_bytes > budget.gpu:
-        return f"{_gb(need.step_bytes)} needed, replay.gpu_bytes allows {_gb(budget.gpu)}"
+    if kind == "gpu" and shape.step_bytes > budget.gpu:
+        return f"{_gb(shape.step_bytes)} needed, replay.gpu_bytes allows {_gb(budget.gpu)}"
     if kind == "disk" and budget.disk is None:
         return "replay.dir is not set"
-    if kind == "disk" and need.step_bytes * need.local_ranks > budget.disk:
-        return f"{_gb(need.step_bytes * need.local_ranks)} needed, replay.disk_bytes allows {_gb(budget.disk)}"
-    held = need.step_blocks if kind == "host" else 0
-    room = budget.host // (need.local_ranks * need.block_bytes) - held
+    if kind == "disk" and shape.step_bytes * local_ranks > budget.disk:
+        return f"{_gb(shape.step_bytes * local_ranks)} needed, replay.disk_bytes allows {_gb(budget.disk)}"
+    held = shape.chunks if kind == "host" else 0
+    room = budget.host // (local_ranks * shape.chunk_bytes) - held
     if room < _LEAST_AHEAD:
-        least = (held + _LEAST_AHEAD) * need.block_bytes * need.local_ranks
+        least = (held + _LEAST_AHEAD) * shape.chunk_bytes * local_ranks
         return (
             f"{_gb(least)} of host memory needed ({held} blocks that wait and {_LEAST_AHEAD} being filled, of "
-            f"{need.block} pictures, on each rank), replay.host_bytes allows {_gb(budget.host)}"
+            f"{shape.chunk} pictures, on each rank), replay.host_bytes allows {_gb(budget.host)}"
         )
-    return Plan(kind, held + min(room, max(need.ahead_blocks, _LEAST_AHEAD)))
+    return Plan(kind, held + min(room, max(shape.ahead, _LEAST_AHEAD)))
 
 
-def build_tier(plan: Plan, replay: Replay, need: Need, device: torch.device) -> Tier:
+def build_tier(plan: Plan, replay: Replay, shape: StepShape, device: torch.device) -> Tier:
     """The tier that the plan names.
 
     Raises:
@@ -177,13 +154,13 @@ def build_tier(plan: Plan, replay: Replay, need: Need, device: torch.device) -> 
     if plan.kind == "host":
         return Host()
     if plan.kind == "gpu":
-        return Gpu(need.slots, need.side, device)
+        return Gpu(shape, device)
     if plan.kind == "recompute":
         return Recompute()
     try:
-        return Disk(need.slots, need.side, need.block, replay.dir, pin=device.type == "cuda")
+        return Disk(shape, replay.dir, pin=device.type == "cuda")
     except OSError as error:
-        size = _gb(need.step_bytes)
+        size = _gb(shape.step_bytes)
         raise UserError(f"replay.dir={replay.dir!r}: a file of {size} cannot be made there: {error}") from error
 
 
