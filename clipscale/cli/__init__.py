@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 import textwrap
+from collections.abc import Sequence
 
 from clipscale import __version__
-from clipscale.bench.data_options import add_data_arguments, data_options
-from clipscale.bench.options import add_loss_arguments, loss_options
 from clipscale.cli.index import add_index_arguments, index_settings, print_report
 from clipscale.config_load import dump_config, load_config
 from clipscale.errors import SharedError, UserError
@@ -43,19 +41,10 @@ examples:
   clipscale index 'datacomp/*.tar' --score-field clip_l14_similarity_score --min-score 0.3
 """
 _RESUMES = "the same command resumes from the newest checkpoint"
-_BENCH_EXAMPLES = """\
-examples:
-  clipscale bench loss
-  clipscale bench loss --peers --batches 16k,64k,256k --widths 768 --precisions fp16,bf16
-  clipscale bench loss --ranks 4 --batches 64k
-  torchrun --nproc-per-node 8 -m clipscale bench loss --batches 256k,1m
-  clipscale bench data --check
-  clipscale bench data --urls 'shards/{0000..0009}.tar' --parts speed,stages --model-rate vit-b32=3000
-  clipscale bench plot docs/benchmarks/loss.json
-"""
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """For what is typed: a command's own options may be there only where `words` begin with it."""
     parser = argparse.ArgumentParser(
         prog="clipscale",
         description="CLIP image-text pretraining at very large batches: exact, in constant memory.",
@@ -78,12 +67,11 @@ def build_parser() -> argparse.ArgumentParser:
     index = _command(commands, "index", "index shards ahead of training, and count what is usable", _INDEX_EXAMPLES)
     add_index_arguments(index)
 
-    bench = _command(commands, "bench", "measure speed, memory and exactness on this machine", _BENCH_EXAMPLES)
-    subjects = bench.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
-    add_loss_arguments(_command(subjects, "loss", "the contrastive loss alone, beside its peers", _BENCH_EXAMPLES))
-    add_data_arguments(_command(subjects, "data", "the way of pictures to the training process", _BENCH_EXAMPLES))
-    plot = _command(subjects, "plot", "draw the pictures of a result again", _BENCH_EXAMPLES)
-    plot.add_argument("result", metavar="RESULT.json", help="what clipscale bench loss or data wrote")
+    bench = _command(commands, "bench", "measure speed, memory and exactness on this machine", "")
+    if "bench" in words[:1]:
+        from clipscale.bench.command import add_bench_arguments
+
+        add_bench_arguments(bench)
     return parser
 
 
@@ -99,7 +87,8 @@ def _command(commands: argparse._SubParsersAction, name: str, what: str, example
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    arguments = build_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    arguments = build_parser(words).parse_args(words)
     # Decode threads share the cores with OpenMP's workers, which must not spin for long while they wait: on busy cores
     # the default makes steps several times slower. Read when torch is first imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
@@ -110,7 +99,9 @@ def main(argv: list[str] | None = None) -> int:
             if arguments.command == "eval":
                 return _zeroshot(arguments)
             if arguments.command == "bench":
-                return _bench(arguments, sys.argv[1:] if argv is None else argv)
+                from clipscale.bench.command import run_bench
+
+                return run_bench(arguments, words)
             return _index(arguments)
     except UserError as error:
         return _fail(error)
@@ -151,25 +142,6 @@ def _index(arguments: argparse.Namespace) -> int:
 
     print_report(open_source("index", source, data, need=need, track=track, ahead=True))
     return 0
-
-
-def _bench(arguments: argparse.Namespace, words: list[str]) -> int:
-    if arguments.subject == "plot":
-        from clipscale.bench.redraw import redraw
-
-        print(*redraw(arguments.result))
-        return 0
-    if arguments.subject == "data":
-        chosen = data_options(arguments)
-        from clipscale.bench.data import bench_data
-
-        return bench_data(chosen, shlex.join(["clipscale", *words]))
-    options = loss_options(arguments)
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    start = ["torchrun", "--nproc-per-node", str(ranks), "-m"] if ranks > 1 else []
-    from clipscale.bench.loss import bench_loss
-
-    return bench_loss(options, shlex.join([*start, "clipscale", *words]))
 
 
 def _hear(line: str, every_rank: bool) -> None:
