@@ -1,17 +1,16 @@
-"""clipscale/bench/case.py: turns, budgets, what is computed of the times, and contestants that fail."""
+"""clipscale/bench/loss/case.py: turns, budgets, what is computed of the times, and contestants that fail."""
 
 from dataclasses import replace
 
 import pytest
 import torch
+from bench_words import loss_bench
 
-from clipscale.bench import case as case_module
-from clipscale.bench.case import Budget, Case, CaseRun, is_out_of_memory
-from clipscale.bench.contestants import Contestant, own_contestants
-from clipscale.bench.options import loss_options
-from clipscale.bench.report import COLUMNS, cells, text_table
-from clipscale.bench.team import Outcome, Team
-from clipscale.cli import parse
+from clipscale.bench.loss import case as case_module
+from clipscale.bench.loss.case import Budget, Case, CaseRun, is_out_of_memory
+from clipscale.bench.loss.contestants import Contestant, own_contestants
+from clipscale.bench.loss.report import COLUMNS, cells, text_table
+from clipscale.bench.loss.team import Outcome, Team
 from clipscale.dist import World
 
 ALONE = Team(World(0, 1, 0, torch.device("cpu")))
@@ -20,11 +19,11 @@ CASE = Case(8, 4, "fp64")
 
 @pytest.fixture(autouse=True)
 def small_product(monkeypatch):
-    monkeypatch.setattr("clipscale.bench.measure._MATMUL_SIZE", {"cpu": 32, "cuda": 256})
+    monkeypatch.setattr("clipscale.bench.loss.measure._MATMUL_SIZE", {"cpu": 32, "cuda": 256})
 
 
 def run(contestants, *words, case=CASE, team=ALONE, budget=None, error_limit=10**6):
-    options = loss_options(parse(["bench", "loss", "--seconds", "0.01", *words])[1])
+    options = loss_bench("--seconds", "0.01", *words)
     budget = budget or Budget(options.seconds, options.limit_seconds)
     return CaseRun(team, replace(options, error_limit=error_limit), budget, case).run(contestants)
 

@@ -5,18 +5,20 @@ import subprocess
 import sys
 
 import pytest
+from bench_words import data_bench
 
 from clipscale import __version__
-from clipscale.bench import data, data_stages, photos, soak, transport, turns
-from clipscale.bench import ours as ours_module
-from clipscale.bench.data import bars
-from clipscale.bench.data_options import PARTS, data_options
-from clipscale.bench.data_report import tables
-from clipscale.bench.data_stages import STAGES
-from clipscale.bench.recipe import Recipe
-from clipscale.cli import main, parse
+from clipscale.bench.common import turns
+from clipscale.bench.data import bench, photos, soak, stages, transport
+from clipscale.bench.data import ours as ours_module
+from clipscale.bench.data.baseline import Baseline
+from clipscale.bench.data.bench import bars
+from clipscale.bench.data.options import PARTS
+from clipscale.bench.data.report import tables
+from clipscale.bench.data.stages import STAGES
+from clipscale.cli import main
 
-_SMALL_RECIPE = {"sample_shuffle": 8, "sample_shuffle_initial": 4}
+_SMALL_BASELINE = {"sample_shuffle": 8, "sample_shuffle_initial": 4}
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +31,12 @@ def small():
         patch.setattr(ours_module, "STEP", 32)
         patch.setattr(ours_module, "BLOCK", 16)
         patch.setattr(ours_module, "SLOTS_PER_JOB", 16)
-        patch.setattr(data, "Recipe", lambda *args, **options: Recipe(*args, **options, **_SMALL_RECIPE))
-        patch.setattr(data, "order_rows", lambda: [dict(_ORDER)])
-        patch.setattr(data, "_TINY_SAMPLES", 200)
-        patch.setattr(data, "_TRANSPORT_PICTURES", 16)
+        patch.setattr(bench, "Baseline", lambda *args, **options: Baseline(*args, **options, **_SMALL_BASELINE))
+        patch.setattr(bench, "order_rows", lambda: [dict(_ORDER)])
+        patch.setattr(bench, "_TINY_SAMPLES", 200)
+        patch.setattr(bench, "_TRANSPORT_PICTURES", 16)
         patch.setattr(turns, "settle", lambda: None)
-        patch.setattr(data_stages, "_WARM_PICTURES", 32)
+        patch.setattr(stages, "_WARM_PICTURES", 32)
         yield patch
 
 
@@ -178,9 +180,9 @@ def test_bars(numbers, missed):
 @pytest.mark.parametrize(("check", "status"), [([], 0), (["--check"], 1)])
 def test_a_bar_that_is_missed_is_told_by_the_status_where_asked(small, tmp_path, monkeypatch, check, status):
     for part, value in measured(speed=2.0, cpu=0.1, transport=0.1).items():
-        monkeypatch.setattr(data, f"measure_{part}", lambda *_, value=value, **__: value, raising=False)
-    monkeypatch.setattr(data, "tables", lambda document: [])
-    monkeypatch.setattr(data, "markdown", lambda document, pictures: "")
+        monkeypatch.setattr(bench, f"measure_{part}", lambda *_, value=value, **__: value, raising=False)
+    monkeypatch.setattr(bench, "tables", lambda document: [])
+    monkeypatch.setattr(bench, "markdown", lambda document, pictures: "")
     words = ["--samples", "32", "--parts", "speed,transport", "--cache-dir", str(tmp_path), "--output", str(tmp_path)]
     assert main(["bench", "data", *words, "--name", "x", *check]) == status
 
@@ -189,12 +191,12 @@ def test_a_bar_that_is_missed_is_told_by_the_status_where_asked(small, tmp_path,
 
 
 def test_what_is_typed_arrives():
-    plain = data_options(parse(["bench", "data"])[1])
+    plain = data_bench()
     assert (plain.urls, plain.samples, plain.parts, plain.batch, plain.workers) == (None, 8192, PARTS, 64, None)
     assert (plain.soak, plain.check) == (0, False)
     assert [*plain.model_rates.values()] == [500, 1000, 2000, 4000]
     words = ["--soak", "2m", "--parts", "none", "--workers", "3"]
-    full = data_options(parse(["bench", "data", *words])[1])
+    full = data_bench(*words)
     assert (full.soak, full.parts, full.workers) == (2 * 2**20, (), 3)
 
 
@@ -235,7 +237,7 @@ def test_mistakes_are_answered_without_torch():
 
 
 def test_transport_names_are_those_of_its_rows():
-    names = [one.name for one in _closed(transport._contestants((4, 3, 8, 8)))]
+    names = [one.name for one in _closed(transport._suppliers((4, 3, 8, 8)))]
     suffixed = [name + suffix for suffix in ("", transport.READ) for name in (transport.DATALOADER, transport.BLOCKS)]
     assert names == [*suffixed, transport.NUMBER]
 

@@ -15,11 +15,11 @@ from PIL import Image
 from shards import picture, write_shard
 from torch.utils.data import DataLoader
 
-from clipscale.bench import photos, transport
-from clipscale.bench.processes import cpu_seconds, descendants, memory, settle
-from clipscale.bench.recipe import Parts, Recipe, pipeline, recipe, transform
-from clipscale.bench.stopwatch import Stopwatch
-from clipscale.bench.turns import Contestant, take_turns
+from clipscale.bench.common.processes import cpu_seconds, descendants, memory, settle
+from clipscale.bench.common.stopwatch import Stopwatch
+from clipscale.bench.common.turns import Supplier, take_turns
+from clipscale.bench.data import photos, transport
+from clipscale.bench.data.baseline import Baseline, Parts, baseline_loader, pipeline, transform
 
 # --- photos -----------------------------------------------------------------------------------------------------------
 
@@ -104,10 +104,10 @@ def test_transform_is_open_clips():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_recipe_gives_what_webdataset_gives(shards, workers):
+def test_the_baseline_gives_what_webdataset_gives(shards, workers):
     """Every sample with a caption, with open_clip's pixels where the crop is the whole picture."""
-    settings = Recipe(workers, batch=5, image_size=32, sample_shuffle=4, sample_shuffle_initial=2)
-    batches = iter(recipe(shards, settings))
+    settings = Baseline(workers, batch=5, image_size=32, sample_shuffle=4, sample_shuffle_initial=2)
+    batches = iter(baseline_loader(shards, settings))
     seen = {}
     for _ in range(12):
         images, tokens = next(batches)
@@ -122,11 +122,11 @@ def test_recipe_gives_what_webdataset_gives(shards, workers):
         assert (image - middle).abs().mean() < 0.3, "another crop of the same picture"
 
 
-def test_recipe_goes_on_behind_a_broken_picture(tmp_path):
+def test_the_baseline_goes_on_behind_a_broken_picture(tmp_path):
     samples = [(str(i), {"jpg": picture(i, 40, 50)[: 100 if i == 1 else None], "txt": b"words"}) for i in range(4)]
     path = str(write_shard(tmp_path / "x.tar", samples))
-    settings = Recipe(0, batch=3, image_size=32, sample_shuffle=1, sample_shuffle_initial=1)
-    images, _ = next(iter(recipe([path], settings)))
+    settings = Baseline(0, batch=3, image_size=32, sample_shuffle=1, sample_shuffle_initial=1)
+    images, _ = next(iter(baseline_loader([path], settings)))
     assert len(images) == 3
 
 
@@ -134,7 +134,7 @@ def test_buffers_are_full_after_the_filling_batches(tmp_path, monkeypatch):
     """Each sample out takes two in until then, and one in from there on."""
     samples = [(str(i), {"jpg": picture(i, 8, 8), "txt": b"words"}) for i in range(6)]
     path = str(write_shard(tmp_path / "x.tar", samples))
-    settings = Recipe(0, batch=5, image_size=32, sample_shuffle=40, sample_shuffle_initial=10)
+    settings = Baseline(0, batch=5, image_size=32, sample_shuffle=40, sample_shuffle_initial=10)
     read = []
     real = webdataset.tariterators.tar_file_expander
 
@@ -145,7 +145,7 @@ def test_buffers_are_full_after_the_filling_batches(tmp_path, monkeypatch):
 
     monkeypatch.setattr(webdataset.tariterators, "tar_file_expander", counting)
     batches = iter(pipeline([path], settings, Parts.of(settings)))
-    for _ in range(Recipe(1, 5, sample_shuffle=40, sample_shuffle_initial=10).filling_batches + 3):
+    for _ in range(Baseline(1, 5, sample_shuffle=40, sample_shuffle_initial=10).filling_batches + 3):
         next(batches)
     before = sum(read)
     for _ in range(10):
@@ -262,8 +262,8 @@ def test_a_turn_is_what_it_says():
         return 10
 
     entrants = [
-        Contestant("fast", lambda: take("fast", 0.01), stride=3, ahead=4, filling=2, close=lambda: taken.append("x")),
-        Contestant("slow", lambda: take("slow", 0.04)),
+        Supplier("fast", lambda: take("fast", 0.01), stride=3, ahead=4, filling=2, close=lambda: taken.append("x")),
+        Supplier("slow", lambda: take("slow", 0.04)),
     ]
     field, turns = take_turns(entrants, rounds=2, seconds=0.1)
     assert [one.name for one in field] == ["fast", "slow"]
@@ -287,7 +287,7 @@ def test_contestants_are_closed_when_one_fails():
 
     with pytest.raises(RuntimeError, match="no batch"):
         take_turns(
-            [Contestant("a", lambda: 1, close=lambda: closed.append("a")), Contestant("b", fail)],
+            [Supplier("a", lambda: 1, close=lambda: closed.append("a")), Supplier("b", fail)],
             rounds=1,
             seconds=0.01,
         )
@@ -324,7 +324,7 @@ def test_a_stopwatch_gives_each_its_own():
 def test_transport_brings_the_batch_and_ends_its_processes():
     before = set(descendants())
     shape = (8, 3, 16, 16)
-    for one in transport._contestants(shape):
+    for one in transport._suppliers(shape):
         assert [one.take() for _ in range(7)] == [1] * 7
         one.close()
     settle(10)

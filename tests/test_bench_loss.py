@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from clipscale import __version__
-from clipscale.bench import loss as loss_module
-from clipscale.bench.report import COLUMNS
-from clipscale.bench.stamp import commit
+from clipscale.bench.common.stamp import commit
+from clipscale.bench.loss import bench as loss_module
+from clipscale.bench.loss.report import COLUMNS
 from clipscale.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,7 +22,7 @@ SMALL = ["--widths", "8", "--seconds", "0.01", "--device", "cpu"]
 
 @pytest.fixture(autouse=True)
 def small_product(monkeypatch):
-    monkeypatch.setattr("clipscale.bench.measure._MATMUL_SIZE", {"cpu": 64, "cuda": 256})
+    monkeypatch.setattr("clipscale.bench.loss.measure._MATMUL_SIZE", {"cpu": 64, "cuda": 256})
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def result(tmp_path_factory):
     ]
     words += ["--output", str(folder), "--name", "small"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("clipscale.bench.measure._MATMUL_SIZE", {"cpu": 64, "cuda": 256})
+        patch.setattr("clipscale.bench.loss.measure._MATMUL_SIZE", {"cpu": 64, "cuda": 256})
         printed = []
         patch.setattr("builtins.print", lambda *parts, **_: printed.append(" ".join(map(str, parts))))
         assert main(words) == 0
@@ -183,7 +183,7 @@ def test_a_batch_that_does_not_fit_is_one_line(tmp_path, monkeypatch, capsys):
     def no_room(*arguments, **settings):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr("clipscale.bench.team.draw_pairs", no_room)
+    monkeypatch.setattr("clipscale.bench.loss.team.draw_pairs", no_room)
     words = ["bench", "loss", *SMALL, "--output", str(tmp_path), "--batches", "64"]
     assert main(words) == 2
     assert capsys.readouterr().err.startswith(
@@ -203,7 +203,7 @@ def test_a_large_first_batch_is_preceded_by_a_small_one(tmp_path, monkeypatch):
 
 
 def test_words_for_what_json_has_no_number_for(tmp_path, monkeypatch):
-    monkeypatch.setattr("clipscale.bench.case.errors", lambda *_: {"loss": float("inf"), "d_image": float("nan")})
+    monkeypatch.setattr("clipscale.bench.loss.case.errors", lambda *_: {"loss": float("inf"), "d_image": float("nan")})
     _, document = bench(tmp_path, "--batches", "16,32")
     assert document["cases"][0]["rows"][0]["error"] == {"loss": "inf", "d_image": "nan"}
     assert "| nan | - | inf | - |" in (tmp_path / "x.md").read_text()
@@ -211,7 +211,7 @@ def test_words_for_what_json_has_no_number_for(tmp_path, monkeypatch):
 
 
 def test_the_commit_can_be_told(monkeypatch):
-    monkeypatch.setattr("clipscale.bench.stamp._ROOT", Path("/"))
+    monkeypatch.setattr("clipscale.bench.common.stamp._ROOT", Path("/"))
     monkeypatch.setenv("CLIPSCALE_COMMIT", "0123abc")
     assert commit() == "0123abc"
     monkeypatch.delenv("CLIPSCALE_COMMIT")

@@ -1,12 +1,13 @@
-"""clipscale/bench/memory.py and measure.py: known allocations are seen, and spreads are those of the times."""
+"""clipscale/bench/common/memory.py and measure.py: known allocations are seen, and spreads are those of the times."""
 
 import pytest
 import torch
 
-from clipscale.bench.measure import Clock, Matmul, Spread
-from clipscale.bench.memory import join_watch, watched
-from clipscale.bench.simulate import run_ranks
-from clipscale.bench.team import Team
+from clipscale.bench.common.memory import join_watch, watched
+from clipscale.bench.common.spread import Spread
+from clipscale.bench.loss.measure import Clock, Matmul
+from clipscale.bench.loss.simulate import run_ranks
+from clipscale.bench.loss.team import Team
 from clipscale.dist import World
 from clipscale.loss import contrastive_grads, dense_contrastive_loss
 
@@ -71,7 +72,7 @@ def test_the_clock_returns_what_was_called():
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp16", "float32"), ("fp64", "float64")])
 def test_the_plain_product_has_a_rate(monkeypatch, precision, dtype):
-    monkeypatch.setattr("clipscale.bench.measure._MATMUL_SIZE", {"cpu": 64})
+    monkeypatch.setattr("clipscale.bench.loss.measure._MATMUL_SIZE", {"cpu": 64})
     matmul = Matmul(precision, ALONE)
     matmul.sample(3)
     matmul.sample(2)

@@ -1,16 +1,14 @@
-"""clipscale/bench/options.py: what may be typed, and the one line for what may not. Torch is not needed for either."""
+"""clipscale/bench/loss/options.py: what may be typed, and the one line for what may not. Neither needs torch."""
 
 import subprocess
 import sys
 
 import pytest
+from bench_words import loss_bench
 
-from clipscale.bench.options import ENGINES, PRECISIONS, loss_options, parse_size, size_name
-from clipscale.cli import main, parse
-
-
-def options(*words):
-    return loss_options(parse(["bench", "loss", *words])[1])
+from clipscale.bench.common.words import parse_size, size_name
+from clipscale.bench.loss.options import ENGINES, PRECISIONS
+from clipscale.cli import main
 
 
 @pytest.mark.parametrize(
@@ -28,11 +26,11 @@ def test_size_names_are_short():
 
 
 def test_what_is_typed_arrives():
-    plain = options()
+    plain = loss_bench()
     assert (plain.batches, plain.widths, plain.precisions, plain.engines) == (None, (768,), ("auto",), ("auto",))
     assert (plain.ranks, plain.scale, plain.peers, plain.error_limit, plain.tile) == (1, 14.3, False, None, None)
     words = ["--batches", "64k,16384,64k", "--widths", "512,768", "--precisions", "fp16,bf16", "--engine", "torch"]
-    full = options(*words, "--tile", "256")
+    full = loss_bench(*words, "--tile", "256")
     assert full.batches == (16384, 65536), "sorted, each once"
     assert (full.widths, full.precisions, full.engines, full.tile) == ((512, 768), ("fp16", "bf16"), ("torch",), 256)
 
@@ -76,12 +74,25 @@ def test_a_mistake_is_one_line(capsys, words, line):
     assert not printed.out
 
 
-@pytest.mark.parametrize("words", [["bench"], ["bench", "loss"]])
-def test_help_has_an_example(capsys, words):
+def helped(capsys, *words):
     with pytest.raises(SystemExit) as stop:
         main([*words, "--help"])
     assert stop.value.code == 0
-    assert "clipscale bench loss --peers --batches 16k,64k,256k" in capsys.readouterr().out
+    return capsys.readouterr().out
+
+
+_EXAMPLES = {
+    "loss": "  clipscale bench loss --peers --batches 16k,64k,256k",
+    "data": "  clipscale bench data --check",
+    "plot": "  clipscale bench plot ",
+}
+
+
+@pytest.mark.parametrize("subject", _EXAMPLES)
+def test_help_has_the_subjects_examples(capsys, subject):
+    shown = helped(capsys, "bench", subject)
+    assert [name for name, example in _EXAMPLES.items() if example in shown] == [subject]
+    assert _EXAMPLES[subject] in helped(capsys, "bench")
 
 
 def test_mistakes_and_help_leave_torch_alone():

@@ -1,9 +1,9 @@
-"""clipscale/bench/order.py: its rows, and that what it counts is there."""
+"""clipscale/bench/data/order.py: its rows, and that what it counts is there."""
 
 import numpy as np
 import pytest
 
-from clipscale.bench.order import _neighbours_share, order_rows
+from clipscale.bench.data.order import _neighbours_share, order_rows
 
 LAYOUTS = ["default", "V=512, K=4", "V=2048, K=4", "V=1024, K=8", "resampled", "mixture of 3"]
 

@@ -1,4 +1,4 @@
-"""clipscale/bench/peers.py on stand-ins with the signatures and conventions of the packages, which need a GPU."""
+"""clipscale/bench/loss/peers.py on stand-ins with the signatures and conventions of the packages, which need a GPU."""
 
 import importlib
 import inspect
@@ -9,12 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from bench_words import loss_bench
 
-from clipscale.bench.case import Budget, Case, CaseRun
-from clipscale.bench.options import loss_options
-from clipscale.bench.peers import peer_contestants
-from clipscale.bench.team import Team
-from clipscale.cli import parse
+from clipscale.bench.loss.case import Budget, Case, CaseRun
+from clipscale.bench.loss.peers import peer_contestants
+from clipscale.bench.loss.team import Team
 from clipscale.dist import World
 from clipscale.loss import dense_contrastive_loss
 
@@ -58,7 +57,7 @@ def fused_siglip_loss(img_features, txt_features, log_temperature, bias, use_fp8
 
 @pytest.fixture
 def stand_ins(monkeypatch):
-    monkeypatch.setattr("clipscale.bench.measure._MATMUL_SIZE", {"cpu": 32, "cuda": 256})
+    monkeypatch.setattr("clipscale.bench.loss.measure._MATMUL_SIZE", {"cpu": 32, "cuda": 256})
     for module, thing in (
         ("inf_cl", cal_inf_loss),
         ("memeff", MemoryEfficientCLIPLoss),
@@ -70,7 +69,7 @@ def stand_ins(monkeypatch):
 
 
 def run(contestants, case, team=ALONE):
-    options = loss_options(parse(["bench", "loss", "--seconds", "0.01"])[1])
+    options = loss_bench("--seconds", "0.01")
     rows = CaseRun(team, replace(options, error_limit=10**6), Budget(0.01, 120.0), case).run(contestants)["rows"]
     return {row["contestant"]: row for row in rows}
 

@@ -1,4 +1,4 @@
-"""clipscale/bench/reference.py against autograd through the whole matrix in float64, and the inputs it is given.
+"""clipscale/bench/loss/reference.py against autograd through the whole matrix in float64, and the inputs it is given.
 
 Shapes: B pairs, D width, R sampled rows.
 """
@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clipscale.bench import reference
-from clipscale.bench.inputs import draw_pairs, sample_rows, split_rows
-from clipscale.bench.reference import Sampled, errors, sigmoid_truth, softmax_truth
+from clipscale.bench.loss import reference
+from clipscale.bench.loss.inputs import draw_pairs, sample_rows, split_rows
+from clipscale.bench.loss.reference import Sampled, errors, sigmoid_truth, softmax_truth
 from clipscale.loss import dense_contrastive_loss
 
 CPU = torch.device("cpu")
@@ -103,7 +103,7 @@ def test_a_wrong_gradient_shows():
 
 
 def test_any_part_of_a_batch_can_be_drawn_alone(monkeypatch):
-    monkeypatch.setattr("clipscale.bench.inputs._CHUNK", 16)
+    monkeypatch.setattr("clipscale.bench.loss.inputs._CHUNK", 16)
     whole = pairs(50)
     for rows in (range(0, 50), range(0, 1), range(15, 17), range(16, 32), range(33, 50)):
         for part, side in zip(draw_pairs(rows, WIDTH, seed=3, device=CPU, dtype=torch.float64), whole, strict=True):

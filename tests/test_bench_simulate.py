@@ -1,4 +1,4 @@
-"""clipscale/bench/simulate.py: ranks as threads. The loss over them is the loss of one rank, and no fault hangs."""
+"""clipscale/bench/loss/simulate.py: ranks as threads. Their loss is that of one rank, and no fault hangs."""
 
 import threading
 from contextlib import contextmanager
@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from clipscale.bench.inputs import draw_pairs, split_rows
-from clipscale.bench.simulate import run_ranks
+from clipscale.bench.loss.inputs import draw_pairs, split_rows
+from clipscale.bench.loss.simulate import run_ranks
 from clipscale.loss import contrastive_grads, contrastive_loss, dense_contrastive_loss
 
 CPU = torch.device("cpu")

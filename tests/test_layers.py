@@ -47,10 +47,13 @@ LAWS |= {
     "loss": GROUND,
     **dict.fromkeys(ASSEMBLY, GROUND | STAGES | DATA),
     **dict.fromkeys(ENTRIES, GROUND | STAGES | DATA | ASSEMBLY | ENTRIES),
-    "bench": GROUND | STAGES | DATA | ASSEMBLY,
+    "bench.common": GROUND,
+    "bench.loss": GROUND | {"loss", "bench.common"},
+    "bench.data": GROUND | DATA | {"bench.common"},
+    "bench": GROUND | {"bench.common", "bench.loss", "bench.data"},
     "data_tools": GROUND | {"shardkit"},
 }
-LAWS["cli"] = {*LAWS} - {"data_tools"}
+LAWS["cli"] = {*LAWS} - {"data_tools", "bench.common", "bench.loss", "bench.data"}  # bench has one door
 LAWS["__main__"] = {"cli"}
 # What these rooms must leave alone, of the standard library and of others.
 FORBIDDEN = {
@@ -183,6 +186,13 @@ def test_imports_go_downwards_only():
         ("clipscale.checkpoint", "from clipscale import train"),
         ("clipscale.train", "from data_tools import make_shards"),
         ("clipscale.train", "from clipscale.shardkit.packing import pack"),
+        ("clipscale.cli", "from clipscale.bench.loss.options import add_loss_arguments"),
+        ("clipscale.bench.common.turns", "from clipscale.bench.loss.team import Team"),
+        ("clipscale.bench.common.spread", "from clipscale.loss import contrastive_grads"),
+        ("clipscale.bench.loss.plots", "from clipscale.bench.data.plots import draw"),
+        ("clipscale.bench.data.report", "from clipscale.bench.loss import report"),
+        ("clipscale.bench.loss.inputs", "from clipscale.data.pipeline import Pipeline"),
+        ("clipscale.bench.redraw", "from clipscale.loss import contrastive_grads"),
         ("data_tools.make_shards", "from clipscale.towers import Tower"),
         ("data_tools.make_shards", "from clipscale.data.pixels.decode import decode"),
     ],
@@ -199,6 +209,9 @@ def test_the_checker_catches(module, code):
         ("clipscale.data.load.loader", "from clipscale.data import source\nimport os"),
         ("clipscale.gradcache", "from clipscale.loss import contrastive_grads"),
         ("clipscale.eval.suite", "from clipscale.eval.zeroshot import load_task\nfrom clipscale.data import source"),
+        ("clipscale.bench.loss.case", "from clipscale.bench.common.spread import Spread\nimport clipscale.loss.tiles"),
+        ("clipscale.bench.redraw", "from clipscale.bench.data import plots"),
+        ("clipscale.cli", "from clipscale.bench.redraw import redraw"),
         ("clipscale.cli", "from clipscale.train import train\nimport torch"),
         ("data_tools.make_shards", "from clipscale.shardkit import packing\nfrom clipscale.config_data import Data"),
     ],
@@ -257,8 +270,11 @@ assert main(["train", "configs/quickstart.yaml", "gradcache.image_chunk=0"]) == 
 for name in commands.COMMANDS:
     output = ["--output", "no-such/out.png"] if name != "check" else []
     assert main(["shards", name, "no-such.tar", *output]) == 2
-below = [["bench", "loss"], ["bench", "data"], ["eval", "zeroshot"], *(["shards", name] for name in commands.COMMANDS)]
-for words in [[], *([name] for name in COMMANDS), *below]:
+below = [["eval", "zeroshot"], *(["shards", name] for name in commands.COMMANDS)]
+for words in [[], *([name] for name in COMMANDS if name != "bench"), *below]:
+    ends_well(main, [*words, "--help"])
+assert "clipscale.bench" not in sys.modules  # its options are read by its own command alone
+for words in ["bench"], ["bench", "loss"], ["bench", "data"], ["bench", "plot"]:
     ends_well(main, [*words, "--help"])
 for script in Path("data_tools").glob("*.py"):
     sys.argv = [str(script), "--help"]

@@ -1,6 +1,6 @@
 """`clipscale bench plot`: the pictures of a result, drawn again from its JSON.
 
-pictures = redraw("docs/benchmarks/loss-h200.json")
+pictures = redraw("bench-results/loss-nvidia-h200.json")
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from clipscale.bench import data_plots, plots
+from clipscale.bench.data import plots as data_plots
+from clipscale.bench.loss import plots as loss_plots
 from clipscale.errors import UserError, require
 
 
@@ -20,7 +21,7 @@ def redraw(path: str) -> list[Path]:
         raise UserError(f"{path}: cannot be read ({error}); give a .json that clipscale bench wrote") from error
     fits = isinstance(document, dict) and document.get("format") == 1 and ("cases" in document or "speed" in document)
     require(fits, f"{path}: not a result; give a .json that clipscale bench wrote")
-    draw = plots.draw if "cases" in document else data_plots.draw
+    draw = loss_plots.draw if "cases" in document else data_plots.draw
     pictures, problem = draw(document, Path(path).parent)
     require(not problem, problem)
     return pictures

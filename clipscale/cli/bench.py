@@ -6,32 +6,39 @@ import argparse
 import os
 import shlex
 
-from clipscale.bench.data_options import add_data_arguments, data_options
-from clipscale.bench.options import add_loss_arguments, loss_options
+from clipscale.bench.data.options import add_data_arguments, data_options
+from clipscale.bench.loss.options import add_loss_arguments, loss_options
 from clipscale.cli import add_command
 
-EXAMPLES = """\
-examples:
+_LOSS = """\
   clipscale bench loss
   clipscale bench loss --peers --batches 16k,64k,256k --widths 768 --precisions fp16,bf16
   clipscale bench loss --ranks 4 --batches 64k
   torchrun --nproc-per-node 8 -m clipscale bench loss --batches 256k,1m
+"""
+_DATA = """\
   clipscale bench data --check
   clipscale bench data --urls 'shards/{0000..0009}.tar' --parts speed,stages --model-rate vit-b32=3000
-  clipscale bench plot docs/benchmarks/loss.json
 """
+_PLOT = "  clipscale bench plot docs/benchmarks/loss-cpu.json\n"
+EXAMPLES = f"examples:\n{_LOSS}{_DATA}{_PLOT}"
 LEFT = "the cases already measured are written"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     subjects = parser.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
-    add_loss_arguments(add_command(subjects, "loss", "the contrastive loss alone, beside its peers", EXAMPLES))
-    add_data_arguments(add_command(subjects, "data", "the way of pictures to the training process", EXAMPLES))
-    plot = add_command(subjects, "plot", "draw the pictures of a result again", EXAMPLES)
+
+    def subject(name: str, what: str, examples: str) -> argparse.ArgumentParser:
+        return add_command(subjects, name, what, f"examples:\n{examples}")
+
+    add_loss_arguments(subject("loss", "the contrastive loss alone, beside its peers", _LOSS))
+    add_data_arguments(subject("data", "the way of pictures to the training process", _DATA))
+    plot = subject("plot", "draw the pictures of a result again", _PLOT)
     plot.add_argument("result", metavar="RESULT.json", help="what clipscale bench loss or data wrote")
 
 
 def run(arguments: argparse.Namespace, words: list[str]) -> int:
+    """A result records what was typed: `clipscale` and the words behind it."""
     if arguments.subject == "plot":
         from clipscale.bench.redraw import redraw
 
@@ -39,12 +46,12 @@ def run(arguments: argparse.Namespace, words: list[str]) -> int:
         return 0
     if arguments.subject == "data":
         chosen = data_options(arguments)
-        from clipscale.bench.data import bench_data
+        from clipscale.bench.data.bench import bench_data
 
         return bench_data(chosen, shlex.join(["clipscale", *words]))
     options = loss_options(arguments)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     start = ["torchrun", "--nproc-per-node", str(ranks), "-m"] if ranks > 1 else []
-    from clipscale.bench.loss import bench_loss
+    from clipscale.bench.loss.bench import bench_loss
 
     return bench_loss(options, shlex.join([*start, "clipscale", *words]))

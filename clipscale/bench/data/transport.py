@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from clipscale.bench.measure import Spread
-from clipscale.bench.turns import Contestant, Turn, take_turns
+from clipscale.bench.common.spread import Spread
+from clipscale.bench.common.turns import Supplier, Turn, take_turns
 from clipscale.data.load.blocks import Blocks, Layout
 from clipscale.data.load.fill import Done, Job
 from clipscale.data.load.loader import SLOTS_PER_JOB
@@ -41,7 +41,7 @@ _PER_BATCH: dict[str, Callable[[Turn], float]] = {
 
 def measure_transport(*, pictures: int, side: int, rounds: int, seconds: float) -> dict[str, Any]:
     """Milliseconds a batch; `ratio` is ours to the DataLoader's, round by round."""
-    field, turns = take_turns(_contestants((pictures, 3, side, side)), rounds=rounds, seconds=seconds)
+    field, turns = take_turns(_suppliers((pictures, 3, side, side)), rounds=rounds, seconds=seconds)
     rows = []
     for one in field:
         row: dict[str, Any] = {"contestant": one.name}
@@ -63,7 +63,7 @@ def measure_transport(*, pictures: int, side: int, rounds: int, seconds: float) 
     }
 
 
-def _contestants(shape: tuple[int, ...]) -> Iterator[Contestant]:
+def _suppliers(shape: tuple[int, ...]) -> Iterator[Supplier]:
     for read in (False, True):
         yield _dataloader(shape, "tensor", read)
         yield _blocks(shape, read)
@@ -83,7 +83,7 @@ class _Ready(IterableDataset):
             yield made if self.sends == "tensor" else int(made[0, 0, 0, 0])
 
 
-def _dataloader(shape: tuple[int, ...], sends: Literal["tensor", "number"], read: bool) -> Contestant:
+def _dataloader(shape: tuple[int, ...], sends: Literal["tensor", "number"], read: bool) -> Supplier:
     batches = iter(DataLoader(_Ready(shape, sends), batch_size=None, num_workers=1))
 
     def take() -> int:
@@ -93,10 +93,10 @@ def _dataloader(shape: tuple[int, ...], sends: Literal["tensor", "number"], read
         return 1
 
     name = DATALOADER if sends == "tensor" else NUMBER
-    return Contestant(name + READ * read, take, close=batches._shutdown_workers, ahead=2)
+    return Supplier(name + READ * read, take, close=batches._shutdown_workers, ahead=2)
 
 
-def _blocks(shape: tuple[int, ...], read: bool) -> Contestant:
+def _blocks(shape: tuple[int, ...], read: bool) -> Supplier:
     """A block is asked for again as soon as it has been taken, which is when the next one is."""
     pictures, _, side, _ = shape
     blocks = Blocks.make(Layout(_BLOCKS_IN_FLIGHT, pictures, side, length=1))
@@ -127,7 +127,7 @@ def _blocks(shape: tuple[int, ...], read: bool) -> Contestant:
         wire.close()
         blocks.close()
 
-    return Contestant(BLOCKS + READ * read, take, close=close, ahead=_BLOCKS_IN_FLIGHT)
+    return Supplier(BLOCKS + READ * read, take, close=close, ahead=_BLOCKS_IN_FLIGHT)
 
 
 def _ask(wire: Connection, pictures: int, block: int) -> None:

@@ -6,33 +6,19 @@ peak beyond what was there before it: the allocator's count on CUDA, `memory.py`
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from clipscale.bench.team import Team
+from clipscale.bench.common.spread import Spread
+from clipscale.bench.loss.team import Team
 from clipscale.loss.precision import OPERAND_DTYPE, exact_products
 
 T = TypeVar("T")
 
 _MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}
-
-
-class Spread(NamedTuple):
-    """Of repeated times: median, first and third quartile, number."""
-
-    median: float
-    low: float
-    high: float
-    repeats: int
-
-    @classmethod
-    def of(cls, times: list[float]) -> Spread:
-        low, median, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
-        return cls(median, low, high, len(times))
 
 
 class Reading(NamedTuple):

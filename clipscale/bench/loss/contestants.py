@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from clipscale.bench.inputs import Inputs
-from clipscale.bench.team import Outcome, Team
+from clipscale.bench.loss.inputs import Inputs
+from clipscale.bench.loss.team import Outcome, Team
 from clipscale.loss import contrastive_grads, contrastive_loss
 from clipscale.loss.engines import resolve_engine
 

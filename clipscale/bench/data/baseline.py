@@ -1,7 +1,7 @@
 """open_clip's training input, rebuilt on webdataset's own pieces: what the loader is measured against.
 
-    loader = recipe(urls, Recipe(workers=2, batch=64))         # yields [float32 [64, 3, 224, 224], int64 [64, 77]]
-    loader = recipe(urls, Recipe(workers=2, batch=64, pixels="uint8"))
+    loader = baseline_loader(urls, Baseline(workers=2, batch=64))   # yields [float32 [64, 3, 224, 224], int64 [64, 77]]
+    loader = baseline_loader(urls, Baseline(workers=2, batch=64, pixels="uint8"))
 
 The stages, their order and their numbers are those of `get_wds_dataset` in open_clip_train/data.py (open_clip 3.3); the
 transform and the tokenizer are open_clip's own objects. Its module itself is not imported: its tar reader fails on
@@ -32,7 +32,7 @@ _SHARDS_IN_ALL = 100_000
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Baseline:
     """open_clip's constants where there are any."""
 
     workers: int
@@ -62,13 +62,13 @@ class Parts:
     collate: Callable[[list[tuple]], Any]
 
     @classmethod
-    def of(cls, settings: Recipe) -> Parts:
+    def of(cls, settings: Baseline) -> Parts:
         crop, convert = transform(settings.pixels, settings.image_size)
         tokenize = partial(_tokenize, open_clip.get_tokenizer(MODEL))
         return cls(imagehandler("pilrgb"), crop, convert, tokenize, default_collation_fn)
 
 
-def recipe(urls: list[str], settings: Recipe) -> webdataset.WebLoader:
+def baseline_loader(urls: list[str], settings: Baseline) -> webdataset.WebLoader:
     """An endless loader of [images, tokens]; its workers start with the first iteration and stay."""
     return webdataset.WebLoader(
         pipeline(urls, settings, Parts.of(settings)),
@@ -79,7 +79,7 @@ def recipe(urls: list[str], settings: Recipe) -> webdataset.WebLoader:
     )
 
 
-def pipeline(urls: list[str], settings: Recipe, parts: Parts) -> webdataset.DataPipeline:
+def pipeline(urls: list[str], settings: Baseline, parts: Parts) -> webdataset.DataPipeline:
     """What one worker does."""
     return webdataset.DataPipeline(
         webdataset.SimpleShardList(urls * -(-_SHARDS_IN_ALL // len(urls))),
@@ -109,7 +109,7 @@ def transform(pixels: Pixels, image_size: int) -> tuple[Compose, Compose]:
 
 
 def log_and_continue(error: Exception) -> bool:
-    logging.warning(f"recipe: {error!r}, ignored")
+    logging.warning(f"open_clip recipe: {error!r}, ignored")
     return True
 
 

@@ -12,14 +12,15 @@ from typing import Any
 import torch
 
 from clipscale import __version__
-from clipscale.bench.case import Budget, Case, CaseRun, is_out_of_memory
-from clipscale.bench.contestants import Contestant, own_contestants
-from clipscale.bench.options import LossBench
-from clipscale.bench.peers import peer_contestants
-from clipscale.bench.plots import draw
-from clipscale.bench.report import finish, markdown, text_table, write
-from clipscale.bench.stamp import package_version, result_name, stamp
-from clipscale.bench.team import Team
+from clipscale.bench.common.results import finish, write
+from clipscale.bench.common.stamp import package_version, result_name, stamp
+from clipscale.bench.loss.case import Budget, Case, CaseRun, is_out_of_memory
+from clipscale.bench.loss.contestants import Contestant, own_contestants
+from clipscale.bench.loss.options import LossBench
+from clipscale.bench.loss.peers import peer_contestants
+from clipscale.bench.loss.plots import draw
+from clipscale.bench.loss.report import markdown, text_table
+from clipscale.bench.loss.team import Team
 from clipscale.dist import start_world
 from clipscale.errors import SharedError, UserError, require
 from clipscale.loss.precision import resolve_precision

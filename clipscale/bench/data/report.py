@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from clipscale.bench.data_stages import STAGES
-from clipscale.bench.report import LAST_LINE, aligned, heading, images, markdown_table, short
+from clipscale.bench.common.results import LAST_LINE, heading, images
+from clipscale.bench.common.tables import aligned, markdown_table, short
+from clipscale.bench.data.stages import STAGES
 
 
 class Table(NamedTuple):

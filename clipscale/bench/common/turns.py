@@ -1,9 +1,9 @@
-"""Contestants that hand over batches, taking turns in one process: wall time and CPU time per batch, fairly.
+"""Suppliers of batches, taking turns in one process: wall time and CPU time per batch, fairly.
 
-    field, turns = take_turns([Contestant("a", take_a), Contestant("b", take_b)], rounds=5, seconds=6)
+    field, turns = take_turns([Supplier("a", take_a), Supplier("b", take_b)], rounds=5, seconds=6)
     [turn.wall_seconds / turn.items for turn in turns["a"]]
 
-A round is one turn of each. Before a turn its contestant hands over what it had ready, untimed, and after it the next
+A round is one turn of each. Before a turn its supplier hands over what it had ready, untimed, and after it the next
 begins only when the machine is idle again: nothing that one prepares is paid by another.
 """
 
@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from clipscale.bench.processes import cpu_seconds, settle
+from clipscale.bench.common.processes import cpu_seconds, settle
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Supplier:
     name: str
     take: Callable[[], int]
     """Waits for the next batch; how many items it has."""
@@ -40,11 +40,11 @@ class Turn(NamedTuple):
 
 
 def take_turns(
-    entrants: Iterable[Contestant], *, rounds: int, seconds: float, say: Callable[[str], None] = lambda line: None
-) -> tuple[list[Contestant], dict[str, list[Turn]]]:
-    """Every contestant, now closed, and its turns, one a round. `entrants` may make them one by one: each is started
+    entrants: Iterable[Supplier], *, rounds: int, seconds: float, say: Callable[[str], None] = lambda line: None
+) -> tuple[list[Supplier], dict[str, list[Turn]]]:
+    """Every supplier, now closed, and its turns, one a round. `entrants` may make them one by one: each is started
     when those before it are idle."""
-    field: list[Contestant] = []
+    field: list[Supplier] = []
     try:
         for one in entrants:
             field.append(one)
@@ -64,7 +64,7 @@ def take_turns(
     return field, turns
 
 
-def _turn(one: Contestant, seconds: float) -> Turn:
+def _turn(one: Supplier, seconds: float) -> Turn:
     for _ in range((-(-one.ahead // one.stride) + 1) * one.stride):
         one.take()
     wall, own, cpu = time.perf_counter(), time.process_time(), cpu_seconds()

@@ -22,9 +22,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from clipscale.bench.contestants import Contestant, as_leaves, backward
-from clipscale.bench.inputs import Inputs
-from clipscale.bench.team import Outcome, Team
+from clipscale.bench.loss.contestants import Contestant, as_leaves, backward
+from clipscale.bench.loss.inputs import Inputs
+from clipscale.bench.loss.team import Outcome, Team
 from clipscale.loss.precision import exact_products
 
 SIGMOID_BIAS = -10.0  # SigLIP's initial value

@@ -16,14 +16,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from clipscale.bench.contestants import Contestant
-from clipscale.bench.inputs import Inputs, draw_pairs, sample_rows
-from clipscale.bench.measure import Clock, Matmul, Spread
-from clipscale.bench.memory import watched
-from clipscale.bench.options import LossBench, size_name
-from clipscale.bench.peers import SIGMOID_BIAS, first_line
-from clipscale.bench.reference import Sampled, errors, sigmoid_truth, softmax_truth
-from clipscale.bench.team import Outcome, Team
+from clipscale.bench.common.memory import watched
+from clipscale.bench.common.spread import Spread
+from clipscale.bench.common.words import size_name
+from clipscale.bench.loss.contestants import Contestant
+from clipscale.bench.loss.inputs import Inputs, draw_pairs, sample_rows
+from clipscale.bench.loss.measure import Clock, Matmul
+from clipscale.bench.loss.options import LossBench
+from clipscale.bench.loss.peers import SIGMOID_BIAS, first_line
+from clipscale.bench.loss.reference import Sampled, errors, sigmoid_truth, softmax_truth
+from clipscale.bench.loss.team import Outcome, Team
 from clipscale.loss.precision import OPERAND_DTYPE
 
 _SAMPLED_ROWS = 64

@@ -13,20 +13,20 @@ from typing import Any
 
 import torch
 
-from clipscale.bench.data_index import measure_index
-from clipscale.bench.data_options import DataBench
-from clipscale.bench.data_plots import draw
-from clipscale.bench.data_report import markdown, tables, text
-from clipscale.bench.data_speed import OURS, measure_speed
-from clipscale.bench.data_stages import measure_stages
-from clipscale.bench.order import order_rows
-from clipscale.bench.ours import open_pipeline
-from clipscale.bench.photos import photo_shards, tiny_shards
-from clipscale.bench.recipe import Recipe
-from clipscale.bench.report import finish, write
-from clipscale.bench.soak import measure_soak
-from clipscale.bench.stamp import package_version, result_name, stamp
-from clipscale.bench.transport import measure_transport
+from clipscale.bench.common.results import finish, write
+from clipscale.bench.common.stamp import package_version, result_name, stamp
+from clipscale.bench.data.baseline import Baseline
+from clipscale.bench.data.index import measure_index
+from clipscale.bench.data.options import DataBench
+from clipscale.bench.data.order import order_rows
+from clipscale.bench.data.ours import open_pipeline
+from clipscale.bench.data.photos import photo_shards, tiny_shards
+from clipscale.bench.data.plots import draw
+from clipscale.bench.data.report import markdown, tables, text
+from clipscale.bench.data.soak import measure_soak
+from clipscale.bench.data.speed import OURS, measure_speed
+from clipscale.bench.data.stages import measure_stages
+from clipscale.bench.data.transport import measure_transport
 from clipscale.data.fetch.urls import expand_urls, is_local
 from clipscale.data.pixels.decode import picture_size
 from clipscale.errors import require
@@ -50,7 +50,7 @@ class _Run:
         self.pattern = options.urls or photo_shards(self.folder, options.samples)
         self.urls = expand_urls(self.pattern)
         self.workers = options.workers or cores()
-        self.recipe = Recipe(self.workers, options.batch, image_size=options.image_size)
+        self.baseline = Baseline(self.workers, options.batch, image_size=options.image_size)
         self.pipeline = open_pipeline(self.pattern, image_size=options.image_size, cache_dir=options.cache_dir)
         self.parts: dict[str, Callable[[], Any]] = {
             "speed": self._speed,
@@ -64,12 +64,12 @@ class _Run:
     def _speed(self) -> dict[str, Any]:
         options = self.options
         return measure_speed(
-            self.urls, self.pipeline, settings=self.recipe, rounds=options.rounds, seconds=options.seconds, say=_say
+            self.urls, self.pipeline, settings=self.baseline, rounds=options.rounds, seconds=options.seconds, say=_say
         )
 
     def _stages(self) -> dict[str, Any]:
         return measure_stages(
-            self.urls, self.pipeline, self.recipe, pictures=min(2048, self.pipeline.sources[0].samples)
+            self.urls, self.pipeline, self.baseline, pictures=min(2048, self.pipeline.sources[0].samples)
         )
 
     def _transport(self) -> dict[str, Any]:

@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clipscale.bench.inputs import Inputs, draw_pairs, split_rows
-from clipscale.bench.memory import join_watch
-from clipscale.bench.reference import Sampled
-from clipscale.bench.simulate import ThreadLink, run_ranks
+from clipscale.bench.common.memory import join_watch
+from clipscale.bench.loss.inputs import Inputs, draw_pairs, split_rows
+from clipscale.bench.loss.reference import Sampled
+from clipscale.bench.loss.simulate import ThreadLink, run_ranks
 from clipscale.dist import World
 from clipscale.loss.precision import exact_products
 

@@ -15,7 +15,7 @@ import torch
 
 from clipscale import __version__
 
-_ROOT = Path(__file__).resolve().parents[2]
+_ROOT = Path(__file__).resolve().parents[3]
 
 
 def stamp(device: torch.device) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The two pictures of a result of `bench loss`: time over batch, and extra memory over batch, both log-log.
 
-pictures, problem = draw(document, Path("docs/benchmarks"))
+pictures, problem = draw(document, Path("bench-results"))
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from clipscale.bench.options import size_name
+from clipscale.bench.common.plots import cannot_draw, foot
+from clipscale.bench.common.words import size_name
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, each with a marker of its own.
 _STYLES = (
@@ -36,23 +37,6 @@ def draw(document: dict[str, Any], folder: Path) -> tuple[list[Path], str]:
         _figure(document, quantity).savefig(picture, dpi=150)
         pictures.append(picture)
     return pictures, ""
-
-
-def cannot_draw(document: dict[str, Any], folder: Path) -> str:
-    """Why there can be no pictures here, and what to do; empty: there can."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-    except ImportError:
-        again = folder / f"{document['name']}.json"
-        return f"no pictures: pip install matplotlib, then clipscale bench plot {again}"
-    return ""
-
-
-def foot(figure, document: dict[str, Any]) -> None:
-    stamp = document["stamp"]
-    figure.supxlabel(f"{stamp['device']}, {stamp['date'][:10]}, commit {stamp['commit']}", fontsize=7, color="#666666")
 
 
 def _figure(document: dict[str, Any], quantity: str):

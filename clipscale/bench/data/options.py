@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from clipscale.bench.options import add_output_arguments, file_name, one_of, parse_size, positive, several, whole
+from clipscale.bench.common.words import add_output_arguments, file_name, one_of, parse_size, positive, several, whole
 from clipscale.errors import UserError, require
 
 PARTS = ("speed", "stages", "transport", "index", "order")

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from clipscale.bench.ours import open_loader, open_pipeline, receive
-from clipscale.bench.photos import tiny_shards
-from clipscale.bench.processes import Memory, descendants, memory
+from clipscale.bench.common.processes import Memory, descendants, memory
+from clipscale.bench.data.ours import open_loader, open_pipeline, receive
+from clipscale.bench.data.photos import tiny_shards
 
 BOUND_BYTES = 24 * 2**20
 POINTS = 10

@@ -1,6 +1,6 @@
 """The picture of a result of `bench data`: pictures a second of each contestant, and where the time of one goes.
 
-pictures, problem = draw(document, Path("docs/benchmarks"))
+pictures, problem = draw(document, Path("bench-results"))
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from clipscale.bench.data_stages import STAGES
-from clipscale.bench.plots import cannot_draw, foot
+from clipscale.bench.common.plots import cannot_draw, foot
+from clipscale.bench.data.stages import STAGES
 
 _OURS, _THEIRS = "#0072B2", "#999999"
 _STAGE_COLORS = ("#56B4E9", "#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#000000", "#BBBBBB")

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from clipscale.bench import ours
-from clipscale.bench.recipe import Parts, Recipe, pipeline
-from clipscale.bench.stopwatch import Stopwatch
+from clipscale.bench.common.stopwatch import Stopwatch
+from clipscale.bench.data import ours
+from clipscale.bench.data.baseline import Baseline, Parts, pipeline
 from clipscale.data.pipeline import Pipeline
 
 STAGES = (
@@ -32,10 +32,10 @@ _OF_PARTS = dict(zip((field.name for field in fields(Parts)), STAGES[1:], strict
 _WARM_PICTURES = 256  # words of captions, code and files are met for the first time
 
 
-def measure_stages(urls: list[str], own: Pipeline, settings: Recipe, *, pictures: int) -> dict[str, Any]:
+def measure_stages(urls: list[str], own: Pipeline, settings: Baseline, *, pictures: int) -> dict[str, Any]:
     """CPU microseconds a picture of each stage; a stage that one side does not have is left out there."""
     sides: dict[str, Callable[[Stopwatch, int], None]] = {
-        "open_clip recipe": lambda watch, count: _recipe_with(watch, urls, settings, count),
+        "open_clip recipe": lambda watch, count: _baseline_with(watch, urls, settings, count),
         "clipscale": lambda watch, count: ours.fill_with(watch, own, count),
     }
     measured: dict[str, Any] = {}
@@ -47,7 +47,7 @@ def measure_stages(urls: list[str], own: Pipeline, settings: Recipe, *, pictures
     return measured
 
 
-def _recipe_with(watch: Stopwatch, urls: list[str], settings: Recipe, pictures: int) -> None:
+def _baseline_with(watch: Stopwatch, urls: list[str], settings: Baseline, pictures: int) -> None:
     """One worker's pipeline in a thread, without its shuffle buffer, which would read ahead."""
     parts = Parts.of(settings)
     timed = {name: watch.wrap(stage, vars(parts)[name]) for name, stage in _OF_PARTS.items()}

@@ -14,8 +14,8 @@ from typing import Literal
 
 import torch
 
-from clipscale.bench.recipe import MODEL
-from clipscale.bench.stopwatch import Stopwatch
+from clipscale.bench.common.stopwatch import Stopwatch
+from clipscale.bench.data.baseline import MODEL
 from clipscale.config_data import Data, SourceSettings
 from clipscale.data.load import fill
 from clipscale.data.load.blocks import Blocks, Layout

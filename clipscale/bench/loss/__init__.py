@@ -1,0 +1,1 @@
+"""`clipscale bench loss`: the contrastive loss alone, beside its peers."""
