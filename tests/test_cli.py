@@ -68,6 +68,7 @@ def rows(run: Path) -> list[dict]:
         (["eval", "zeroshot"], "clipscale eval zeroshot runs/quickstart"),
         (["index"], "clipscale index 'shards/{0000..0999}.tar'"),
         (["recipes"], "clipscale train quickstart --print-config"),
+        (["config"], "clipscale config train.global_batch"),
     ],
 )
 def test_help_shows_an_example(capsys, words, example):

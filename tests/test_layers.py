@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 GROUND = {
     *("__init__", "errors", "counter", "tell", "files", "progress", "pool", "dist", "runlog"),
-    *("config_data", "config", "config_load", "recipes"),
+    *("config_data", "config", "config_load", "config_help", "recipes"),
 }
 STAGES = {"data", "towers", "loss"}
 ASSEMBLY = {"gradcache", "parallel", "optim", "checkpoint", "eval"}
@@ -243,7 +243,7 @@ import clipscale.config_load
 from clipscale.cli import main
 assert main(["train", "configs/quickstart.yaml", "--print-config"]) == 0
 assert main(["train", "configs/quickstart.yaml", "gradcache.image_chunk=0"]) == 2
-assert main(["recipes"]) == 0
+assert main(["recipes"]) == main(["config"]) == 0
 try:
     main(["--help"])
 except SystemExit as stop:

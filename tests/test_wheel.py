@@ -95,7 +95,7 @@ from clipscale.config_load import load_config
 from clipscale.recipes import list_recipes
 for name in list_recipes():
     load_config([name])
-assert main(["recipes"]) == 0
+assert main(["recipes"]) == main(["config", "optim.lr"]) == 0
 assert main(["train", "configs/quickstart.yaml"]) == 2
 print(load_config(["cifar10"]).eval.zeroshot.templates)
 """
@@ -103,7 +103,7 @@ print(load_config(["cifar10"]).eval.zeroshot.templates)
     templates = tmp_path / "site" / "clipscale" / "configs" / "templates" / "photo.txt"
     assert out[-1] == str(templates)
     assert templates.read_bytes() == DATA["clipscale/configs/templates/photo.txt"]
-    assert {line.split()[0] for line in out if line} >= {"quickstart", "cifar10", "vit_b32"}
+    assert {line.split()[0] for line in out if line} >= {"quickstart", "cifar10", "vit_b32", "optim.lr"}
 
 
 def test_a_source_distribution_gives_the_same_wheel(tree, wheel, tmp_path):

@@ -25,6 +25,7 @@ COMMANDS = {
     "eval": "evaluate a checkpoint",
     "index": "index shards ahead of training, and count what is usable",
     "recipes": "list the configs that come with clipscale",
+    "config": "show every setting: its default, its type and what it is for",
     "bench": "measure speed, memory and exactness on this machine",
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from clipscale.cli import rank
+from clipscale.config_help import with_comments
 from clipscale.config_load import dump_config, load_config
 
 EXAMPLES = """\
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, words: list[str]) -> int:
     config = load_config(arguments.config)
     if arguments.print_config:
-        print(dump_config(config), end="")
+        print(with_comments(dump_config(config)), end="")
         return 0
     from clipscale.train import train
 
