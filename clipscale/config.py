@@ -17,6 +17,8 @@ from clipscale.errors import require
 
 @dataclass(frozen=True)
 class Run:
+    """Where a run lies, and how often it says something."""
+
     dir: str = "runs/default"  # checkpoints, metrics.jsonl, TensorBoard and the resolved config go here
     log_every_steps: int = 10  # one line in the log for so many steps; metrics.jsonl has every step
 
@@ -28,13 +30,13 @@ class Run:
 class Model:
     """An open_clip model by its name, or one of one's own by `vision` and `text`: either, not both."""
 
-    name: str | None = None
+    name: str | None = None  # such as ViT-B-32
     embed_dim: int = 512  # D; used only with vision/text below, a named model brings its own
     vision: dict[str, Any] | None = None  # fields of open_clip's CLIPVisionCfg
     text: dict[str, Any] | None = None  # fields of open_clip's CLIPTextCfg
-    quick_gelu: bool = False
-    logit_scale_init: float = 1 / 0.07
-    logit_scale_max: float = 100.0
+    quick_gelu: bool = False  # x * sigmoid(1.702 x) as the activation, as OpenAI's own models have it
+    logit_scale_init: float = 1 / 0.07  # what similarities are multiplied by at the start; it is learned
+    logit_scale_max: float = 100.0  # it is held at or below this
 
     def __post_init__(self) -> None:
         require(
@@ -56,10 +58,12 @@ class Model:
 
 @dataclass(frozen=True)
 class Train:
+    """How much is trained, at which batch and in which precision."""
+
     global_batch: int = 4096  # pairs a step, over all ranks
     samples: int = 12_800_000  # pairs to see in all; steps = ceil(samples / global_batch)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # autocast of the towers; auto: bf16 on CUDA, else fp32
-    grad_clip_norm: float | None = 1.0
+    grad_clip_norm: float | None = 1.0  # a gradient that is longer is scaled down to this; null: never
     max_nonfinite_steps: int = 10  # so many skipped steps in a row, for a gradient that is not finite, end the run
 
     def __post_init__(self) -> None:
@@ -79,13 +83,13 @@ class Optim:
     """AdamW with warm-up and cosine decay."""
 
     kind: Literal["adamw", "sgd"] = "adamw"  # sgd (no momentum) is for parity checks
-    lr: float = 5e-4
-    final_lr: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = 1e-6
-    weight_decay: float = 0.2
-    warmup_samples: int | None = None  # either of the two
-    warmup_steps: int | None = None
+    lr: float = 5e-4  # learning rate after the warm-up: the highest
+    final_lr: float = 0.0  # learning rate at the end of the cosine
+    betas: tuple[float, float] = (0.9, 0.98)  # decay of AdamW's running means, of the gradient and of its square
+    eps: float = 1e-6  # AdamW's, added to the root of the mean square
+    weight_decay: float = 0.2  # of matrices; gains, biases and the logit scale have none
+    warmup_samples: int | None = None  # the learning rate rises over so many; either this or warmup_steps
+    warmup_steps: int | None = None  # the same in steps
 
     def __post_init__(self) -> None:
         require(self.lr > 0, f"optim.lr={self.lr} must be above 0")
@@ -107,6 +111,8 @@ class Optim:
 
 @dataclass(frozen=True)
 class GradCache:
+    """What decides the towers' memory: how much of a batch they take at once."""
+
     image_chunk: int = 256  # pictures that go through the image tower at once
     text_chunk: int = 1024  # captions that go through the text tower at once
 
@@ -118,6 +124,8 @@ class GradCache:
 
 @dataclass(frozen=True)
 class Loss:
+    """How the contrastive loss is computed; the result is the same to the precision asked for."""
+
     precision: Literal["auto", "fp16", "bf16", "tf32", "fp32", "fp64"] = "auto"  # auto: fp16 on CUDA, fp32 on CPU
     engine: Literal["auto", "triton", "torch"] = "auto"  # auto: the Triton kernels on a GPU that runs them, else torch
     tile: int | None = None  # rows and columns of the similarity matrix that exist at once; null: the engine's own
@@ -128,6 +136,8 @@ class Loss:
 
 @dataclass(frozen=True)
 class Checkpoint:
+    """When the state of a run is written, and how much of it stays."""
+
     every_steps: int = 500  # also written at the end
     keep: int = 2  # newest ones that stay on disk
 
@@ -141,11 +151,11 @@ class ZeroShot:
     """Labelled pictures (shards with .cls, or an ImageFolder tree), class names and templates."""
 
     every_steps: int = 0  # 0: at the end only
-    urls: str | None = None
-    folder: str | None = None
+    urls: str | None = None  # shards with .cls members: as in data.sources.<name>.urls
+    folder: str | None = None  # an ImageFolder tree instead: a folder a class
     classnames: str = "imagenet"  # 'imagenet', or a text file with one name a line: line number = label
     templates: str = "imagenet"  # 'imagenet', or a text file with one template a line: '{}' = class name
-    batch: int = 256
+    batch: int = 256  # pictures at once, on each rank
 
     def __post_init__(self) -> None:
         require(self.every_steps >= 0, f"eval.zeroshot.every_steps={self.every_steps} must not be negative")
@@ -165,7 +175,7 @@ class Validation:
     """Contrastive loss and in-batch accuracy on held-out shards."""
 
     every_steps: int = 0  # 0: at the end only
-    urls: str | None = None
+    urls: str | None = None  # as in data.sources.<name>.urls; null: no validation
     samples: int = 4096  # at most so many pairs of the shards, in their order
     batch: int = 1024  # pairs per loss, over all ranks: loss and accuracy depend on it
 
@@ -184,9 +194,9 @@ class Eval:
 @dataclass(frozen=True)
 class Config:
     run: Run = field(default_factory=Run)
-    seed: int = 0
+    seed: int = 0  # of the weights, the order of samples and everything drawn
     resume: str = "auto"  # auto: from run.dir's newest good checkpoint; fresh: refuse one; a path: start from there
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is a GPU
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     train: Train = field(default_factory=Train)

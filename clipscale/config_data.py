@@ -20,8 +20,8 @@ class Select:
     uids: str | None = None  # file of the samples to keep: one uid a line, or DataComp's .npy
     uid_field: str = "uid"  # where a sample's JSON holds its uid; __key__: its key
     score_field: str | None = None  # a number in a sample's JSON, such as clip_b32_similarity_score
-    min_score: float | None = None
-    max_score: float | None = None
+    min_score: float | None = None  # of score_field, at least
+    max_score: float | None = None  # of score_field, at most
 
     def __post_init__(self) -> None:
         require(self.min_side >= 0, f"a source's select.min_side={self.min_side} must not be negative")
@@ -39,6 +39,8 @@ class Select:
 
 @dataclass(frozen=True)
 class SourceSettings:
+    """A set of shards, under a name of one's own; several are mixed by their weights."""
+
     urls: str = MISSING  # shards: braces, globs, several joined by '::'
     weight: float = 1.0  # share of the samples, relative to the other sources
     caption: str = "txt"  # the member that holds the caption, by its suffix; 'json:<field>' for a field of the JSON
@@ -58,12 +60,12 @@ class SourceSettings:
 class Shapes:
     """The procedural picture set that the quickstart trains on; built before training where absent."""
 
-    dir: str = "runs/shapes"
-    train_samples: int = 20_000
-    validation_samples: int = 1_024
-    test_samples: int = 2_560
-    image_size: int = 32
-    seed: int = 0
+    dir: str = "runs/shapes"  # where its shards, class names and templates go
+    train_samples: int = 20_000  # pairs of the 56 classes that are trained on
+    validation_samples: int = 1_024  # held-out pairs of the same classes
+    test_samples: int = 2_560  # labelled pictures of all 64 classes
+    image_size: int = 32  # pixels of a side
+    seed: int = 0  # of what is drawn
     shuffle_captions: bool = False  # the control experiment: captions say nothing about their pictures
 
 
@@ -106,8 +108,10 @@ class AugmentSettings:
 
 @dataclass(frozen=True)
 class Data:
-    sources: dict[str, SourceSettings] = field(default_factory=dict)
-    shapes: Shapes | None = None
+    """Which shards are trained on, in which order, and how they are read and decoded."""
+
+    sources: dict[str, SourceSettings] = field(default_factory=dict)  # each under a name of one's own
+    shapes: Shapes | None = None  # null: no picture set is drawn
     index_dir: str | None = None  # where index sidecars go; default: beside each shard, else the cache folder
     index_jobs: int | None = None  # processes that index shards; default: the cores
     hash: Literal["crc32", "sha256"] = "crc32"  # of a shard's bytes, in its index
@@ -122,7 +126,7 @@ class Data:
     allow_repeats: bool = False  # an epoch shorter than the batch: the same pair several times in a batch
     accept_changes: bool = False  # resume although shards, seed, crop or decoders differ from the checkpoint's
     crop_scale: tuple[float, float] = (0.9, 1.0)  # share of the picture's area that the random crop keeps
-    crop_ratio: tuple[float, float] = (0.75, 4 / 3)
+    crop_ratio: tuple[float, float] = (0.75, 4 / 3)  # width over height of the random crop, before it is made square
     exif: Literal["ignore", "apply"] = "ignore"  # turn a picture as its EXIF says, or take its pixels as they lie
     scaled_decode: bool = False  # decode JPEGs at 1/2, 1/4 or 1/8 where the crop is at least twice the side wanted
     augment: AugmentSettings = field(default_factory=AugmentSettings)

@@ -1,64 +1,76 @@
 """From YAML files and command-line words to a `Config` and back, and the only place that reads YAML. No torch import.
 
-    config = load_config(["configs/quickstart.yaml", "train.global_batch=4096"])
+    config = load_config(["quickstart", "train.global_batch=4096"])      # a recipe's name, or a YAML file's path
     config.train.global_batch                      # 4096
     print(dump_config(config))                     # the resolved YAML: goes into the run folder and every checkpoint
 
 Files are merged from left to right, then `key.path=value`. Whatever does not fit is one line that names the word or
-file, the key and the fix.
+file, the key and the fix. A file that a YAML names (class names, templates, counts, uids) is looked for in the current
+folder, then beside that YAML, so that a recipe and its files work from anywhere.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from clipscale.config import Config, flat
 from clipscale.errors import UserError, require
+from clipscale.recipes import find_config
 
-Layer = tuple[str, Callable[[], Any]]  # what an error calls it, and how to read it
+
+class Layer(NamedTuple):
+    origin: str  # what an error calls it
+    read: Callable[[], Any]
+    folder: str | None = None  # of a YAML: where the files it names may lie
 
 
 def load_config(arguments: list[str]) -> Config:
-    """YAML paths and `key.path=value` words, in any order of kinds: files first, left to right, then the words.
+    """YAML paths, recipes' names and `key.path=value` words: files first, left to right, then the words.
 
     Raises:
         UserError: a file that is missing or no YAML mapping, an unknown or duplicate key, a wrong type, a bad value.
     """
-    words = [word for word in arguments if "=" in word and not Path(word).is_file()]
-    files = [path for path in arguments if path not in words]
-    return _merge([(f"config {path!r}", partial(_read_yaml, path)) for path in files] + _layers(words))
+    words = [word for word in arguments if "=" in word and not os.path.isfile(word)]
+    files = [find_config(word) for word in arguments if word not in words]
+    return _merge([_file_layer(path) for path in files] + _layers(words))
 
 
 def apply_overrides(config: Config, words: list[str]) -> Config:
     """A copy of `config` with `key.path=value` words on top."""
     bad = [word for word in words if "=" not in word]
     require(not bad, f"{bad[0] if bad else ''!r} is no key.path=value")
-    return _merge([("config", partial(OmegaConf.structured, config)), *_layers(words)])
+    return _merge([Layer("config", partial(OmegaConf.structured, config)), *_layers(words)])
 
 
 def config_from_yaml(text: str) -> Config:
     """The inverse of `dump_config`, for the config stored in a checkpoint."""
-    return _merge([("the stored config", partial(OmegaConf.create, text))])
+    return _merge([Layer("the stored config", partial(OmegaConf.create, text))])
+
+
+def _file_layer(path: str) -> Layer:
+    return Layer(f"config {path!r}", partial(_read_yaml, path), os.path.dirname(os.path.abspath(path)))
 
 
 def _layers(words: list[str]) -> list[Layer]:
-    return [(word, partial(OmegaConf.from_dotlist, [word])) for word in words]
+    return [Layer(word, partial(OmegaConf.from_dotlist, [word])) for word in words]
 
 
 def _merge(layers: list[Layer]) -> Config:
     merged = OmegaConf.structured(Config)
-    for origin, read in layers:
+    for origin, read, folder in layers:
         try:
             merged = OmegaConf.merge(merged, read())
+            if folder is not None:
+                _look_beside(merged, folder)
         except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
             key = origin.partition("=")[0]
             raise UserError(f"{origin}: {_one_line(error).removeprefix(f'{key}: ')}") from error
@@ -66,6 +78,23 @@ def _merge(layers: list[Layer]) -> Config:
         return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise UserError(_one_line(error)) from error
+
+
+def _look_beside(settings: DictConfig, folder: str) -> None:
+    """Those files that are not where their setting says, from the current folder, but so from `folder`."""
+    for holder, name in _named_files(settings):
+        path = holder[name]
+        if path in (None, "imagenet") or os.path.isfile(path) or not os.path.isfile(os.path.join(folder, path)):
+            continue
+        with read_write(holder):
+            holder[name] = os.path.join(folder, path)
+
+
+def _named_files(settings: DictConfig) -> Iterator[tuple[DictConfig, str]]:
+    """Each setting that holds the path of a single file: the section it stands in, and its name there."""
+    yield from ((settings.eval.zeroshot, name) for name in ("classnames", "templates"))
+    for source in settings.data.sources.values():
+        yield from ((source, "counts"), (source.select, "uids"))
 
 
 def dump_config(config: Config) -> str:
@@ -81,9 +110,6 @@ def changed_keys(old: Config, new: Config) -> list[str]:
 
 
 def _read_yaml(path: str) -> DictConfig:
-    if not Path(path).is_file():
-        kind = "a folder" if Path(path).is_dir() else "no such file"
-        raise UserError(f"config {path!r}: {kind}; arguments are YAML files and key.path=value words")
     settings = OmegaConf.load(path)
     require(isinstance(settings, DictConfig), f"config {path!r}: a list; a config is a mapping of keys to values")
     return settings

@@ -111,6 +111,13 @@ def hash_file(file: _Path | int, *, crc32: bool = False, sha256: bool = False) -
     return {"bytes": done, "crc32": crc if crc32 else None, "sha256": sha.hexdigest() if sha256 else None}
 
 
+def why_unreadable(path: str, error: Exception) -> str:
+    """What to tell of a file that a setting names; one that is missing, with both places it was looked for in."""
+    if isinstance(error, FileNotFoundError) and not os.path.isabs(path):
+        return f"no such file in {os.getcwd()}, nor beside the YAML that names it"
+    return str(error)
+
+
 def cache_folder(cache_dir: str | None) -> Path:
     """`cache_dir` (a setting), else the user's cache folder for clipscale."""
     if cache_dir is not None:

@@ -1,6 +1,7 @@
 """clipscale/cli.py and clipscale/evaluate.py: what a person types, and what comes back."""
 
 import json
+import re
 import tarfile
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from tiny import write_config
 from clipscale import __version__
 from clipscale.cli import main
 from clipscale.config_load import config_from_yaml, load_config
+from clipscale.recipes import list_recipes
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -60,11 +62,13 @@ def rows(run: Path) -> list[dict]:
 @pytest.mark.parametrize(
     ("words", "example"),
     [
-        ([], "clipscale train configs/quickstart.yaml"),
-        (["train"], "clipscale train configs/quickstart.yaml train.global_batch=4096"),
+        ([], "clipscale train quickstart"),
+        (["train"], "clipscale train quickstart train.global_batch=4096"),
         (["eval"], "clipscale eval zeroshot runs/quickstart"),
         (["eval", "zeroshot"], "clipscale eval zeroshot runs/quickstart"),
         (["index"], "clipscale index 'shards/{0000..0999}.tar'"),
+        (["recipes"], "clipscale train quickstart --print-config"),
+        (["config"], "clipscale config train.global_batch"),
     ],
 )
 def test_help_shows_an_example(capsys, words, example):
@@ -74,13 +78,16 @@ def test_help_shows_an_example(capsys, words, example):
     assert example in capsys.readouterr().out
 
 
-def test_the_files_that_help_names_are_there(capsys):
-    for words in (["train"], ["eval", "zeroshot"], ["index"]):
+def test_the_recipes_and_files_that_help_names_are_there(capsys):
+    for words in ([], ["train"], ["eval", "zeroshot"], ["index"], ["recipes"]):
         with pytest.raises(SystemExit):
             main([*words, "--help"])
-    named = {word for word in capsys.readouterr().out.replace("=", " ").split() if word.startswith("configs/")}
-    assert len(named) >= 3
-    assert all((ROOT / name).is_file() for name in named), named
+    out = capsys.readouterr().out
+    files = {word for word in out.replace("=", " ").split() if word.startswith("configs/")}
+    assert files
+    assert all((ROOT / name).is_file() for name in files), files
+    recipes = set(re.findall(r"clipscale train ([a-z]\w*)", out))
+    assert {"quickstart", "vit_b32"} <= recipes <= set(list_recipes())
 
 
 def test_version(capsys):

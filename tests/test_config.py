@@ -197,6 +197,11 @@ def test_files_that_are_no_config(text, said, yaml_file):
     assert path in message or "must be set" in message
 
 
+def test_a_long_word_is_a_word():
+    word = f"data.sources.a.urls='{'x' * 300}.tar'"
+    assert load_config([word]).data.sources["a"].urls == f"{'x' * 300}.tar"
+
+
 def test_a_missing_file_and_a_folder(tmp_path):
     assert "config 'nowhere.yaml': no such file" in refusal("nowhere.yaml")
     assert "a folder" in refusal(str(tmp_path))

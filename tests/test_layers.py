@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 GROUND = {
     *("__init__", "errors", "counter", "tell", "files", "progress", "pool", "dist", "runlog"),
-    *("config_data", "config", "config_load"),
+    *("config_data", "config", "config_load", "config_help", "recipes"),
 }
 STAGES = {"data", "towers", "loss"}
 ASSEMBLY = {"gradcache", "parallel", "optim", "checkpoint", "eval"}
@@ -268,6 +268,7 @@ def ends_well(work, *arguments, **settings):
 
 assert main(["train", "configs/quickstart.yaml", "--print-config"]) == 0
 assert main(["train", "configs/quickstart.yaml", "gradcache.image_chunk=0"]) == 2
+assert main(["recipes"]) == main(["config"]) == 0
 for name in commands.COMMANDS:
     output = ["--output", "no-such/out.png"] if name != "check" else []
     assert main(["shards", name, "no-such.tar", *output]) == 2

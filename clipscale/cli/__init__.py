@@ -1,6 +1,6 @@
-"""The command line: `clipscale train`, `eval`, `index`, `shards`, `bench`; one file a command, this one finds it.
+"""The command line: `clipscale train`, `eval`, `index`, ...; one file a command, and this one that finds it.
 
-    main(["train", "configs/quickstart.yaml"])        # -> cli/train.py: add_arguments(parser), then run(arguments)
+    main(["train", "quickstart"])        # -> cli/train.py: add_arguments(parser), then run(arguments)
 
 A command's module is imported only when it is called, and torch only once its arguments are known to be right, so that
 help and mistakes answer at once. A module holds `EXAMPLES` (for its help), `LEFT` (what Ctrl-C leaves behind),
@@ -25,6 +25,8 @@ COMMANDS = {
     "eval": "evaluate a checkpoint",
     "index": "index shards ahead of training, and count what is usable",
     "shards": "make, check and look at shards",
+    "recipes": "list the configs that come with clipscale",
+    "config": "show every setting: its default, its type and what it is for",
     "bench": "measure speed, memory and exactness on this machine",
 }
 
@@ -53,7 +55,7 @@ def parse(words: list[str]) -> tuple[ModuleType, argparse.Namespace]:
     parser = argparse.ArgumentParser(
         prog="clipscale",
         description="CLIP image-text pretraining at very large batches: exact, in constant memory.",
-        epilog="start here:\n  clipscale train configs/quickstart.yaml",
+        epilog="start here:\n  clipscale train quickstart",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"clipscale {__version__}")

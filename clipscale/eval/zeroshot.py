@@ -24,6 +24,7 @@ from clipscale.data.tokenize import Tokenize
 from clipscale.dist import World
 from clipscale.errors import UserError, require
 from clipscale.eval.pictures import EvalPictures, FolderPictures, ShardPictures, batches
+from clipscale.files import why_unreadable
 from clipscale.towers import Towers
 
 
@@ -146,7 +147,7 @@ def _lines(path: str, setting: str) -> list[str]:
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").rstrip().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{setting}={path!r} cannot be read: {error}") from error
+        raise UserError(f"{setting}={path!r} cannot be read: {why_unreadable(path, error)}") from error
     lines = [line.strip() for line in lines]
     require(bool(lines), f"{setting}={path!r} is empty; write one a line")
     require(all(lines), f"{setting}={path!r}: line {lines.index('') + 1 if '' in lines else 0} is empty; take it out")

@@ -18,6 +18,7 @@ from clipscale.data.fetch.cache import FetchError, ShardCache
 from clipscale.data.fetch.urls import is_local, masked, scheme_of
 from clipscale.data.shard.index import Index, basename
 from clipscale.errors import UserError, require
+from clipscale.files import why_unreadable
 
 _MAX_BYTES = 1 << 26
 
@@ -52,7 +53,7 @@ def _from_file(remote: list[str], counts: str) -> dict[str, int]:
         with open(counts, "rb") as file:
             numbers = json.loads(file.read(_MAX_BYTES))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"counts {counts!r} cannot be read: {error}") from error
+        raise UserError(f"counts {counts!r} cannot be read: {why_unreadable(counts, error)}") from error
     require(isinstance(numbers, dict), f"counts {counts!r} must be a JSON object, shard name -> number of samples")
     times = Counter(map(basename, remote))
     found = {}

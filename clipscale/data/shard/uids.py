@@ -16,6 +16,7 @@ from functools import lru_cache
 import numpy as np
 
 from clipscale.errors import UserError, require
+from clipscale.files import why_unreadable
 
 _PAIR = np.dtype("u8,u8")
 _AT_ONCE = 1 << 20
@@ -47,7 +48,7 @@ class UidList:
         try:
             pairs = _load_npy(path) if path.endswith(".npy") else _load_lines(path)
         except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"uids {path!r} cannot be read: {error}") from error
+            raise UserError(f"uids {path!r} cannot be read: {why_unreadable(path, error)}") from error
         require(len(pairs) > 0, f"uids {path!r} is an empty list: no sample would be left")
         return UidList(pairs, path)
 
