@@ -25,7 +25,9 @@ from clipscale.data.fetch.cache import ShardCache
 from clipscale.data.fetch.urls import expand_urls, is_local, masked
 from clipscale.data.pixels.decode import decode, picture_size
 from clipscale.data.shard.captions import CaptionError, CaptionRule
-from clipscale.data.shard.select import IMAGE_SUFFIXES, MAX_LABEL_BYTES, MAX_PICTURE_BYTES, group
+from clipscale.data.shard.judge import IMAGE_SUFFIXES, MAX_PICTURE_BYTES
+from clipscale.data.shard.labels import MAX_LABEL_BYTES
+from clipscale.data.shard.select import group
 from clipscale.data.shard.tar import Listing, list_members
 from clipscale.errors import require
 from clipscale.files import whole_file
