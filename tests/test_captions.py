@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipscale.data.shard.captions import CAUSES, CaptionError, CaptionRule
+from clipscale.data.shard.captions import CAPTION_FAULTS, CaptionError, CaptionRule
 
 LINES = b"\n  a dog \r\n\n a brown dog\n\n"
 NESTED = json.dumps(
@@ -63,7 +63,7 @@ def test_refused(caption, note, cause, policy):
     with pytest.raises(CaptionError) as error:
         CaptionRule.of(caption, policy).pick(note, 1)
     assert str(error.value) == cause
-    assert cause in CAUSES
+    assert cause in CAPTION_FAULTS
 
 
 @given(st.lists(st.text(max_size=5), max_size=5), st.integers(0, 2**64 - 1))

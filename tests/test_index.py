@@ -28,7 +28,7 @@ from clipscale.data.shard import index_many as indexing
 from clipscale.data.shard import sidecar
 from clipscale.data.shard.index import Index, Shard
 from clipscale.data.shard.index_many import index_shards
-from clipscale.data.shard.select import Rules
+from clipscale.data.shard.select import Chosen, Rules
 from clipscale.errors import UserError
 
 JPEG = picture(0, 16, 16)
@@ -57,8 +57,13 @@ def keys(shard: Shard) -> list[str]:
 def builds(monkeypatch) -> list[str]:
     """The shards indexed from their bytes so far."""
     done = []
-    choose = index_module.choose
-    monkeypatch.setattr(index_module, "choose", lambda tar, *rest: done.append(len(tar)) or choose(tar, *rest))
+    select_samples = index_module.select_samples
+
+    def count(tar: bytes, *rest) -> Chosen:
+        done.append(len(tar))
+        return select_samples(tar, *rest)
+
+    monkeypatch.setattr(index_module, "select_samples", count)
     return done
 
 
@@ -186,14 +191,14 @@ def test_a_changed_shard_is_indexed_again_and_told(shard_path, builds):
 
 
 def test_a_shard_that_changes_while_it_is_indexed_is_an_error(shard_path, monkeypatch):
-    choose = index_module.choose
+    select_samples = index_module.select_samples
 
     def grow(*arguments):
         with open(shard_path, "ab") as file:
             file.write(bytes(512))
-        return choose(*arguments)
+        return select_samples(*arguments)
 
-    monkeypatch.setattr(index_module, "choose", grow)
+    monkeypatch.setattr(index_module, "select_samples", grow)
     with pytest.raises(OSError, match="written to while it was indexed"):
         index_shard(shard_path)
     assert not Path(shard_path + ".index").exists()

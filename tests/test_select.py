@@ -12,7 +12,7 @@ from PIL import Image
 from shards import picture, write_shard, write_tar
 
 from clipscale.config_data import Data, Select, SourceSettings
-from clipscale.data.shard.select import Chosen, Rules, choose
+from clipscale.data.shard.select import Chosen, Rules, select_samples
 from clipscale.data.shard.tar import list_members, mapped
 from clipscale.data.shard.uids import UidList
 from clipscale.errors import UserError
@@ -24,7 +24,7 @@ def chosen(path: Path, need: str = "pairs", **settings) -> Chosen:
     select = Select(**{name: value for name, value in settings.items() if name != "caption"})
     source = SourceSettings(str(path), caption=settings.get("caption", "txt"), select=select)
     with mapped(str(path)) as tar:
-        return choose(tar, list_members(tar), Rules.of(source, Data(), need))
+        return select_samples(tar, list_members(tar), Rules.of(source, Data(), need))
 
 
 def test_samples_that_cannot_be_used_are_counted_by_cause(tmp_path):
@@ -36,11 +36,12 @@ def test_samples_that_cannot_be_used_are_counted_by_cause(tmp_path):
         ("long", {"jpg": JPEG, "txt": b"x" * 70_000}),
         ("text-only", {"txt": b"no picture"}),
         ("labelled", {"png": JPEG, "txt": "ünïcode".encode(), "cls": b"5"}),
-        ("odd-label", {"webp": JPEG, "txt": b"x", "cls": b"5" * 65}),
+        ("long-label", {"webp": JPEG, "txt": b"x", "cls": b"5" * 65}),
+        ("odd-label", {"webp": JPEG, "txt": b"x", "cls": b"1_0"}),
     ]
     path = write_shard(tmp_path / "mixed.tar", samples)
     pairs = chosen(path)
-    assert pairs.keys == ["good", "labelled", "odd-label"]
+    assert pairs.keys == ["good", "labelled", "long-label", "odd-label"]
     assert pairs.refused == {
         "no caption": 1,
         "empty caption": 1,
@@ -50,7 +51,12 @@ def test_samples_that_cannot_be_used_are_counted_by_cause(tmp_path):
     }
     labelled = chosen(path, "labelled")
     assert labelled.keys == ["no-caption", "labelled"]
-    assert labelled.refused == {"no label": 4, "no picture": 1, "label above 64 bytes": 1}
+    assert labelled.refused == {
+        "no label": 4,
+        "no picture": 1,
+        "label above 64 bytes": 1,
+        "label is not a number": 1,
+    }
     assert pairs.not_read == labelled.not_read == {}
 
 
@@ -244,3 +250,12 @@ def test_rules_that_differ_have_tags_that_differ(tmp_path):
     assert Rules.of(same, Data(max_pixels=7), "pairs").tag == tags[6]
     decoded = SourceSettings("x", select=Select(check="decode"))
     assert Rules.of(decoded, Data(max_pixels=7), "pairs").tag != tags[3]
+
+
+def test_sidecars_of_pairs_are_found_under_the_names_they_have(tmp_path):
+    """Those of labelled pictures from before a label had to be a number are not."""
+    selections = [Select(), Select(check="decode"), Select(score_field="s", min_score=3.0)]
+    assert [Rules(select=select).tag for select in selections] == ["", "e7599fecf37c", "45cdaab26e3d"]
+    assert Rules(caption="json:txt").tag == "ecac3707027c"
+    assert Rules(need="labelled").tag != "5ee8b769080b"
+    assert Rules(need="labelled", select=Select(min_side=3)).tag != "aba026955e84"

@@ -14,7 +14,8 @@ from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from shards import picture, write_shard, write_tar
 
-from clipscale.data.shard.select import IMAGE_SUFFIXES, Rules, choose
+from clipscale.data.shard.judge import IMAGE_SUFFIXES
+from clipscale.data.shard.select import Rules, select_samples
 from clipscale.data.shard.tar import list_members, mapped
 
 JPEG = picture(0, 16, 16)
@@ -27,7 +28,7 @@ def pair(caption: bytes = b"a caption", image: bytes = JPEG) -> dict[str, bytes]
 def read_all(path: Path) -> list[tuple[str, bytes, bytes]]:
     """(key, picture, caption) of the samples that the index would hold."""
     with mapped(str(path)) as tar:
-        keys, spans, *_ = choose(tar, list_members(tar), Rules())
+        keys, spans, *_ = select_samples(tar, list_members(tar), Rules())
         return [
             (key, tar[image : image + image_size], tar[note : note + note_size])
             for key, (image, image_size, note, note_size) in zip(keys, spans.tolist(), strict=True)
@@ -163,7 +164,7 @@ def index_bytes(folder: Path, data: bytes) -> Found:
     path.write_bytes(data)
     with mapped(str(path)) as tar:
         listing = list_members(tar)
-        chosen = choose(tar, listing, Rules())
+        chosen = select_samples(tar, listing, Rules())
     return Found(len(chosen.keys), chosen.refused, listing.cut)
 
 

@@ -227,11 +227,19 @@ def test_names_and_templates_from_files(places):
     assert (task.classnames, task.templates) == (NAMES, TEMPLATES)
 
 
-@pytest.mark.parametrize("label", [b"cat", b"", b"7", b"-1", b"1.5"])
-def test_labels_without_a_class_name(towers, places, tmp_path, label):
-    write_shard(tmp_path / "0.tar", [("a", {"png": picture(0, 16, 16, "PNG"), "cls": label})])
-    with pytest.raises(UserError, match=r"label .*(class name)"):
+def test_a_label_without_a_class_name(towers, places, tmp_path):
+    write_shard(tmp_path / "0.tar", [("a", {"png": picture(0, 16, 16, "PNG"), "cls": b"7"})])
+    with pytest.raises(UserError, match="label 7 has no class name: there are 7"):
         classify(towers, settings(places, urls=str(tmp_path / "0.tar")))
+
+
+def test_labels_that_are_no_number_are_left_out_and_told(places, tmp_path, told):
+    labels = [b"2\n", b"cat", b"", b"-1", b"1.5", b"1_0"]
+    samples = [(f"{i}", {"png": picture(i, 16, 16, "PNG"), "cls": label}) for i, label in enumerate(labels)]
+    write_shard(tmp_path / "0.tar", samples)
+    task = load_task(settings(places, urls=str(tmp_path / "0.tar")), Data())
+    assert [task.pictures.read(i)[1] for i in range(len(task.pictures))] == [b"2\n"]
+    assert told == ["source 'zeroshot': 5 samples refused (label is not a number: 5); 1 are usable"]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-CAUSES = (
+MASK_CAUSES = (
     "cannot be read",
     "not JPEG, PNG or WebP",
     "broken picture",
@@ -13,9 +13,9 @@ CAUSES = (
 
 
 class BadSample(Exception):
-    """This sample is left out of its batch. `cause` is one of CAUSES."""
+    """This sample is left out of its batch. `cause` is one of MASK_CAUSES."""
 
     def __init__(self, cause: str, detail: str = "") -> None:
-        assert cause in CAUSES
+        assert cause in MASK_CAUSES
         super().__init__(f"{cause}: {detail}" if detail else cause)
         self.cause = cause

@@ -22,14 +22,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clipscale.config_data import Data, SourceSettings
-from clipscale.data.bad import CAUSES, BadSample
+from clipscale.data.bad import MASK_CAUSES, BadSample
 from clipscale.data.fetch.cache import Expected, ShardCache
 from clipscale.data.fetch.urls import expand_urls, is_local, masked
 from clipscale.data.shard.captions import MAX_JSON_BYTES, CaptionError, CaptionRule
 from clipscale.data.shard.counts import declared_counts
 from clipscale.data.shard.index import Index, Shard
 from clipscale.data.shard.index_many import Track, index_shards
-from clipscale.data.shard.select import MAX_PICTURE_BYTES, Need, Rules
+from clipscale.data.shard.judge import MAX_PICTURE_BYTES
+from clipscale.data.shard.select import Need, Rules
 from clipscale.data.shard.sidecar import Records, Row
 from clipscale.errors import UserError
 from clipscale.tell import tell
@@ -111,7 +112,7 @@ class Source:
             return self._caption.pick(note, draw)
         except CaptionError as error:
             cause = str(error)
-            raise BadSample(cause if cause in CAUSES else "caption cannot be used", cause) from error
+            raise BadSample(cause if cause in MASK_CAUSES else "caption cannot be used", cause) from error
 
     def refused(self) -> Counter[str]:
         """Samples left out when the shards were indexed, by cause."""

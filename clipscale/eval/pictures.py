@@ -18,7 +18,7 @@ import torch
 
 from clipscale.data.bad import BadSample
 from clipscale.data.pixels.decode import Decoding, load_picture
-from clipscale.data.shard.select import IMAGE_SUFFIXES
+from clipscale.data.shard.judge import IMAGE_SUFFIXES
 from clipscale.data.source import Source
 from clipscale.errors import require
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from clipscale.config import ZeroShot
 from clipscale.config_data import Data, SourceSettings
 from clipscale.data.pixels.decode import Decoding
+from clipscale.data.shard.labels import LabelError, label_of
 from clipscale.data.source import open_source
 from clipscale.data.tokenize import Tokenize
 from clipscale.dist import World
@@ -70,7 +71,7 @@ def load_task(config: ZeroShot, data: Data) -> ZeroShotTask:
         )
         return ZeroShotTask(pictures, names, templates)
     require(config.urls is not None, "eval.zeroshot needs pictures: set eval.zeroshot.urls or eval.zeroshot.folder")
-    source = open_source("zeroshot", SourceSettings(config.urls), data, need="labelled")
+    source = open_source("zeroshot", SourceSettings(config.urls), data, need="labelled", findings=True)
     return ZeroShotTask(ShardPictures(source), names, templates)
 
 
@@ -133,12 +134,10 @@ def evaluate_zeroshot(
 
 def _label(note: bytes, classes: int) -> int:
     try:
-        label = int(note)
-    except ValueError as error:
-        raise UserError(
-            f"label {note[:40]!r} is no number; a .cls member holds the line number of a class name"
-        ) from error
-    require(0 <= label < classes, f"label {label} has no class name: there are {classes} (0 to {classes - 1})")
+        label = label_of(note)
+    except LabelError as error:
+        raise UserError(f"{error}: {note[:40]!r}; a .cls member holds the line number of a class name") from error
+    require(label < classes, f"label {label} has no class name: there are {classes} (0 to {classes - 1})")
     return label
 
 

@@ -3,8 +3,8 @@
     found = check_shard("train-0000.tar", Wanted(need="pairs", caption="txt", max_pixels=50_000_000), cache=None)
     found.samples, found.problems[0]        # 10000, Problem(key='000017', member='000017.jpg', offset=9216, cause=...)
 
-The rules are those of indexing (clipscale/data/shard/select.py), but every picture is decoded, and a sample is told of
-every fault it has.
+The judge is that of indexing (clipscale/data/shard/judge.py), but every picture is decoded, all JSON is looked into,
+and a sample is told of every fault it has.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from clipscale.data.bad import BadSample
+from clipscale.config_data import Select
 from clipscale.data.fetch.cache import ShardCache
 from clipscale.data.fetch.urls import is_local
-from clipscale.data.pixels.decode import decode
-from clipscale.data.shard.captions import MAX_JSON_BYTES, CaptionError, CaptionRule, parse_json
-from clipscale.data.shard.select import IMAGE_SUFFIXES, MAX_LABEL_BYTES, MAX_PICTURE_BYTES, group
-from clipscale.data.shard.tar import Listing, list_members, mapped
+from clipscale.data.pixels.decode import picture_size
+from clipscale.data.shard.captions import CaptionError, CaptionRule
+from clipscale.data.shard.judge import IMAGE_SUFFIXES, Judge, picture_of
+from clipscale.data.shard.select import group
+from clipscale.data.shard.tar import list_members, mapped
 
 DIGEST_BYTES = 16
 
@@ -93,24 +94,26 @@ def check_shard(url: str, wanted: Wanted, cache: ShardCache | None) -> Checked:
         return Checked(url, problems=[Problem("", "", 0, "shard cannot be read", str(error))])
 
 
-class _Fault(Exception):
-    def __init__(self, member: int, cause: str, detail: str = "") -> None:
-        super().__init__(cause)
-        self.member, self.cause, self.detail = member, cause, detail
-
-
 class _Check:
     def __init__(self, url: str, tar: bytes, wanted: Wanted) -> None:
-        self.tar, self.wanted = tar, wanted
-        self.listing: Listing = list_members(tar)
+        self.tar, self.listing = tar, list_members(tar)
         self.rule = CaptionRule.of(wanted.caption)
+        self.caption_suffix = None if wanted.need == "labelled" else self.rule.suffix
+        self.judge = Judge(
+            tar,
+            self.listing,
+            need=wanted.need,
+            caption=self.rule,
+            select=Select(check="decode"),
+            max_pixels=wanted.max_pixels,
+            every_json=True,
+        )
         self.found = Checked(url, bytes=len(tar), members=len(self.listing.names))
         self.pictures, self.captions = [], []
         self.picture_digests, self.caption_digests = [], []
 
     def run(self) -> Checked:
         found, keys, not_read, kinds = self.found, set(), Counter(), Counter()
-        allowed = {*IMAGE_SUFFIXES, "txt", "json", "cls", self.rule.suffix}
         for number, (key, sample) in enumerate(group(self.listing.names)):
             found.samples += 1
             before = len(found.problems)
@@ -120,15 +123,15 @@ class _Check:
             keys.add(key)
             if key.startswith("/") or ".." in key.split("/"):
                 self._problem(key, first, "key leads out of its folder", "never unpack this archive")
-            for suffix in sample.keys() - allowed:
+            for suffix in sample.keys() - self.judge.allowed:
                 not_read[suffix] += 1
                 self._problem(key, sample[suffix], "member that is not read", f".{suffix[:40]}")
             kinds.update(suffix for suffix in IMAGE_SUFFIXES if suffix in sample)
-            for check in (self._picture, self._caption, self._label, self._json):
-                try:
-                    check(number, sample)
-                except _Fault as fault:
-                    self._problem(key, fault.member, fault.cause, fault.detail)
+            faulty = set()
+            for fault in self.judge.faults(key, sample):
+                faulty.add(fault.member)
+                self._problem(key, first if fault.member is None else fault.member, fault.cause, fault.detail)
+            self._measure(number, picture_of(sample), sample.get(self.caption_suffix), faulty)
             found.usable += len(found.problems) == before
         if self.listing.cut:
             found.problems.append(Problem("", "", len(self.tar), "damaged archive", self.listing.cut))
@@ -143,57 +146,17 @@ class _Check:
         name, offset = self.listing.names[member], self.listing.offsets[member]
         self.found.problems.append(Problem(key, name, offset, cause, detail))
 
-    def _picture(self, number: int, sample: dict[str, int]) -> None:
-        member = next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
-        if member is None:
-            raise _Fault(next(iter(sample.values())), "no picture")
-        if self.listing.sizes[member] > MAX_PICTURE_BYTES:
-            raise _Fault(member, "picture above 64 MiB", f"{self.listing.sizes[member]} bytes")
-        data = self.listing.data(self.tar, member)
-        try:
-            height, width, _ = decode(data, self.wanted.max_pixels).shape
-        except BadSample as bad:
-            raise _Fault(member, bad.cause, str(bad)) from bad
-        self.pictures.append((number, len(data), width, height))
-        self.picture_digests.append(digest(data))
-
-    def _caption(self, number: int, sample: dict[str, int]) -> None:
-        need, member = self.wanted.need, sample.get(self.rule.suffix)
-        if need == "labelled":
-            return
-        if member is None:
-            if need == "any" and "cls" in sample:
-                return
-            raise _Fault(next(iter(sample.values())), "no caption" if need == "pairs" else "neither caption nor label")
-        if self.listing.sizes[member] > self.rule.max_bytes:
-            raise _Fault(member, self.rule.too_large)
-        try:
-            text = self.rule.pick(self.listing.data(self.tar, member))
-        except CaptionError as error:
-            raise _Fault(member, str(error)) from error
-        self.captions.append((number, len(text)))
-        self.caption_digests.append(digest(text.encode()))
-
-    def _label(self, number: int, sample: dict[str, int]) -> None:
-        need, member = self.wanted.need, sample.get("cls")
-        if need == "labelled" and member is None:
-            raise _Fault(next(iter(sample.values())), "no label")
-        if need == "pairs" or member is None:
-            return
-        note = self.listing.data(self.tar, member) if self.listing.sizes[member] <= MAX_LABEL_BYTES else b""
-        if not note.strip().isdigit():
-            raise _Fault(member, "label is not a number", repr(note))
-
-    def _json(self, number: int, sample: dict[str, int]) -> None:
-        member = sample.get("json")
-        if member is None or member == sample.get(self.rule.suffix):  # a caption in JSON has been looked at
-            return
-        if self.listing.sizes[member] > MAX_JSON_BYTES:
-            raise _Fault(member, "JSON above 1 MiB")
-        try:
-            parse_json(self.listing.data(self.tar, member))
-        except ValueError as error:
-            raise _Fault(member, "broken JSON", str(error)) from error
+    def _measure(self, number: int, picture: int | None, caption: int | None, faulty: set[int | None]) -> None:
+        """Sizes and digests of what the sample has, where no fault was found in it."""
+        if picture is not None and picture not in faulty:
+            data = self.listing.data(self.tar, picture)
+            height, width, _ = picture_size(data)
+            self.pictures.append((number, len(data), width, height))
+            self.picture_digests.append(digest(data))
+        if caption is not None and caption not in faulty:
+            text = self.rule.pick(self.listing.data(self.tar, caption))
+            self.captions.append((number, len(text)))
+            self.caption_digests.append(digest(text.encode()))
 
 
 def _rows(digests: list[bytes]) -> np.ndarray:

@@ -23,7 +23,9 @@ from clipscale.data.bad import BadSample
 from clipscale.data.fetch.urls import masked
 from clipscale.data.pixels.decode import decode, picture_size
 from clipscale.data.shard.captions import CaptionError, CaptionRule
-from clipscale.data.shard.select import IMAGE_SUFFIXES, MAX_LABEL_BYTES, MAX_PICTURE_BYTES, group
+from clipscale.data.shard.judge import IMAGE_SUFFIXES, MAX_PICTURE_BYTES
+from clipscale.data.shard.labels import MAX_LABEL_BYTES
+from clipscale.data.shard.select import group
 from clipscale.data.shard.tar import Listing, list_members
 from clipscale.errors import require
 from clipscale.shardkit.checks import opened

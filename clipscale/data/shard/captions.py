@@ -5,7 +5,7 @@
     rule.pick(note, draw)                                    # 'a brown dog', from the member's bytes and a 64-bit draw
 
 The pieces of a text are its lines that are not empty, those of a JSON list its items. Bytes that give no caption raise
-`CaptionError`, whose message is one of CAUSES.
+`CaptionError`, whose message is one of CAPTION_FAULTS.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 MAX_CAPTION_BYTES = 1 << 16
 MAX_JSON_BYTES = 1 << 20
-CAUSES = (
+CAPTION_FAULTS = (
     "no caption",
     "empty caption",
     "caption is not UTF-8",
@@ -28,7 +28,7 @@ CAUSES = (
 
 
 class CaptionError(Exception):
-    """The message is one of CAUSES."""
+    """The message is one of CAPTION_FAULTS."""
 
 
 @dataclass(frozen=True)

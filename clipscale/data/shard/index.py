@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 from clipscale.data.fetch.urls import is_local
 from clipscale.data.shard import sidecar
-from clipscale.data.shard.select import Rules, choose
+from clipscale.data.shard.select import Rules, select_samples
 from clipscale.data.shard.tar import list_members, mapped
 from clipscale.files import cache_folder, hash_file
 
@@ -89,7 +89,7 @@ class Index:
         hashes = self._hashes(file, stamp, before)
         with mapped(file) as tar:
             listing = list_members(tar)
-            chosen = choose(tar, listing, self.rules)
+            chosen = select_samples(tar, listing, self.rules)
         if _stamp(url, file) != stamp:
             raise OSError("it was written to while it was indexed")
         facts = stamp | hashes | {"refused": chosen.refused, "not_read": chosen.not_read, "cut": listing.cut}

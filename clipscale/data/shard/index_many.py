@@ -17,6 +17,7 @@ from functools import partial
 from clipscale.data.fetch.cache import ShardCache
 from clipscale.data.fetch.urls import is_local, masked
 from clipscale.data.shard.index import Index, Shard
+from clipscale.data.shard.judge import looks_into_pictures
 from clipscale.errors import UserError
 from clipscale.pool import WorkerDied, cores, map_in_processes
 
@@ -86,5 +87,5 @@ def _build(url: str, index: Index, cache: ShardCache | None) -> Shard | str:
 
 def _is_little(urls: list[str], index: Index) -> bool:
     """Whether the shards are read in less time than a worker takes to start."""
-    limit = _INLINE_BYTES["decode" if index.rules.looks_into_pictures else "fast"]
+    limit = _INLINE_BYTES["decode" if looks_into_pictures(index.rules.select) else "fast"]
     return all(map(is_local, urls)) and sum(os.path.getsize(url) for url in urls) < limit

@@ -1,0 +1,176 @@
+"""What is wrong with a sample: indexing asks for the first fault, checking for all.
+
+    judge = Judge(tar, listing, need="pairs", caption=CaptionRule.of("txt"), select=Select(), max_pixels=50_000_000)
+    for key, sample in group(listing.names):            # '000017', {'jpg': 34, 'txt': 35}
+        fault = next(judge.faults(key, sample), None)   # Fault(member=35, cause='empty caption'), or None: it is usable
+
+Only members of the suffixes in `allowed`, and below their caps, are ever looked into: pictures, the caption, JSON, the
+label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+from clipscale.config_data import Select
+from clipscale.data.bad import BadSample
+from clipscale.data.shard.captions import MAX_JSON_BYTES, CaptionError, CaptionRule, look_up, parse_json
+from clipscale.data.shard.labels import MAX_LABEL_BYTES, TOO_LARGE, LabelError, label_of
+from clipscale.data.shard.tar import Listing
+from clipscale.data.shard.uids import UidList
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+MAX_PICTURE_BYTES = 1 << 26
+
+
+class Fault(NamedTuple):
+    member: int | None  # its number in the listing; None where a member is missing
+    cause: str
+    detail: str = ""
+
+
+class Judge:
+    """Judges the samples of one tar.
+
+    Args:
+        need: beside the picture: a caption, a label, or either ("any").
+        select: what else a sample must be.
+        max_pixels: of a picture, where `select` has all decoded.
+        every_json: JSON must be whole even where neither the caption nor `select` asks for it.
+
+    Raises:
+        UserError: a uid file that cannot be used.
+    """
+
+    def __init__(
+        self,
+        tar: bytes,
+        listing: Listing,
+        *,
+        need: Literal["any", "pairs", "labelled"],
+        caption: CaptionRule,
+        select: Select,
+        max_pixels: int,
+        every_json: bool = False,
+    ) -> None:
+        self._tar, self._listing, self._sizes = tar, listing, listing.sizes
+        self._need, self._caption_rule, self._select, self._max_pixels = need, caption, select, max_pixels
+        self._uids = None if select.uids is None else UidList.open(select.uids)
+        self.allowed = {*IMAGE_SUFFIXES, "txt", "json", "cls", caption.suffix}
+        caption_is_json = need != "labelled" and caption.suffix == "json"  # then the caption's fault is the JSON's
+        asks_json = self._uids is not None or select.score_field is not None or (every_json and not caption_is_json)
+        checks = {  # not bound to this judge: it would keep itself, and with it the tar, alive
+            Judge._picture: True,
+            Judge._caption: need != "labelled",
+            Judge._label: need != "pairs",
+            Judge._facts: asks_json,
+            Judge._pixels: looks_into_pictures(select),
+        }
+        self._checks = [check for check, applies in checks.items() if applies]
+
+    def faults(self, key: str, sample: dict[str, int]) -> Iterator[Fault]:
+        """Of a sample, as suffix -> number of the member; one after the other, each looked for when it is asked for."""
+        for check in self._checks:
+            fault = check(self, key, sample)
+            if fault is not None:
+                yield fault
+
+    def _picture(self, _: str, sample: dict[str, int]) -> Fault | None:
+        member = picture_of(sample)
+        if member is None:
+            return Fault(None, "no picture")
+        if self._sizes[member] > MAX_PICTURE_BYTES:
+            return Fault(member, "picture above 64 MiB", f"{self._sizes[member]} bytes")
+        return None
+
+    def _caption(self, _: str, sample: dict[str, int]) -> Fault | None:
+        member = sample.get(self._caption_rule.suffix)
+        if member is None:
+            if self._need == "pairs":
+                return Fault(None, "no caption")
+            return None if "cls" in sample else Fault(None, "neither caption nor label")
+        if self._sizes[member] > self._caption_rule.max_bytes:
+            return Fault(member, self._caption_rule.too_large)
+        try:
+            self._caption_rule.pick(self._listing.data(self._tar, member))
+        except CaptionError as error:
+            return Fault(member, str(error))
+        return None
+
+    def _label(self, _: str, sample: dict[str, int]) -> Fault | None:
+        member = sample.get("cls")
+        if member is None:
+            return Fault(None, "no label") if self._need == "labelled" else None
+        if self._sizes[member] > MAX_LABEL_BYTES:
+            return Fault(member, TOO_LARGE, f"{self._sizes[member]} bytes")
+        note = self._listing.data(self._tar, member)
+        try:
+            label_of(note)
+        except LabelError as error:
+            return Fault(member, str(error), repr(note))
+        return None
+
+    def _facts(self, key: str, sample: dict[str, int]) -> Fault | None:
+        """The first of what is wrong with the JSON, the uid and the score."""
+        select, member, facts = self._select, sample.get("json"), None
+        if member is not None:
+            if self._sizes[member] > MAX_JSON_BYTES:
+                return Fault(member, "JSON above 1 MiB")
+            try:
+                facts = parse_json(self._listing.data(self._tar, member))
+            except ValueError as error:
+                return Fault(member, "broken JSON", str(error))
+        if self._uids is not None:
+            uid = key if select.uid_field == "__key__" else _found(facts, select.uid_field)
+            if not isinstance(uid, str):
+                return Fault(member, "no uid")
+            if uid not in self._uids:
+                return Fault(member, "uid not in the list")
+        if select.score_field is not None:
+            score = _found(facts, select.score_field)
+            if isinstance(score, bool) or not isinstance(score, int | float) or score != score:
+                return Fault(member, "no score")
+            low, high = select.min_score, select.max_score
+            if (low is not None and score < low) or (high is not None and score > high):
+                return Fault(member, "score out of bounds")
+        return None
+
+    def _pixels(self, _: str, sample: dict[str, int]) -> Fault | None:
+        from clipscale.data.pixels.decode import decode, picture_size  # with torch, which the other rules can spare
+
+        select, member = self._select, picture_of(sample)
+        if member is None or self._sizes[member] > MAX_PICTURE_BYTES:  # a fault of its own
+            return None
+        data = self._listing.data(self._tar, member)
+        try:
+            height, width, _ = picture_size(data)
+            if select.check == "decode":
+                decode(data, self._max_pixels)
+        except BadSample as bad:
+            return Fault(member, bad.cause, str(bad))
+        if min(height, width) < select.min_side:
+            return Fault(member, "picture too small")
+        if select.max_aspect is not None and max(height, width) > select.max_aspect * min(height, width):
+            return Fault(member, "picture too long")
+        return None
+
+
+def looks_into_pictures(select: Select) -> bool:
+    """Whether pictures are opened, not only their sizes in bytes looked at."""
+    return select.check == "decode" or select.min_side > 0 or select.max_aspect is not None
+
+
+def picture_of(sample: dict[str, int]) -> int | None:
+    """The member that is the sample's picture."""
+    for suffix in IMAGE_SUFFIXES:
+        if suffix in sample:
+            return sample[suffix]
+    return None
+
+
+def _found(facts: Any, name: str) -> Any:
+    try:
+        return look_up(facts, tuple(name.split(".")))
+    except (LookupError, TypeError):
+        return None
