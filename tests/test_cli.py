@@ -1,4 +1,4 @@
-"""clipscale/cli.py and clipscale/evaluate.py: what a person types, and what comes back."""
+"""clipscale/cli/ and clipscale/evaluate.py: what a person types, and what comes back."""
 
 import json
 import re
