@@ -26,7 +26,7 @@ _DATA_EXAMPLES = """\
   clipscale bench data --urls 'shards/{0000..0009}.tar' --parts speed,stages --model-rate vit-b32=3000
 """
 _PLOT_EXAMPLES = """\
-  clipscale bench plot docs/benchmarks/loss.json
+  clipscale bench plot bench-results/loss-nvidia-h200.json
 """
 
 
