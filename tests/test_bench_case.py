@@ -8,7 +8,7 @@ from bench_words import loss_bench
 
 from clipscale.bench.loss import case as case_module
 from clipscale.bench.loss.case import Budget, Case, CaseRun, is_out_of_memory
-from clipscale.bench.loss.contestants import Contestant, own_contestants
+from clipscale.bench.loss.contestants import Contestant, in_two_passes, own_contestants
 from clipscale.bench.loss.report import COLUMNS, cells, text_table
 from clipscale.bench.loss.team import Outcome, Team
 from clipscale.dist import World
@@ -56,8 +56,9 @@ def test_contestants_take_turns():
     assert [row["both_ms"]["repeats"] for row in result["rows"]] == [3, 3]
 
 
-def test_backward_is_both_without_forward_turn_by_turn(monkeypatch):
-    times = iter([1.0, 3.0, 2.0, 6.0, 3.0, 11.0])  # forward, both
+def timed(monkeypatch, *seconds):
+    """The row of a contestant whose gradients come in one call, from its times: forward, both, forward, both, ..."""
+    times = iter(seconds)
 
     class Clock(case_module.Clock):
         def read(self, call):
@@ -65,13 +66,53 @@ def test_backward_is_both_without_forward_turn_by_turn(monkeypatch):
 
     monkeypatch.setattr(case_module, "Clock", Clock)
     budget = Budget(1e-9, 1e9)
-    budget.repeats = lambda turn_seconds: 3
-    row = run([exact()], budget=budget)["rows"][0]
+    budget.repeats = lambda turn_seconds: len(seconds) // 2
+    return run([exact()], budget=budget)["rows"][0]
+
+
+def test_backward_is_both_without_forward_turn_by_turn(monkeypatch):
+    row = timed(monkeypatch, 1.0, 3.0, 2.0, 6.0, 3.0, 11.0)
     assert row["forward_ms"]["all"] == [1000.0, 2000.0, 3000.0]
     assert row["backward_ms"]["all"] == [2000.0, 4000.0, 8000.0]
     assert (row["both_ms"]["median"], row["both_ms"]["low"], row["both_ms"]["high"]) == (6000.0, 4500.0, 8500.0)
     assert row["flop"] == 8 * 8**2 * 4
     assert row["tflops"] == pytest.approx(8 * 8**2 * 4 / 6.0 / 1e12)
+
+
+@pytest.mark.parametrize("seconds", [(3.0, 2.0), (3.0, 2.0, 3.0, 2.5), (2.0, 2.5, 3.0, 2.5, 2.0, 2.1)])
+def test_a_backward_below_the_spread_is_not_told(monkeypatch, seconds):
+    row = timed(monkeypatch, *seconds)
+    assert row["backward_ms"] is None
+    assert cells(row)[COLUMNS.index("backward ms")] == "-"
+
+
+def test_a_backward_of_its_own_is_timed_inside_of_both():
+    """A turn is one evaluation then, whose two times make up that of both."""
+    log = []
+
+    def forward(inputs):
+        log.append("forward")
+        return "graph"
+
+    def backward(inputs, graph):
+        log.append(f"backward of {graph}")
+        return exact().both(inputs)
+
+    budget = Budget(1e-9, 1e9)
+    budget.repeats = lambda turn_seconds: 3
+    row = run([in_two_passes("x", forward, backward, "", "stranger")], budget=budget)["rows"][0]
+    assert log == ["forward", "backward of graph"] * (1 + 3)
+    for parts in zip(*(row[f"{name}_ms"]["all"] for name in ("forward", "backward", "both")), strict=True):
+        assert min(parts) > 0
+        assert parts[0] + parts[1] == pytest.approx(parts[2])
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_autograds_backward_is_never_negative(ranks):
+    """Its forward computes the gradients already, and what is left is less than two forwards differ by."""
+    team = Team(ALONE.world, simulated=ranks)
+    _, row = run(own_contestants(team, engines=("torch",), tile=None), case=CASE._replace(batch=64), team=team)["rows"]
+    assert min(row["backward_ms"]["all"]) > 0
 
 
 @pytest.mark.parametrize(("operations", "flop"), [(8, 2048), (6, 1536)])

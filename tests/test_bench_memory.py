@@ -1,5 +1,7 @@
 """clipscale/bench/common/memory.py and measure.py: known allocations are seen, and spreads are those of the times."""
 
+import time
+
 import pytest
 import torch
 
@@ -68,6 +70,16 @@ def test_the_clock_returns_what_was_called():
     reading = Clock(ALONE).read(lambda: sum(range(100_000)))
     assert reading.result == 4999950000
     assert 0 < reading.seconds < 1
+    assert reading.passes == (reading.seconds,)
+
+
+def test_the_clock_times_two_passes_together_and_each():
+    reading = Clock(ALONE).read(lambda: [time.sleep(0.01)], then=lambda result: (time.sleep(0.03), len(result))[1])
+    assert reading.result == 1
+    first, second = reading.passes
+    assert first >= 0.01
+    assert second >= 0.03
+    assert first + second == pytest.approx(reading.seconds, abs=1e-6)
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp16", "float32"), ("fp64", "float64")])

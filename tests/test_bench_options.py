@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from bench_words import loss_bench
+from bench_words import data_bench, loss_bench
 
 from clipscale.bench.common.words import parse_size, size_name
 from clipscale.bench.loss.options import ENGINES, PRECISIONS
@@ -84,7 +84,7 @@ def helped(capsys, *words):
 _EXAMPLES = {
     "loss": "  clipscale bench loss --peers --batches 16k,64k,256k",
     "data": "  clipscale bench data --check",
-    "plot": "  clipscale bench plot ",
+    "plot": "  clipscale bench plot bench-results/",
 }
 
 
@@ -93,6 +93,11 @@ def test_help_has_the_subjects_examples(capsys, subject):
     shown = helped(capsys, "bench", subject)
     assert [name for name, example in _EXAMPLES.items() if example in shown] == [subject]
     assert _EXAMPLES[subject] in helped(capsys, "bench")
+
+
+def test_results_go_to_a_folder_of_their_own():
+    assert loss_bench().output == data_bench().output == "bench-results"
+    assert loss_bench("--output", "docs/benchmarks").output == "docs/benchmarks"
 
 
 def test_mistakes_and_help_leave_torch_alone():

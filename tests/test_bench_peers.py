@@ -88,6 +88,7 @@ def test_every_peer_is_called_so_that_it_computes_the_loss(stand_ins, precision)
         assert row["error"]["d_text"] < bar, (name, row["error"])
         assert row["error"]["loss"] < bar, (name, row["error"])
         assert (row["error"]["d_scale"] is None) == (name == "memeff")
+        assert min(row["backward_ms"]["all"]) > 0
         assert row["flop"] == (6 if name == "siglip-kernel" else 8) * 300**2 * 48
 
 

@@ -20,7 +20,7 @@ _DATA = """\
   clipscale bench data --check
   clipscale bench data --urls 'shards/{0000..0009}.tar' --parts speed,stages --model-rate vit-b32=3000
 """
-_PLOT = "  clipscale bench plot docs/benchmarks/loss-cpu.json\n"
+_PLOT = "  clipscale bench plot bench-results/loss-cpu.json\n"
 EXAMPLES = f"examples:\n{_LOSS}{_DATA}{_PLOT}"
 LEFT = "the cases already measured are written"
 

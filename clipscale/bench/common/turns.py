@@ -72,4 +72,5 @@ def _turn(one: Supplier, seconds: float) -> Turn:
     while batches == 0 or batches % one.stride or time.perf_counter() < wall + seconds:
         items += one.take()
         batches += 1
-    return Turn(items, time.perf_counter() - wall, cpu_seconds() - cpu, time.process_time() - own)
+    wall_seconds, own_seconds = time.perf_counter() - wall, time.process_time() - own
+    return Turn(items, wall_seconds, cpu_seconds() - cpu, own_seconds)  # last, for it walks through /proc

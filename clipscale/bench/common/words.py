@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from clipscale.errors import UserError, require
 
-RESULTS = "docs/benchmarks"  # where results go if nothing else is said
+RESULTS = "bench-results"  # where results go if nothing else is said: a folder where one stands, made when needed
 _UNITS = {"": 1, "k": 2**10, "m": 2**20}
 
 T = TypeVar("T")

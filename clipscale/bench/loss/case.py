@@ -1,8 +1,8 @@
 """One case: a batch, a width and a precision; every contestant in turn, until each has had its seconds.
 
 First an untimed turn of each (compilation, tuning; on a CPU also its memory), in which the error is taken; then rounds
-of one timed turn each, forward and both, so that a drift of the device meets all alike, with a plain matrix product
-between.
+of one timed turn each, so that a drift of the device meets all alike, with a plain matrix product between. A turn is
+forward and both, or both alone where it is a forward and then a backward that can be timed within it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import gc
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -52,7 +53,7 @@ class Budget:
     _turns: dict[tuple[str, int, str], tuple[int, float]] = field(default_factory=dict)
 
     def record(self, name: str, case: Case, turn_seconds: float) -> None:
-        """A turn is forward and both, timed."""
+        """A turn is all that is timed of a contestant in a round."""
         self._turns[name, case.width, case.precision] = case.batch, turn_seconds
 
     def predict(self, name: str, case: Case) -> float | None:
@@ -84,6 +85,8 @@ class Entry:
     warm: bool = True
     repeats: int = 1
     forward_s: list[float] = field(default_factory=list)
+    backward_s: list[float] = field(default_factory=list)
+    """Empty for a contestant without a backward pass of its own."""
     both_s: list[float] = field(default_factory=list)
     extra_bytes: int | None = None
     gradient_bytes: int = 0
@@ -94,6 +97,14 @@ class Entry:
     @property
     def wants_more(self) -> bool:
         return not self.status and len(self.both_s) < self.repeats
+
+    def backward_times(self) -> list[float]:
+        """Seconds. Without a pass of its own, what "both" takes beyond the forward, turn by turn; none where the turns
+        do not tell, which is where the first quartile is not above 0."""
+        if self.backward_s:
+            return self.backward_s
+        beyond = [both - forward for forward, both in zip(self.forward_s, self.both_s, strict=True)]
+        return beyond if Spread.of(beyond).low > 0 else []
 
 
 class CaseRun:
@@ -151,14 +162,22 @@ class CaseRun:
 
     def _turn(self, entry: Entry, inputs: Inputs) -> None:
         """One timed turn."""
-        forward = self.clock.read(lambda: entry.contestant.forward(inputs)).seconds
-        outcomes, both, peak_bytes = self.clock.read(lambda: entry.contestant.both(inputs))
+        one = entry.contestant
+        if one.backward is None:
+            forward = self.clock.read(lambda: one.forward(inputs)).seconds
+            both = self.clock.read(lambda: one.both(inputs))
+            turn_seconds = forward + both.seconds
+        else:
+            both = self.clock.read(lambda: one.forward(inputs), then=partial(one.backward, inputs))
+            forward, backward = both.passes
+            turn_seconds = both.seconds
+            entry.backward_s.append(backward)
         entry.forward_s.append(forward)
-        entry.both_s.append(both)
+        entry.both_s.append(both.seconds)
         if len(entry.both_s) == 1:
-            self.budget.record(entry.contestant.name, self.case, forward + both)
-            entry.repeats = self.budget.repeats(forward + both)
-            self._learn(entry, outcomes, peak_bytes if self.clock.cuda else None)
+            self.budget.record(one.name, self.case, turn_seconds)
+            entry.repeats = self.budget.repeats(turn_seconds)
+            self._learn(entry, both.result, both.peak_bytes if self.clock.cuda else None)
 
     def _learn(self, entry: Entry, outcomes: list[Outcome], peak_bytes: int | None) -> None:
         """Memory, and the error if it is not known yet."""
@@ -208,11 +227,10 @@ class CaseRun:
         }
         if entry.status:
             return row
-        backward_s = [both - forward for forward, both in zip(entry.forward_s, entry.both_s, strict=True)]
-        times = {"forward": entry.forward_s, "backward": backward_s, "both": entry.both_s}
+        times = {"forward": entry.forward_s, "backward": entry.backward_times(), "both": entry.both_s}
         for name, seconds in times.items():
             milliseconds = [1e3 * second for second in seconds]
-            row[f"{name}_ms"] = {**Spread.of(milliseconds)._asdict(), "all": milliseconds}
+            row[f"{name}_ms"] = {**Spread.of(milliseconds)._asdict(), "all": milliseconds} if seconds else None
         flop = one.operations * batch**2 * width
         tflops = flop / (row["both_ms"]["median"] / 1e3) / 1e12
         return row | {

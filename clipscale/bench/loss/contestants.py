@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +38,24 @@ class Contestant:
     """Why it cannot be measured here at all."""
     engine: Callable[[str], str] = lambda precision: ""
     """clipscale's own: what computes at that precision, triton or torch."""
+    backward: Callable[[Inputs, Any], list[Outcome]] | None = None
+    """Those outcomes, from what `forward` returned (`in_two_passes`). None: `both` is one call."""
+
+
+def in_two_passes(
+    name: str,
+    forward: Callable[[Inputs], Any],
+    backward: Callable[[Inputs, Any], list[Outcome]],
+    how: str,
+    package: str = "clipscale",
+    **fields: Any,
+) -> Contestant:
+    """A contestant whose `both` is `forward` and then `backward`, so that the two can be timed within it."""
+
+    def both(inputs: Inputs) -> list[Outcome]:
+        return backward(inputs, forward(inputs))
+
+    return Contestant(name, forward, both, how, package, backward=backward, **fields)
 
 
 def own_contestants(team: Team, *, engines: tuple[str, ...], tile: int | None) -> list[Contestant]:
@@ -81,22 +99,30 @@ def _grads(team: Team, name: str, engine: str, tile: int | None) -> Contestant:
 
 
 def _autograd(team: Team, name: str, engine: str, tile: int | None) -> Contestant:
-    def forward(inputs: Inputs) -> list[Tensor]:
-        return team.each(inputs, lambda image_ND, text_ND, group, _: evaluate(inputs, image_ND, text_ND, group)[0])
+    def forward(inputs: Inputs) -> list[Evaluation]:
+        def evaluate(image_ND, text_ND, group, first):
+            leaves = as_leaves(inputs, image_ND, text_ND)
+            loss = contrastive_loss(*leaves, group, precision=inputs.precision, engine=engine, tile=tile)
+            return Evaluation(loss, leaves, first)
 
-    def evaluate(inputs: Inputs, image_ND: Tensor, text_ND: Tensor, group: Any) -> tuple[Tensor, list[Tensor]]:
-        leaves = as_leaves(inputs, image_ND, text_ND)
-        return contrastive_loss(*leaves, group, precision=inputs.precision, engine=engine, tile=tile), leaves
+        return team.each(inputs, evaluate)
 
-    def both(inputs: Inputs) -> list[Outcome]:
-        def grads(image_ND, text_ND, group, first):
-            loss, leaves = evaluate(inputs, image_ND, text_ND, group)
-            return backward(inputs, loss, leaves, first, factor=team.ranks)  # open_clip's convention: x the ranks
-
-        return team.each(inputs, grads)
+    def backward(inputs: Inputs, evaluations: list[Evaluation]) -> list[Outcome]:
+        """No rank waits for another one in it. open_clip's convention: times the ranks."""
+        return [differentiate(inputs, one, factor=team.ranks) for one in evaluations]
 
     how = "contrastive_loss, whose forward computes the gradients too; autograd, as a peer is measured"
-    return Contestant(name, forward, both, how, engine=partial(_engine, engine, team))
+    return in_two_passes(name, forward, backward, how, engine=partial(_engine, engine, team))
+
+
+class Evaluation(NamedTuple):
+    """What the forward of one rank leaves for autograd."""
+
+    loss: Tensor
+    leaves: list[Tensor]
+    """As `as_leaves` gives them."""
+    first: int
+    """Position in the batch of row 0."""
 
 
 def as_leaves(inputs: Inputs, image_ND: Tensor, text_ND: Tensor) -> list[Tensor]:
@@ -106,11 +132,12 @@ def as_leaves(inputs: Inputs, image_ND: Tensor, text_ND: Tensor) -> list[Tensor]
     return [leaf.detach().requires_grad_() for leaf in (image_ND, text_ND, scale)]
 
 
-def backward(inputs: Inputs, loss: Tensor, leaves: list[Tensor], first: int, *, factor: float = 1.0) -> Outcome:
-    """Autograd's gradients of `loss`; in float16, scaled by a power of two up to B as a GradScaler would.
+def differentiate(inputs: Inputs, evaluation: Evaluation, *, factor: float = 1.0) -> Outcome:
+    """Autograd's gradients of the loss; in float16, scaled by a power of two up to B as a GradScaler would.
 
     `factor`: what the contestant's gradients of the embeddings are multiplied by already.
     """
+    loss, leaves, first = evaluation
     lift = 1.0
     if leaves[0].dtype == torch.float16:
         lift = min(2.0 ** (inputs.batch.bit_length() - 1), _LARGEST_LOSS_SCALE)

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 
 from clipscale.bench.common.spread import Spread
 from clipscale.bench.loss.team import Team
 from clipscale.loss.precision import OPERAND_DTYPE, exact_products
-
-T = TypeVar("T")
 
 _MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}
 
@@ -27,6 +26,8 @@ class Reading(NamedTuple):
     """Of the slowest process."""
     peak_bytes: int
     """Of the process that needed most; 0 on a CPU, where `memory.py` tells."""
+    passes: tuple[float, ...]
+    """Seconds of each call, of the process that was slowest in it."""
 
 
 class Clock:
@@ -36,26 +37,40 @@ class Clock:
         self.team = team
         self.cuda = team.device.type == "cuda"
 
-    def read(self, call: Callable[[], Any]) -> Reading:
+    def read(self, call: Callable[[], Any], then: Callable[[Any], Any] | None = None) -> Reading:
+        """`call()`, and what `then` makes of its result without a pause between: timed together, and each in it."""
         self.team.barrier()
-        result, seconds, peak_bytes = self._on_cuda(call) if self.cuda else self._on_cpu(call)
-        return Reading(result, self.team.slowest(seconds), int(self.team.slowest(peak_bytes)))
+        before_bytes = self._reset_peak() if self.cuda else 0
+        marks = [self._mark()]
+        result = call()
+        marks.append(self._mark())
+        if then is not None:
+            result = then(result)
+            marks.append(self._mark())
+        if self.cuda:
+            marks[-1].synchronize()
+        peak_bytes = torch.cuda.max_memory_allocated() - before_bytes if self.cuda else 0
+        passes = tuple(self.team.slowest(self._between(*two)) for two in pairwise(marks))
+        seconds = self.team.slowest(self._between(marks[0], marks[-1]))
+        return Reading(result, seconds, int(self.team.slowest(peak_bytes)), passes)
 
-    def _on_cuda(self, call: Callable[[], T]) -> tuple[T, float, int]:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    def _reset_peak(self) -> int:
+        """Bytes that are there now."""
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        start.record()
-        result = call()
-        end.record()
-        end.synchronize()
-        return result, start.elapsed_time(end) / 1e3, torch.cuda.max_memory_allocated() - before
+        return torch.cuda.memory_allocated()
 
-    def _on_cpu(self, call: Callable[[], T]) -> tuple[T, float, int]:
-        start = time.perf_counter()
-        result = call()
-        return result, time.perf_counter() - start, 0
+    def _mark(self) -> Any:
+        """A point in time: on CUDA, of the device."""
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _between(self, start: Any, end: Any) -> float:
+        """Seconds."""
+        return start.elapsed_time(end) / 1e3 if self.cuda else end - start
 
 
 class Matmul:

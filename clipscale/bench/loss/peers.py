@@ -22,7 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from clipscale.bench.loss.contestants import Contestant, as_leaves, backward
+from clipscale.bench.loss.contestants import Contestant, Evaluation, as_leaves, differentiate, in_two_passes
 from clipscale.bench.loss.inputs import Inputs
 from clipscale.bench.loss.team import Outcome, Team
 from clipscale.loss.precision import exact_products
@@ -89,22 +89,18 @@ def _peer(
         """float32 products as the row says; in half precision everything as torch has it by default."""
         return exact_products(precision, team.device) if precision in ("tf32", "fp32") else nullcontext()
 
-    def evaluate(inputs: Inputs) -> tuple[Tensor, list[Tensor]]:
+    def forward(inputs: Inputs) -> Evaluation:
         leaves = as_leaves(inputs, inputs.image_ND, inputs.text_ND)
         with products(inputs.precision):
-            return loss_fn(inputs, *leaves), leaves
+            return Evaluation(loss_fn(inputs, *leaves), leaves, inputs.first)
 
-    def forward(inputs: Inputs) -> Tensor:
-        return evaluate(inputs)[0]
-
-    def both(inputs: Inputs) -> list[Outcome]:
-        loss, leaves = evaluate(inputs)
+    def backward(inputs: Inputs, evaluation: Evaluation) -> list[Outcome]:
         with products(inputs.precision):
-            return [backward(inputs, loss, leaves, inputs.first, factor=factor(inputs))]
+            return [differentiate(inputs, evaluation, factor=factor(inputs))]
 
     if team.simulated > 1:
         how += "; on one rank"
-    return Contestant(name, forward, both, f"{how}; autograd", package, problem=problem, **fields)
+    return in_two_passes(name, forward, backward, f"{how}; autograd", package, problem=problem, **fields)
 
 
 def first_line(error: BaseException) -> str:

@@ -42,11 +42,11 @@ def cells(row: dict[str, Any]) -> list[str]:
         name += f" [{engine}]"
     if row["status"] != "measured":
         return [name, *["-"] * (_BOTH - 1), row["status"], *["-"] * (len(COLUMNS) - _BOTH - 1)]
-    both, error = row["both_ms"], row["error"] or {}
+    both, backward, error = row["both_ms"], row["backward_ms"], row["error"] or {}
     return [
         name,
         short(row["forward_ms"]["median"]),
-        short(row["backward_ms"]["median"]),
+        "-" if backward is None else short(backward["median"]),
         short(both["median"]),
         f"{short(both['low'])}..{short(both['high'])}",
         f"{both['repeats']}{'' if row['warm'] else ' cold'}",
