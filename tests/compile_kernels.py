@@ -1,8 +1,8 @@
 """Compiles the loss kernels at the shapes that may be tuned, ahead of time, without a GPU. A process of its own.
 
-    python compile_kernels.py 90 first    # one JSON line per compilation, for compute capability 9.0: of each
-                                          # precision the shape that is taken untuned
-    python compile_kernels.py 90 other    # all other shapes
+    python compile_kernels.py first 90 100    # one JSON line per compilation, for compute capabilities 9.0 and 10.0: of
+                                              # each precision the shape that is taken untuned; and the control
+    python compile_kernels.py other 90 100    # all other shapes
 
 Triton's interpreter and its compiler cannot share a process: TRITON_INTERPRET must not be set.
 """
@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -88,7 +89,19 @@ def inspect(compiled, capability):
     }
 
 
-def main(capability, which):
+@triton.jit
+def _adds_atomically(total):
+    """The control: the search for atomics must find this one."""
+    tl.atomic_add(total, 1.0)
+
+
+def compile_control(capability):
+    source = ASTSource(_adds_atomically, {"total": "*fp32"}, {}, {})
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    print(json.dumps({"case": "control", "capability": capability, **inspect(compiled, capability)}), flush=True)
+
+
+def compile_all(capability, which):
     seen = set()
     for precision in TYPES:
         first, *others = candidates(precision, divmod(capability, 10))
@@ -104,8 +117,12 @@ def main(capability, which):
                         source, target=GPUTarget("cuda", capability, 32), options=shape.options(descriptors)
                     )
                     found = inspect(compiled, capability)
-                    print(json.dumps({"case": f"sm_{capability} {case}", "precision": precision, **found}), flush=True)
+                    told = {"case": f"sm_{capability} {case}", "capability": capability, "precision": precision}
+                    print(json.dumps(told | found), flush=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    for capability in map(int, sys.argv[2:]):
+        compile_all(capability, sys.argv[1])
+    if sys.argv[1] == "first":
+        compile_control(capability)

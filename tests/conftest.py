@@ -11,6 +11,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for torch.use_det
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="clipscale-tests-")  # never the user's; one a test process
 
 import components
+import forks
 import pytest
 import torch
 
@@ -33,6 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_unconfigure() -> None:
+    forks.close()
     shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 

@@ -31,7 +31,7 @@ class Child:
     def __init__(self, code: str, arguments: list[str], options: dict[str, Any]) -> None:
         pipes = [os.pipe() for _ in range(_PIPES)]
         request = {"code": code, "arguments": arguments, **options}
-        socket.send_fds(_parent(), [json.dumps(request).encode()], [write for _, write in pipes])
+        socket.send_fds(_parent()[0], [json.dumps(request).encode()], [write for _, write in pipes])
         for _, write in pipes:
             os.close(write)
         self.stdout, self.stderr, self._told = (os.fdopen(read) for read, _ in pipes)
@@ -54,7 +54,7 @@ class Child:
         try:
             if kind is not None and not self.ended():
                 self.kill()
-            assert self.ended(120), "it does not end"
+            assert self.ended(300), "it does not end"
         finally:
             for file in (self.stdout, self.stderr, self._told):
                 file.close()
@@ -69,28 +69,40 @@ def start(code: str, *arguments: object, session: bool = False, modules: tuple[s
 
 
 @cache
-def _parent() -> socket.socket:
-    """A wire to the process whose children they are; it ends with the wire, that is, with this process."""
+def _parent() -> tuple[socket.socket, subprocess.Popen]:
+    """A wire to the process whose children they are, which ends with the wire; and that process."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, __file__, str(theirs.fileno())]
-    subprocess.Popen(command, pass_fds=[theirs.fileno()], cwd=TESTS, env=environment, stdin=subprocess.DEVNULL)
+    options = {"pass_fds": [theirs.fileno()], "cwd": TESTS, "env": environment, "stdin": subprocess.DEVNULL}
+    process = subprocess.Popen(command, **options)
     theirs.close()
-    return ours
+    return ours, process
+
+
+def close() -> None:
+    """Ends that process, if there is one, and waits for it, so that its CPU time is counted with ours."""
+    if _parent.cache_info().currsize:
+        wire, process = _parent()
+        _parent.cache_clear()
+        wire.close()
+        process.wait(60)
 
 
 def _serve(wire: socket.socket) -> dict[str, Any]:
     """Returns in the child, with its request. Between the two stands a process that waits and tells how it ended."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    waiting: set[int] = set()
     while True:
         message, pipes, *_ = socket.recv_fds(wire, 1 << 20, _PIPES)
+        waiting = {each for each in waiting if os.waitpid(each, os.WNOHANG if message else 0)[0] == 0}
         if not message:
-            os._exit(0)
+            sys.exit()
         request = json.loads(message)
         for module in request["modules"]:
             importlib.import_module(module)
-        if os.fork() == 0:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if between := os.fork():
+            waiting.add(between)
+        else:
             wire.close()
             told = pipes[-1]
             if (child := os.fork()) == 0:
@@ -100,6 +112,7 @@ def _serve(wire: socket.socket) -> dict[str, Any]:
                     os.close(pipe)
                 if request["session"]:
                     os.setsid()
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # a job of a shell's background ignores it
                 return request
             for pipe in pipes[:2]:
                 os.close(pipe)

@@ -19,7 +19,7 @@ from forks import Child, start
 _GRACE_SECONDS = 2.0
 
 
-def run_ranks(fn: Callable, world: int, *args, timeout: float = 120.0) -> list[Any]:
+def run_ranks(fn: Callable, world: int, *args, timeout: float = 300.0) -> list[Any]:
     """The results of `fn(rank, world, *args)`, by rank, each from a process in a default gloo group of `world` ranks.
 
     `fn` is a function of a module; arguments and results are pickled. `timeout` is in seconds.
@@ -46,7 +46,7 @@ def _rank_main(folder: str, rank: int, world: int) -> None:
     try:
         fn, args = pickle.loads(Path(folder, "work").read_bytes())
         dist.init_process_group(
-            "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+            "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=300)
         )
         Path(folder, f"result-{rank}").write_bytes(pickle.dumps(fn(rank, world, *args)))
         dist.barrier()  # nobody leaves while another may still need it
