@@ -133,6 +133,7 @@ def test_pauses_double(server, monkeypatch):
         (email.utils.formatdate(time.time() + 3600, usegmt=True), 300, 300),
         (email.utils.formatdate(time.time() - 3600, usegmt=True), 0, 0.01),
     ],
+    ids=["1", "7", "bounded", "no number", "in an hour", "an hour ago"],
 )
 def test_retry_after(server, monkeypatch, value, least, most):
     server.faults["/00.tar"] = [Fault(status=429, headers={"Retry-After": value})]
