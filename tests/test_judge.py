@@ -37,7 +37,7 @@ def fault_of(tar: bytes, need: str, **settings) -> Fault | None:
     listing = list_members(tar)
     judge = Judge(tar, listing, need=need, caption=CaptionRule.of("txt"), select=Select(), max_pixels=1, **settings)
     ((key, sample),) = group(listing.names)
-    return next(judge.faults(key, sample), None)
+    return judge.first_fault(key, sample)
 
 
 @pytest.mark.parametrize("note", [*LABELS, *NO_LABELS, *LONG_LABELS])
@@ -152,7 +152,9 @@ def test_any_takes_what_is_there(tmp_path_factory, drawn):
         for need in ("pairs", "labelled", "any")
     ]
     for key, sample in group(listing.names):
-        pairs, labelled, either = ({fault.cause for fault in judge.faults(key, sample)} for judge in judges)
+        found = [judge.faults(key, sample) for judge in judges]
+        assert [judge.first_fault(key, sample) for judge in judges] == [next(iter(faults), None) for faults in found]
+        pairs, labelled, either = ({fault.cause for fault in faults} for faults in found)
         lacking = {"no caption", "no label"}
         expected = (pairs | labelled) - lacking | (
             {"neither caption nor label"} if lacking <= pairs | labelled else set()
@@ -182,10 +184,9 @@ def test_nothing_is_looked_into_after_the_first_fault(tmp_path):
         max_pixels=MAX_PIXELS,
     )
     ((key, sample),) = group(listing.names)
-    faults = judge.faults(key, sample)
-    assert (next(faults), looked) == (Fault(1, "empty caption"), [1])
-    assert [fault.cause for fault in faults] == ["no score"]
-    assert looked == [1, 2, 0]
+    assert (judge.first_fault(key, sample), looked) == (Fault(1, "empty caption"), [1])
+    assert [fault.cause for fault in judge.faults(key, sample)] == ["empty caption", "no score"]
+    assert looked == [1, 1, 2, 0]
 
 
 def test_a_judge_goes_with_its_last_reference():

@@ -2,7 +2,7 @@
 
     judge = Judge(tar, listing, need="pairs", caption=CaptionRule.of("txt"), select=Select(), max_pixels=50_000_000)
     for key, sample in group(listing.names):            # '000017', {'jpg': 34, 'txt': 35}
-        fault = next(judge.faults(key, sample), None)   # Fault(member=35, cause='empty caption'), or None: it is usable
+        fault = judge.first_fault(key, sample)          # Fault(member=35, cause='empty caption'), or None: it is usable
 
 Only members of the suffixes in `allowed`, and below their caps, are ever looked into: pictures, the caption, JSON, the
 label.
@@ -10,7 +10,6 @@ label.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 from clipscale.config_data import Select
@@ -56,6 +55,7 @@ class Judge:
     ) -> None:
         self._tar, self._listing, self._sizes = tar, listing, listing.sizes
         self._need, self._caption_rule, self._select, self._max_pixels = need, caption, select, max_pixels
+        self._caption_suffix, self._max_caption_bytes = caption.suffix, caption.max_bytes
         self._uids = None if select.uids is None else UidList.open(select.uids)
         self.allowed = {*IMAGE_SUFFIXES, "txt", "json", "cls", caption.suffix}
         caption_is_json = need != "labelled" and caption.suffix == "json"  # then the caption's fault is the JSON's
@@ -69,12 +69,18 @@ class Judge:
         }
         self._checks = [check for check, applies in checks.items() if applies]
 
-    def faults(self, key: str, sample: dict[str, int]) -> Iterator[Fault]:
-        """Of a sample, as suffix -> number of the member; one after the other, each looked for when it is asked for."""
+    def first_fault(self, key: str, sample: dict[str, int]) -> Fault | None:
+        """Of a sample, as suffix -> number of the member; nothing is looked into after it."""
         for check in self._checks:
             fault = check(self, key, sample)
             if fault is not None:
-                yield fault
+                return fault
+        return None
+
+    def faults(self, key: str, sample: dict[str, int]) -> list[Fault]:
+        """All of them, in the order in which `first_fault` looks for one."""
+        found = [check(self, key, sample) for check in self._checks]
+        return [fault for fault in found if fault is not None]
 
     def _picture(self, _: str, sample: dict[str, int]) -> Fault | None:
         member = picture_of(sample)
@@ -85,12 +91,12 @@ class Judge:
         return None
 
     def _caption(self, _: str, sample: dict[str, int]) -> Fault | None:
-        member = sample.get(self._caption_rule.suffix)
+        member = sample.get(self._caption_suffix)
         if member is None:
             if self._need == "pairs":
                 return Fault(None, "no caption")
             return None if "cls" in sample else Fault(None, "neither caption nor label")
-        if self._sizes[member] > self._caption_rule.max_bytes:
+        if self._sizes[member] > self._max_caption_bytes:
             return Fault(member, self._caption_rule.too_large)
         try:
             self._caption_rule.pick(self._listing.data(self._tar, member))

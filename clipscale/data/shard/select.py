@@ -83,13 +83,14 @@ def select_samples(tar: bytes, listing: Listing, rules: Rules) -> Chosen:
     caption = CaptionRule.of(rules.caption)
     judge = Judge(tar, listing, need=rules.need, caption=caption, select=rules.select, max_pixels=rules.max_pixels)
     note_suffix = caption.suffix if rules.need == "pairs" else "cls"
+    allowed = judge.allowed
     refused: Counter[str] = Counter()
     not_read: Counter[str] = Counter()
     keys, pictures, notes = [], [], []
     for key, sample in group(listing.names):
-        if not judge.allowed.issuperset(sample):
-            not_read.update(suffix for suffix in sample if suffix not in judge.allowed)
-        fault = next(judge.faults(key, sample), None)
+        if not allowed.issuperset(sample):
+            not_read.update(suffix for suffix in sample if suffix not in allowed)
+        fault = judge.first_fault(key, sample)
         if fault is not None:
             refused[fault.cause] += 1
             continue
@@ -111,7 +112,7 @@ def group(names: list[str]) -> Iterator[tuple[str, dict[str, int]]]:
     for number, name in enumerate(names):
         base = name[name.rfind("/") + 1 :]
         stem, dot, suffix = base.partition(".")
-        if not dot or not stem or (name.startswith("__") and _META.match(name)):
+        if not dot or not stem or (name[0] == "_" and _META.match(name)):
             continue
         key = name[: len(name) - len(suffix) - 1]
         suffix = suffix.lower()
