@@ -228,7 +228,7 @@ def test_catches_a_dropped_chunk(monkeypatch):
 
     def drop_the_second(tower, inputs, d_embeddings, key):
         d_embeddings = d_embeddings.clone()
-        d_embeddings[inputs.size : 2 * inputs.size] = 0
+        d_embeddings[inputs.chunk : 2 * inputs.chunk] = 0
         real(tower, inputs, d_embeddings, key)
 
     monkeypatch.setattr(gradcache, "replay_backward", drop_the_second)

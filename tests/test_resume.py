@@ -21,7 +21,7 @@ def report(tmp_path_factory) -> dict:
         capture_output=True,
         text=True,
         timeout=500,
-        env={**os.environ, "PYTHONPATH": str(TESTS)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)

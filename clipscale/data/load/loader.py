@@ -1,6 +1,6 @@
 """Step batches, decoded in the background: position -> source -> shard -> sample -> uint8 pixels and tokens.
 
-    loader = Loader(pipeline, Share(global_batch=4096, world=4, rank=1), setup, start=0)
+    loader = Loader(pipeline, Share(global_batch=4096, world=4, rank=1), setup, tier, start=0)
     batch = next(loader)                                     # this rank's 1024 slots of positions 0..4095
     for start, images in batch.images.first(device): ...     # pass 1: chunks as they arrive; tokens and valid fill up
     for start, images in batch.images.again(device): ...     # pass 2: the same pictures
@@ -92,7 +92,7 @@ class Loader(Iterator[StepBatch]):
         self.pipeline, self.share, self.setup, self.tier, self.change = pipeline, share, setup, tier, change
         self.waited_seconds = 0.0  # in all, for chunks that were not filled yet
         self._next_position = start
-        layout = Layout(setup.blocks, setup.shape.chunk, pipeline.image_size, pipeline.context_length)
+        layout = Layout(setup.blocks, setup.shape.chunk, setup.shape.side, pipeline.context_length)
         self._blocks = Blocks.make(layout)
         if setup.pin:
             self._blocks.pin()
