@@ -20,6 +20,7 @@ from typing import TextIO
 
 import numpy as np
 
+from clipscale.data.shard.labels import LabelError, label_of
 from clipscale.errors import UserError
 
 LIST_FORMATS = {".csv": ",", ".tsv": "\t", ".jsonl": None, ".ndjson": None}
@@ -184,10 +185,10 @@ def make_row(folder: Path, name: str, caption: str, label, where: str) -> Row | 
     if label is not None:
         try:
             if isinstance(label, bool | float):
-                raise ValueError
-            label = int(label)
-        except (TypeError, ValueError):
-            return Refusal(name, "label not an integer", where, repr(label))
+                raise LabelError("label is not a number")
+            label = label_of(str(label).encode(errors="replace"))
+        except LabelError as error:
+            return Refusal(name, str(error), where, repr(label))
     return Row(name, os.path.join(folder, name), caption.strip(), label, where)
 
 
