@@ -209,7 +209,7 @@ def test_refusals_are_counted_by_cause_and_listed(tool, pictures, tmp_path, caps
     row = next(row for row in refused(out) if row["cause"] == "too many pixels")
     assert row["prefix"] == "train"
     assert row["path"] == "pics/huge.png"
-    assert row["place"] == "line 19"
+    assert row["place"] == "line 20"
     assert "120 x 90" in row["detail"]
 
 
