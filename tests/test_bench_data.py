@@ -29,7 +29,7 @@ def small():
         patch.setitem(photos._PER_SHARD, "photos", 16)
         patch.setitem(photos._PER_SHARD, "tiny", 100)
         patch.setattr(ours_module, "STEP", 32)
-        patch.setattr(ours_module, "BLOCK", 16)
+        patch.setattr(ours_module, "CHUNK", 16)
         patch.setattr(ours_module, "SLOTS_PER_JOB", 16)
         patch.setattr(bench, "Baseline", lambda *args, **options: Baseline(*args, **options, **_SMALL_BASELINE))
         patch.setattr(bench, "order_rows", lambda: [dict(_ORDER)])
