@@ -27,9 +27,9 @@ def quickstart(folder: Path, **shapes) -> dict:
         f"eval.validation.urls={place}/validation-*.tar",
         "eval.zeroshot.every_steps=0",
         "eval.validation.every_steps=0",
-        "train.samples=28000",
+        "train.samples=20000",
         "train.global_batch=160",
-        "gradcache.image_chunk=40",
+        "gradcache.image_chunk=80",
         "gradcache.text_chunk=160",
         "optim.warmup_samples=2000",
     ]
