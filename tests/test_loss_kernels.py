@@ -79,7 +79,7 @@ def draws_for(pairs, scale, precision):
     hard = scale == 100.0 and precision == "fp32"
     if DEVICE == "cuda":
         return 24 if hard or pairs < 63 else 4
-    return 1 if pairs == 1 else 4 if not hard else 24 if pairs == 2 else 12
+    return 1 if pairs == 1 else 4 if not hard else 72 if pairs == 2 else 12
 
 
 @pytest.mark.parametrize("precision", DTYPES)
@@ -97,6 +97,8 @@ def test_no_less_exact_than_plain_torch(pairs, width, loads, precision, monkeypa
         for draw in range(draws_for(pairs, scale, precision)):
             image_BD, text_BD = (side_BD.float().double() for side_BD in draw_pairs(pairs, width, draw))
             references = dense_results(image_BD, text_BD, scale, loss_fn=stable_dense_loss)
+            if 0 < references[0] < torch.finfo(torch.float32).tiny:
+                continue  # float32 has no digits for such a loss, whoever computes it
             errors.append(relative_errors(grads_of(image_BD, text_BD, scale, precision, "triton"), references))
             rivals.append(relative_errors(plain_torch(image_BD, text_BD, scale, precision, shape), references))
         error, rival = (torch.tensor(found).square().mean(0).sqrt() for found in (errors, rivals))
