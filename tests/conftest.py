@@ -11,8 +11,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for torch.use_deterministic_algorithms on a GPU
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="clipscale-tests-")  # never the user's; one a test process
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a job that a shell put in the background
-
 import components
 import forks
 import pytest
@@ -20,6 +18,7 @@ import torch
 
 from clipscale.tell import listening
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a job that a shell put in the background
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # the loss kernels on CPU tensors; read when they are imported
 
