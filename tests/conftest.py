@@ -22,7 +22,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a job tha
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # the loss kernels on CPU tensors; read when they are imported
 
-LONGEST_FIRST = ("test_loss_kernels", "test_quickstart", "test_workers", "test_loss_compile", "test_resume")
+LONGEST_FIRST = ("test_loss_kernels", "test_resume", "test_quickstart", "test_workers", "test_loss_compile")
 """Files that begin early, so that with several processes (a file to each at a time) none has the last one alone."""
 
 

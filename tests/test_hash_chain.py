@@ -66,6 +66,7 @@ def lines(path: Path) -> list[str]:
     return path.read_text().split("\n")[:-1] if path.exists() else []
 
 
+@pytest.mark.slow
 def test_killed_at_random_and_resumed_on_other_worlds_the_chain_is_the_same(urls, tmp_path):
     """SIGKILL to the reader alone: its loaders' processes must end by themselves."""
     out, chance = tmp_path / "seen.jsonl", random.Random(0)

@@ -81,7 +81,7 @@ def test_csv_to_shards_and_back(tool, pictures, tmp_path, capsys):
     (pictures / "pic1.jpg").write_bytes(picture("PNG", seed=1))  # the name lies: extension goes by the bytes
     (pictures / "pic2.jpg").write_bytes(picture("WEBP", seed=2))
     rows = [[f"caption, {index}", f"pics/pic{index}.jpg", index * 10] for index in range(8)]
-    rows.append(["zwölf\nZeilen", str(pictures / "pic8.jpg"), -1])  # absolute path, quoted line break
+    rows.append(["zwölf\nZeilen", str(pictures / "pic8.jpg"), 80])  # absolute path, quoted line break
     source = write_csv(tmp_path / "list.csv", ["caption", "filepath", "label"], rows)
     out = tmp_path / "out"
     command = [str(source), "--output", str(out), "--samples-per-shard", "4", "--label-key", "label", "--jobs", "3"]

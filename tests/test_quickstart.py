@@ -9,6 +9,7 @@ import pytest
 
 from clipscale.cli import main
 
+pytestmark = pytest.mark.slow
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 CHANCE = 1 / 64
 

@@ -120,6 +120,7 @@ for _ in range(10):
 """
 
 
+@pytest.mark.slow
 def test_a_job_that_is_suspended_as_a_whole_goes_on(urls):
     """Ctrl-Z and fg, or a scheduler's suspension: nobody was silent, nobody ran."""
     with start(_SUSPENDED, urls) as training:

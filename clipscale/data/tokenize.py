@@ -13,13 +13,15 @@ Shapes: N captions, L tokens.
 from __future__ import annotations
 
 import threading
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import open_clip
 import torch
 
 from clipscale.errors import UserError
+
+if TYPE_CHECKING:
+    import open_clip  # takes twice as long to import as torch: where a tokenizer of its is built, and nowhere else
 
 _CHARACTERS_PER_TOKEN = 32  # no caption worth the name fills its tokens with longer ones
 _CACHED_WORDS = 1 << 18
@@ -37,6 +39,8 @@ class Tokenizer:
     of 16 KB."""
 
     def __init__(self, model_name: str | None, context_length: int) -> None:
+        import open_clip
+
         self.name = model_name or "CLIP"
         self._recipe = (model_name, context_length)
         tokenizer = _load(model_name, context_length)
@@ -62,6 +66,8 @@ def build_tokenizer(model_name: str | None, context_length: int) -> Tokenizer:
 
 
 def _load(model_name: str | None, context_length: int) -> Any:
+    import open_clip
+
     if model_name is None:
         return open_clip.SimpleTokenizer(context_length=context_length)
     try:
@@ -85,9 +91,11 @@ class _Bpe:
     """open_clip's SimpleTokenizer, its words and cleaning, with the ids of words kept."""
 
     def __init__(self, tokenizer: open_clip.SimpleTokenizer, context_length: int) -> None:
+        from open_clip.tokenizer import get_clean_fn
+
         self._words, self._find = _Words(tokenizer), tokenizer.pat.findall
         self._clean, self._length = tokenizer.clean_fn, context_length
-        self._lower = tokenizer.clean_fn is open_clip.tokenizer.get_clean_fn("lower")
+        self._lower = tokenizer.clean_fn is get_clean_fn("lower")
         self._first, self._last = tokenizer.sot_token_id, tokenizer.eot_token_id
 
     def __call__(self, captions: list[str]) -> torch.Tensor:
