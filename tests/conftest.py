@@ -16,6 +16,8 @@ import forks
 import pytest
 import torch
 
+from clipscale.data.pixels.decode import center_square
+from clipscale.pool import map_in_processes
 from clipscale.tell import listening
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a job that a shell put in the background
@@ -38,6 +40,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_unconfigure() -> None:
     forks.close()
     shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm_fork_server() -> None:
+    """In a long session pool.py's fork server begins with torch: it stays as it begins, and each process that it forks
+    for packing or checking would import torch anew."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        list(map_in_processes(center_square, [1, 2], 2, 3))
 
 
 @pytest.fixture
