@@ -88,9 +88,10 @@ def test_changed_weights_lose_no_sample_and_repeat_none(first, changes, seed):
         assert ordinals == list(range(len(ordinals)))  # also across the cuts
     for start in range(mixture.segments[-1].start, position + 4 * CYCLE, CYCLE):
         assert np.bincount(mixture.locate(np.arange(start, start + CYCLE))[0]).tolist() == [CYCLE // 4] * 4
+    given_before: Counter[str] = Counter()
     for stop in range(position + 1):
-        given_before = Counter(name for name, _ in found[:stop])
         assert mixture.taken(stop).tolist() == [given_before[name] for name in mixture.names]
+        given_before[found[stop][0]] += 1
 
 
 def test_the_same_weights_change_nothing():
