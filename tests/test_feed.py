@@ -124,7 +124,7 @@ def test_augmentation_changes_the_run_and_both_passes_agree(tmp_path):
     raw = torch.cat([images.clone() for _, images in unchanged.images.first(CPU)])
     assert torch.equal(first, again)
     assert first.dtype == torch.float32
-    assert 0 < (first - raw).abs().amax((1, 2, 3)).gt(1).sum() <= len(raw)
+    assert (first - raw).abs().amax((1, 2, 3)).gt(1).any()
     trainer.close()
     plain.close()
 
