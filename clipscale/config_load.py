@@ -15,7 +15,7 @@ import dataclasses
 import difflib
 import os
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import yaml
@@ -65,7 +65,7 @@ def _layers(words: list[str]) -> list[Layer]:
 
 
 def _merge(layers: list[Layer]) -> Config:
-    merged = OmegaConf.structured(Config)
+    merged = _defaults()
     for origin, read, folder in layers:
         try:
             merged = OmegaConf.merge(merged, read())
@@ -78,6 +78,12 @@ def _merge(layers: list[Layer]) -> Config:
         return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise UserError(_one_line(error)) from error
+
+
+@cache
+def _defaults() -> DictConfig:
+    """Never changed in place: a merge makes a copy."""
+    return OmegaConf.structured(Config)
 
 
 def _look_beside(settings: DictConfig, folder: str) -> None:
@@ -99,7 +105,7 @@ def _named_files(settings: DictConfig) -> Iterator[tuple[DictConfig, str]]:
 
 def dump_config(config: Config) -> str:
     """The whole resolved configuration as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
 
 
 def changed_keys(old: Config, new: Config) -> list[str]:

@@ -108,9 +108,10 @@ def replay_backward(tower: Tower, inputs: Inputs, d_embeddings_ND: Tensor, key: 
 @contextmanager
 def chunk_randomness(key: int, tower: Tower, start: int) -> Iterator[None]:
     """torch's generators, seeded for the chunk that begins at slot `start`; the outer state comes back afterwards."""
-    devices = [tower.device] if tower.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(fold(key, tower.name, start) >> 1)
+    on_gpu = tower.device.type == "cuda"
+    seed = torch.manual_seed if on_gpu else torch.default_generator.manual_seed  # the first prepares absent GPUs too
+    with torch.random.fork_rng(devices=[tower.device] if on_gpu else []):
+        seed(fold(key, tower.name, start) >> 1)
         yield
 
 

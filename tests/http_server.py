@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ class Fault:
     before: Literal["", "close", "stall"] = ""  # ... anything is said
     send_bytes: int | None = None  # of the body; then:
     then: Literal["close", "stall"] = "close"
-    drip_seconds: float | None = None  # between one byte of the body and the next
+    drip_seconds: float | None = None  # a byte of the body every so often; what is late is made up for
     chunked: bool = False  # no Content-Length
 
 
@@ -112,12 +113,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, data: bytes, fault: Fault) -> None:
         part = data[: fault.send_bytes]
-        step = 1 if fault.drip_seconds else BLOCK_BYTES
+        step, begun = 1 if fault.drip_seconds else BLOCK_BYTES, time.monotonic()
         for place in range(0, len(part), step):
             block = part[place : place + step]
             self.wfile.write(b"%x\r\n%s\r\n" % (len(block), block) if fault.chunked else block)
-            if fault.drip_seconds and self.server.ended.wait(fault.drip_seconds):
-                return
+            if fault.drip_seconds:
+                due = begun + fault.drip_seconds * (place + 1)
+                if self.server.ended.wait(max(0.0, due - time.monotonic())):
+                    return
         whole = len(part) == len(data)
         if fault.chunked and whole:
             self.wfile.write(b"0\r\n\r\n")

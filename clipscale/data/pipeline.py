@@ -12,7 +12,7 @@ that would give a position another sample, other pixels or other tokens is refus
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from typing import Any
 
@@ -120,7 +120,7 @@ class Pipeline:
             "image_size": self.image_size,
             "context_length": self.context_length,
             "tokenizer": self.tokenize.name,
-            "decoders": {name: version(name) for name in _DECODERS},
+            "decoders": _decoders(),
         }
 
 
@@ -258,6 +258,11 @@ def _epoch_length(source: Source, data: Data, global_batch: int, recorded: dict[
         f"train.global_batch={global_batch}; use straddle, or a smaller batch",
     )
     return whole
+
+
+@cache
+def _decoders() -> dict[str, str]:
+    return {name: version(name) for name in _DECODERS}
 
 
 def _pixels(data: Data) -> dict[str, Any]:
