@@ -5,13 +5,14 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import repeat
 from pathlib import Path
 
 import pytest
 from http_server import Fault, Server, serve
-from loading import tokenize
+from loading import read, tokenize
 from shards import picture, write_shard
 from tiny import tiny_config
 
@@ -45,7 +46,7 @@ def write_images(
     folder: Path, shards: int = 3, per_shard: int = 12, *, empty: Callable[[int, int], bool] = lambda shard, i: False
 ) -> None:
     """As img2dataset writes them: every fifth download failed, and is a gap in the keys; a .json beside each picture;
-    `successes` counts what the tar holds. `empty(shard, i)`: an .txt without text, as of a caption that was missing."""
+    `successes` counts what the tar holds. `empty(shard, i)`: a .txt without text, as of a caption that was missing."""
     for shard in range(shards):
         samples = []
         for i in (i for i in range(per_shard) if i % 5 != 3):
@@ -171,18 +172,18 @@ def test_what_a_later_shard_lacks_has_its_true_cause_and_key(server, data):
         opened(f"{server.url}/{SHARDS}", data).read(1, 9)
 
 
-def test_a_run_counts_and_names_them(server, tmp_path):
-    write_images(server.folder, per_shard=24, empty=lambda shard, i: shard == 1 and i == 7)
-    words = (f"data.cache_dir={tmp_path}/cache", "train.global_batch=19", "train.samples=57")
-    train(tiny_config(tmp_path, f"{server.url}/{SHARDS}", *words))
-    rows = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
-    assert [(row["key"], row["cause"], row["shard"]) for row in rows] == [
-        ("000010007", "empty caption", f"{server.url}/0001.tar")
+def test_its_slot_says_so(server, data):
+    write_images(server.folder, empty=lambda shard, i: shard == 1 and i == 7)
+    data = replace(data, sources={"mine": SourceSettings(f"{server.url}/{SHARDS}")})
+    pipe = build_pipeline(data, tokenize, image_size=16, context_length=24, seed=1, global_batch=30)
+    batch = read(pipe, 1, 30)[0]
+    assert batch.valid.sum() == 29
+    assert [skip[1:] for skip in batch.skips] == [
+        (
+            *("mine", f"{server.url}/0001.tar", "000010007", "empty caption"),
+            "empty caption: 10 samples were declared, 9 are usable (empty caption: 1)",
+        )
     ]
-    log = (tmp_path / "run" / "run.log").read_text()
-    assert f"masked sample 000010007 of {server.url}/0001.tar" in log
-    assert "19 samples were declared, 18 are usable (empty caption: 1)" in log
-    assert "cannot be read" not in log
 
 
 @pytest.mark.parametrize("how", ["cut", "stale"])
@@ -291,7 +292,7 @@ def test_an_empty_shard_is_one(server, data):
     assert tars(server) == ["/0000.tar", "/0001.tar"]  # the first with a sample is looked at too
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "", '{"successes": "many"}', '{"successes": -1}', '{"count": 12}'])
+@pytest.mark.parametrize("content", ["{", "[]", '{"successes": -1}', '{"count": 12}'])
 @pytest.mark.parametrize("shard", [0, 1])
 def test_damaged_statistics(server, data, content, shard):
     write_images(server.folder)
@@ -327,15 +328,16 @@ def test_local_remote_and_piped_shards_together(server, tmp_path, data, told):
     """Only what is remote and declared can be doubted; what is not declared is indexed first anyway."""
     write_images(server.folder, shards=4)
     write_images(tmp_path / "here", shards=1, empty=lambda shard, i: i == 7)
-    data = Data(cache_dir=data.cache_dir, fetch=data.fetch, index_jobs=1, allow_pipe=True)
+    data = replace(data, allow_pipe=True)
     urls = f"{tmp_path}/here/0000.tar::{server.url}/{{0000..0002}}.tar::pipe:cat {server.folder}/0003.tar"
     source = opened(urls, data, findings=False)
     assert source.counts.tolist() == [9, 10, 10, 10, 10]
     assert [bool(shard.sidecar) for shard in source.shards] == [True, False, False, False, True]
     assert told == []
     assert tars(server) == ["/0000.tar"]
+    write_images(tmp_path / "here", shards=1)
+    assert len(opened(urls, data, findings=False, recorded=source.fingerprint()).changes()) == 1
     os.unlink(server.folder / "0001_stats.json")
-    urls = urls.replace("here/", "../" + tmp_path.name + "/here/")
     source = opened(urls, data, findings=False, select=SCORES)
     assert [bool(shard.sidecar) for shard in source.shards] == [True] * 5
     assert len(told) == 1

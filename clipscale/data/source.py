@@ -326,11 +326,13 @@ def open_source(
     remote = not all(map(is_local, urls))
     cache = ShardCache(data.cache_dir, data.cache_bytes, data.fetch, data.allow_pipe) if remote else None
 
+    indexed: dict[str, Shard] = {}  # kept, for a second look at a shard that changed finds it current
+
     def with_declared(declared: dict[str, int]) -> Source:
-        wanted = [url for url in urls if url not in declared]
-        indexed = index_shards(wanted, index, cache, jobs=data.index_jobs, track=track, label=f"indexing {name}")
-        shards = {shard.url: shard for shard in indexed}
-        shards |= {url: Shard.declared(url, count) for url, count in declared.items()}
+        wanted = [url for url in urls if url not in declared and url not in indexed]
+        found = index_shards(wanted, index, cache, jobs=data.index_jobs, track=track, label=f"indexing {name}")
+        indexed.update((shard.url, shard) for shard in found)
+        shards = indexed | {url: Shard.declared(url, count) for url, count in declared.items()}
         caption = CaptionRule.of(source.caption, source.captions)
         return Source(name, [shards[url] for url in urls], index, caption, cache)
 

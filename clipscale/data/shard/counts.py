@@ -59,14 +59,14 @@ def declared_counts(
         return {}
     if counts is not None:
         return _from_file(remote, counts)
-    to_index = [url for url in remote if index.known(url) is None]
-    if not to_index and (began_with is None or began_with({})):
+    all_known = all(index.known(url) for url in remote)
+    if all_known and (began_with is None or began_with({})):
         return {}
     doubt = refusing_settings(index.rules)
     found = {} if doubt and began_with is None else _found_beside(remote, cache)
     if found and began_with is not None and began_with(found):
         return found
-    if not to_index:
+    if all_known:
         return {}
     if doubt:
         doubt += " decides how many samples are usable"
@@ -76,9 +76,11 @@ def declared_counts(
         doubt = _wrong_number(
             found, index_shards(_first_shards(found), lazily, cache, jobs=jobs, track=track, label=label)
         )
-    if doubt:
-        tell(f"source {name!r}: {_shards(len(to_index))} to be indexed first: {doubt}")
-    return {} if doubt else found
+    if not doubt:
+        return found
+    to_index = sum(index.known(url) is None for url in remote)
+    tell(f"source {name!r}: {_shards(to_index)} to be indexed first: {doubt}")
+    return {}
 
 
 def refusing_settings(rules: Rules) -> str:
