@@ -45,7 +45,7 @@ class SourceSettings:
     weight: float = 1.0  # share of the samples, relative to the other sources
     caption: str = "txt"  # the member that holds the caption, by its suffix; 'json:<field>' for a field of the JSON
     captions: Literal["whole", "first", "random"] = "whole"  # of a text with several lines, or a JSON list
-    counts: str | None = None  # samples of each remote shard, from a JSON file: sizes.json or {shard name: number}
+    counts: str | None = None  # usable samples of each remote shard, a JSON file: sizes.json or {shard name: number}
     select: Select = field(default_factory=Select)
 
     def __post_init__(self) -> None:

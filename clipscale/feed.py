@@ -1,6 +1,6 @@
 """What feeds a run: its files made ready, the loader of its step batches, and the account of what could not be used.
 
-prepare_files(config)                                   # one process a node: draw, download, index
+prepare_files(config, None)                             # one process a node: draw, download, index
 feed = Feed(config, towers, world, recorded=None, position=0)
 batch = next(feed.loader)
 feed.repeats(batch)                                     # pairs and captions that stand in the batch twice
@@ -39,19 +39,23 @@ _NAMED_SKIPS = 20  # masked samples with a log line of their own; skipped.jsonl 
 _BAD_FRACTION_AFTER = 1000  # samples seen before data.max_bad_fraction is applied
 
 
-def prepare_files(config: Config) -> None:
-    """Draw the shapes set if the config asks for it, and index every shard that has no current index. Tells
-    of each that changed, for whoever opens the sources later finds their indexes current."""
+def prepare_files(config: Config, recorded: dict[str, Any] | None) -> None:
+    """Draw the shapes set if the config asks for it, and index every shard that has no current index and whose samples
+    are not declared. Tells of each that changed, for whoever opens the sources later finds their indexes current.
+    `recorded`: as for `build_pipeline`."""
     data, evaluation = config.data, config.eval
     if data.shapes is not None:
         shapes = dataclasses.asdict(data.shapes)
         with progress_bar("drawing the shapes set") as progress:
             make_shapes(shapes.pop("dir"), **shapes, progress=progress)
-    wanted = [(name, source, "pairs") for name, source in data.sources.items() if source.weight > 0]
+    content = recorded["content"] if recorded else {}
+    wanted = [(name, source, "pairs", content.get(name)) for name, source in data.sources.items() if source.weight > 0]
     evaluations = (("validation", evaluation.validation, "pairs"), ("zeroshot", evaluation.zeroshot, "labelled"))
-    wanted += [(name, SourceSettings(kind.urls), need) for name, kind, need in evaluations if kind.urls is not None]
-    for name, source, need in wanted:
-        for line in open_source(name, source, data, need=need, track=track).changes():
+    wanted += [
+        (name, SourceSettings(kind.urls), need, None) for name, kind, need in evaluations if kind.urls is not None
+    ]
+    for name, source, need, before in wanted:
+        for line in open_source(name, source, data, need=need, track=track, recorded=before).changes():
             tell(line)
 
 

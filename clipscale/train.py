@@ -284,7 +284,7 @@ class Trainer:
 
     def _build_data(self, recorded: dict[str, Any] | None) -> None:
         """Sources and evaluation sets. The first rank of a node writes what is missing, then all ranks read it."""
-        self.world.lead(partial(prepare_files, self.config), on_each_node=True)
+        self.world.lead(partial(prepare_files, self.config, recorded), on_each_node=True)
         self.feed = Feed(self.config, self.towers, self.world, recorded=recorded, position=self.position)
         self._resources.callback(self.feed.close)
         self.evaluations = EvalSuite(self.config, self.towers, self.feed.pipeline.tokenize, self.world)

@@ -141,7 +141,7 @@ def test_a_missing_file_is_told_with_both_places(recipe, here):
     for name, read in {
         "names.txt": lambda: load_task(config.eval.zeroshot, config.data),
         "lists/uids.txt": lambda: UidList.open("lists/uids.txt"),
-        "counts.json": lambda: declared_counts(["http://127.0.0.1/0.tar"], "counts.json", None, None),
+        "counts.json": lambda: declared_counts("x", ["http://127.0.0.1/0.tar"], "counts.json", None, None),
     }.items():
         with pytest.raises(UserError) as error:
             read()

@@ -270,8 +270,8 @@ def test_a_missing_remote_shard_is_a_clear_error(server, remote):
 def test_prefetch_is_for_remote_shards(server, remote, tmp_path):
     write_pairs(server.folder, 2, 3, size=8)
     urls = f"{write_pairs(tmp_path / 'here', 1, 1, size=8)}::{server.url}/0001.tar"
-    (server.folder / "sizes.json").write_text('{"0001.tar": 3}')
-    source = opened(urls, data=remote)
+    (tmp_path / "counts.json").write_text('{"0001.tar": 3}')
+    source = opened(urls, data=remote, counts=str(tmp_path / "counts.json"))
     assert server.requests["/0001.tar"] == 0
     source.prefetch([0])
     source.prefetch([1, 0])
@@ -299,12 +299,14 @@ def declare(server: Server, kind: str, counts: list[int], tmp_path: Path) -> str
 
 @pytest.mark.parametrize("kind", ["sizes.json", "statistics", "file"])
 def test_declared_shards_are_not_fetched_ahead(server, remote, tmp_path, kind):
+    """But the first, where what declares them was found beside them."""
     expected = read_all(opened(write_pairs(server.folder, 3, 4, size=8)))
     counts = declare(server, kind, [4, 4, 4], tmp_path)
     urls = f"{server.url}/{{0000..0002}}.tar"
     source = opened(urls, data=remote, counts=counts)
     assert source.counts.tolist() == [4, 4, 4]
-    assert not [path for path in server.requests if path.endswith(".tar")]
+    fetched = [path for path in server.requests if path.endswith(".tar")]
+    assert fetched == ([] if kind == "file" else ["/0000.tar"])
     assert source.where(1, 2) == (f"{server.url}/0001.tar", "number 2")
     assert read_all(pickle.loads(pickle.dumps(source))) == read_all(source) == expected
     assert source.where(1, 2) == (f"{server.url}/0001.tar", "000006")
@@ -322,8 +324,9 @@ def test_fewer_or_more_than_declared(server, remote, tmp_path, told):
     before = source.fingerprint()
     assert source.read(0, 3).key == "000003"
     for index in (4, 5):
-        with pytest.raises(OSError, match=rf"0000.tar, number {index}: 6 samples were declared, 4 are usable"):
+        with pytest.raises(BadSample, match="fewer than declared: 6 samples were declared, 4 are usable"):
             source.read(0, index)
+        assert source.where(0, index) == (f"{server.url}/0000.tar", f"number {index}")
     source.read(1, 3)
     assert told == []
     assert source.read(2, 2).key == "000010"
@@ -347,22 +350,22 @@ def test_a_dead_declared_shard_is_an_error_that_names_it(server, remote, tmp_pat
 def test_indexing_ahead_makes_found_counts_needless(server, remote, tmp_path):
     """`clipscale index` fetches what is declared; afterwards what is usable is known, and that counts."""
     write_pairs(server.folder, 2, 4, size=8)
-    declare(server, "sizes.json", [5, 5], tmp_path)
+    declare(server, "sizes.json", [4, 5], tmp_path)
     urls = f"{server.url}/{{0000..0001}}.tar"
     lazy = opened(urls, data=remote)
     lazy.read(0, 0)
     lazy.read(1, 0)
-    assert opened(urls, data=remote).counts.tolist() == [5, 5]  # what reading found out changes nothing
+    assert opened(urls, data=remote).counts.tolist() == [4, 5]  # what reading found out changes nothing
     assert opened(urls, data=remote, ahead=True).counts.tolist() == [4, 4]
     assert opened(urls, data=remote).counts.tolist() == [4, 4]
 
 
 def test_shards_that_a_found_file_lacks_are_indexed_at_once(server, remote):
     write_pairs(server.folder, 3, 4, size=8)
-    (server.folder / "sizes.json").write_text('{"0000.tar": 9, "0001.tar": "many", "0002.tar": true}')
+    (server.folder / "sizes.json").write_text('{"0000.tar": 4, "0001.tar": "many", "0002.tar": true}')
     source = opened(f"{server.url}/{{0000..0002}}.tar", data=remote)
-    assert source.counts.tolist() == [9, 4, 4]
-    assert server.requests["/0000.tar"] == 0
+    assert source.counts.tolist() == [4, 4, 4]
+    assert [bool(shard.sidecar) for shard in source.shards] == [False, True, True]
 
 
 @pytest.mark.parametrize("content", ["[1]", "no JSON", "[" * 5000, ""])

@@ -1,4 +1,5 @@
-"""Why a sample that indexing took cannot be used after all: its slot is masked, counted and listed by one of these."""
+"""Why a sample that indexing took, or a file declared, cannot be used after all: its slot is masked, counted and listed
+by the cause."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ MASK_CAUSES = (
     "too many pixels",
     "caption is not UTF-8",
     "caption cannot be used",
+    "fewer than declared",
 )
 
 
@@ -16,6 +18,10 @@ class BadSample(Exception):
     """This sample is left out of its batch. `cause` is one of MASK_CAUSES."""
 
     def __init__(self, cause: str, detail: str = "") -> None:
-        assert cause in MASK_CAUSES
+        assert cause in MASK_CAUSES or isinstance(self, RefusedSample)
         super().__init__(f"{cause}: {detail}" if detail else cause)
         self.cause = cause
+
+
+class RefusedSample(BadSample):
+    """It was declared, and indexing its shard left it out: `cause` is the cause there (shard/judge.py)."""

@@ -173,8 +173,12 @@ def build_pipeline(
     )
     recorded = recorded and _in_full(recorded, data)
     mixture = _mixture(data, seed, position, recorded)
+    content = recorded["content"] if recorded else {}
     sources = [
-        open_source(name, data.sources[name], data, need="pairs", track=track, findings=True) for name in mixture.quota
+        open_source(
+            name, data.sources[name], data, need="pairs", track=track, findings=True, recorded=content.get(name)
+        )
+        for name in mixture.quota
     ]
     orders = [_order(source, data, mixture, seed, global_batch, recorded) for source in sources]
     dropped = {

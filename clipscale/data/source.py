@@ -22,15 +22,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clipscale.config_data import Data, SourceSettings
-from clipscale.data.bad import MASK_CAUSES, BadSample
+from clipscale.data.bad import MASK_CAUSES, BadSample, RefusedSample
 from clipscale.data.fetch.cache import Expected, ShardCache
 from clipscale.data.fetch.urls import expand_urls, is_local, masked
 from clipscale.data.shard.captions import MAX_JSON_BYTES, CaptionError, CaptionRule
-from clipscale.data.shard.counts import declared_counts
+from clipscale.data.shard.counts import declared_counts, doubts, usable
 from clipscale.data.shard.index import Index, Shard
 from clipscale.data.shard.index_many import Track, index_shards
 from clipscale.data.shard.judge import MAX_PICTURE_BYTES
 from clipscale.data.shard.select import Need, Rules
+from clipscale.data.shard.shortage import Lost, refused_samples
 from clipscale.data.shard.sidecar import Records, Row
 from clipscale.errors import UserError
 from clipscale.tell import tell
@@ -61,10 +62,12 @@ class Source:
     def _prepare(self) -> None:
         self._tars = _OpenFiles(self._open_tar)
         self._sidecars = _OpenFiles(self._open_sidecar)
+        self._lost = _OpenFiles(self._list_lost)  # of declared shards with fewer usable samples than declared
         self._indexing = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_tars", "_sidecars", "_indexing")}
+        made_anew = ("_tars", "_sidecars", "_lost", "_indexing")
+        return {name: value for name, value in vars(self).items() if name not in made_anew}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -81,12 +84,16 @@ class Source:
         """One sample's bytes.
 
         Raises:
-            OSError: the file is gone, shorter than its index says or another one, the index is damaged, or fewer
-                samples are usable than were declared. The message names the shard and the key.
+            OSError: the file is gone, shorter than its index says or another one, or the index is damaged. The
+                message names the shard and the key.
+            BadSample: fewer samples are usable than were declared; why.
         """
         key = f"number {index}"
         try:
-            row = self._sidecars.get(shard).row(index, self.shards[shard].samples)
+            sidecar = self._sidecars.get(shard)  # held while it is read, as the tar is
+            if index >= sidecar.records.samples:
+                raise self._shortage(shard, index)
+            row = sidecar.records.read(index)
             key = row.key
             tar = self._tars.get(shard)  # held while it is read, so that another thread cannot make it close
             return Sample(key, *_read_pair(tar.number, row))
@@ -95,11 +102,14 @@ class Source:
 
     def where(self, shard: int, index: int) -> tuple[str, str]:
         """(shard path or URL, key), for messages. A number stands for the key where the index cannot be read or is not
-        there yet: nothing is fetched for it."""
-        key = f"number {index}"
-        if self._shard(shard).sidecar:
+        there yet, and where it holds fewer samples and `read` was not asked just before: nothing is fetched for it."""
+        key, known = f"number {index}", self._shard(shard)
+        if known.sidecar and index < known.samples:
             with suppress(OSError):
-                key = self._sidecars.get(shard).row(index, self.shards[shard].samples).key
+                sidecar = self._sidecars.get(shard)
+                key = sidecar.records.read(index).key
+        elif known.sidecar and index - known.samples < len(lost := self._lost.peek(shard) or ()):
+            key = lost[index - known.samples].key
         return masked(self.shards[shard].url), key
 
     def caption(self, note: bytes, draw: int = 0) -> str:
@@ -161,6 +171,7 @@ class Source:
         """Let go of the open files; a later read opens them again."""
         self._tars.clear()
         self._sidecars.clear()
+        self._lost.clear()
         if self._cache is not None:
             self._cache.close()
 
@@ -198,6 +209,22 @@ class Source:
             tell(_surplus(shard, declared), every_rank=True)
         return shard
 
+    def _shortage(self, shard: int, index: int) -> BadSample:
+        """Why a declared sample is not there: each one too many stands for a refused one, in the shard's order."""
+        known, lost = self._shard(shard), []
+        if known.refused:
+            self._tars.get(shard)  # may wait for a download, without the lock
+            with self._indexing:
+                lost = self._lost.get(shard)
+        detail = f"{self.shards[shard].samples:,} samples were declared, {usable(known)}"
+        if index - known.samples < len(lost):
+            return RefusedSample(lost[index - known.samples].cause, detail)
+        return BadSample("fewer than declared", detail)
+
+    def _list_lost(self, shard: int) -> list[Lost]:
+        most = self.shards[shard].samples - self._shard(shard).samples
+        return refused_samples(self._tars.get(shard).number, self._index.rules, most=most)
+
 
 class _File:
     """A descriptor that is closed with its last user."""
@@ -213,14 +240,10 @@ class _OpenSidecar(NamedTuple):
     file: _File
     records: Records
 
-    def row(self, index: int, declared: int) -> Row:
-        if index >= self.records.samples:
-            raise OSError(f"{declared} samples were declared, {self.records.samples} are usable")
-        return self.records.read(index)
-
 
 class _OpenFiles:
-    """The files used last, by shard. One that is dropped while a thread reads it stays open until it has done so."""
+    """The files (or what was found in them) used last, by shard. One that is dropped while a thread reads it stays open
+    until it has done so."""
 
     def __init__(self, open_one: Callable[[int], Any]) -> None:
         self._open_one = open_one
@@ -238,6 +261,10 @@ class _OpenFiles:
             while len(self._files) > _MAX_OPEN_FILES:
                 self._files.popitem(last=False)
         return file
+
+    def peek(self, shard: int) -> Any:
+        """None where it is not open."""
+        return self._files.get(shard)
 
     def clear(self) -> None:
         with self._lock:
@@ -279,6 +306,7 @@ def open_source(
     track: Track | None = None,
     findings: bool = False,
     ahead: bool = False,
+    recorded: str | None = None,
 ) -> Source:
     """Expand, fetch and index the shards of one source.
 
@@ -287,6 +315,8 @@ def open_source(
         track: wraps a list of shards for a progress bar: track(shards, label) -> the same shards.
         findings: tell of each shard that is cut short or changed, and of refused samples by cause.
         ahead: index remote shards now although their numbers of samples are declared.
+        recorded: the source's fingerprint in the run that is resumed: if it began with declared numbers, it keeps to
+            them.
 
     Raises:
         UserError: a shard that is not there or cannot be read, or no usable sample in any.
@@ -295,14 +325,28 @@ def open_source(
     index = Index(Rules.of(source, data, need), data.index_dir, data.cache_dir, data.hash)
     remote = not all(map(is_local, urls))
     cache = ShardCache(data.cache_dir, data.cache_bytes, data.fetch, data.allow_pipe) if remote else None
-    declared = {} if ahead else declared_counts(urls, source.counts, index, cache)
-    wanted = [url for url in urls if url not in declared]
-    indexed = index_shards(wanted, index, cache, jobs=data.index_jobs, track=track, label=f"indexing {name}")
-    shards = {shard.url: shard for shard in indexed}
-    shards |= {url: Shard.declared(url, count) for url, count in declared.items()}
-    opened = Source(name, [shards[url] for url in urls], index, CaptionRule.of(source.caption, source.captions), cache)
+
+    indexed: dict[str, Shard] = {}  # kept, for a second look at a shard that changed finds it current
+
+    def with_declared(declared: dict[str, int]) -> Source:
+        wanted = [url for url in urls if url not in declared and url not in indexed]
+        found = index_shards(wanted, index, cache, jobs=data.index_jobs, track=track, label=f"indexing {name}")
+        indexed.update((shard.url, shard) for shard in found)
+        shards = indexed | {url: Shard.declared(url, count) for url, count in declared.items()}
+        caption = CaptionRule.of(source.caption, source.captions)
+        return Source(name, [shards[url] for url in urls], index, caption, cache)
+
+    def began_with(declared: dict[str, int]) -> bool:
+        return with_declared(declared).fingerprint() == recorded
+
+    declared = {}
+    if not ahead:
+        resumed = None if recorded is None else began_with
+        indexing = {"jobs": data.index_jobs, "track": track}
+        declared = declared_counts(name, urls, source.counts, index, cache, **indexing, began_with=resumed)
+    opened = with_declared(declared)
     _require_samples(opened, source)
-    for line in _findings(opened) if findings else ():
+    for line in (*_findings(opened), *doubts(name, source.counts, declared, index.rules)) if findings else ():
         tell(line)
     return opened
 

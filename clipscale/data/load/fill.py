@@ -45,7 +45,7 @@ class Skip(NamedTuple):
     source: str
     shard: str
     key: str
-    cause: str  # one of bad.MASK_CAUSES
+    cause: str  # one of bad.MASK_CAUSES, or indexing's of a declared sample
     detail: str
 
 

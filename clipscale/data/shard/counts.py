@@ -1,41 +1,139 @@
 """How many samples remote shards hold, said by a file, so that a run can begin before it has fetched them.
 
-    declared_counts(urls, None, index, cache)        # {'https://host/00000.tar': 10000, ...}; empty: nobody says
+    declared_counts("mine", urls, None, index, cache)     # {'https://host/00000.tar': 10000, ...}; empty: index first
 
-Looked at, in this order: the source's own `counts` file; sidecars of all the shards (then nothing is declared, for what
-is usable is known); `sizes.json` beside the shards; img2dataset's `00000_stats.json` beside `00000.tar`.
+Looked at, in this order: the source's own `counts` file, which is the user's word; sidecars of all the shards (then
+nothing is declared, for what is usable is known); `sizes.json` beside the shards; img2dataset's `00000_stats.json`
+beside `00000.tar`. What lies beside the shards counts what is in them, not what is usable: it is believed only where
+none of the source's rules can refuse a sample, and where the first shard of each folder, which is fetched and indexed
+for that, holds as many usable samples as are declared of it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
+from clipscale.config_data import Select
 from clipscale.data.fetch.cache import FetchError, ShardCache
 from clipscale.data.fetch.urls import is_local, masked, scheme_of
-from clipscale.data.shard.index import Index, basename
+from clipscale.data.shard.captions import CaptionRule
+from clipscale.data.shard.index import Index, Shard, basename
+from clipscale.data.shard.index_many import Track, index_shards
+from clipscale.data.shard.select import Rules
 from clipscale.errors import UserError, require
 from clipscale.files import why_unreadable
+from clipscale.tell import tell
 
 _MAX_BYTES = 1 << 26
 
 
-def declared_counts(urls: list[str], counts: str | None, index: Index, cache: ShardCache) -> dict[str, int]:
-    """Samples of those remote shards for which a file says it.
+def declared_counts(
+    name: str,
+    urls: list[str],
+    counts: str | None,
+    index: Index,
+    cache: ShardCache,
+    *,
+    jobs: int | None = None,
+    track: Track | None = None,
+    began_with: Callable[[dict[str, int]], bool] | None = None,
+) -> dict[str, int]:
+    """Samples of those remote shards of the source `name` whose number is taken from a file; the others are to be
+    indexed first. Why numbers beside the shards cannot hold is told.
+
+    Args:
+        jobs, track: as for `index_shards`, of the shards that are looked at to see whether the numbers hold.
+        began_with: of a run that resumes: whether these counts are what it began with. Then it keeps to them.
 
     Raises:
-        UserError: a counts file that cannot be used, or that lacks a shard.
+        UserError: a counts file that cannot be used, or that lacks a shard; a server that fails.
     """
     remote = [url for url in urls if not is_local(url)]
     if not remote:
         return {}
     if counts is not None:
         return _from_file(remote, counts)
-    if all(index.known(url) for url in remote):
+    all_known = all(index.known(url) for url in remote)
+    if all_known and (began_with is None or began_with({})):
         return {}
+    doubt = refusing_settings(index.rules)
+    found = {} if doubt and began_with is None else _found_beside(remote, cache)
+    if found and began_with is not None and began_with(found):
+        return found
+    if all_known:
+        return {}
+    if doubt:
+        doubt += " decides how many samples are usable"
+    elif found:
+        lazily = dataclasses.replace(index, lazily=True)  # a later start finds these sidecars, and decides alike
+        label = f"indexing {name}: first shards"
+        doubt = _wrong_number(
+            found, index_shards(_first_shards(found), lazily, cache, jobs=jobs, track=track, label=label)
+        )
+    if not doubt:
+        return found
+    to_index = sum(index.known(url) is None for url in remote)
+    tell(f"source {name!r}: {_shards(to_index)} to be indexed first: {doubt}")
+    return {}
+
+
+def refusing_settings(rules: Rules) -> str:
+    """The settings by which samples that are there, with a picture and a .txt, can be refused; empty: none."""
+    if rules.need != "pairs":
+        return "the label"
+    caption = CaptionRule.of(rules.caption)
+    found = [] if (caption.suffix, caption.field) == ("txt", ()) else [f"caption={rules.caption}"]
+    usual = dataclasses.asdict(Select(uid_field=rules.select.uid_field))  # the field alone refuses nothing
+    select = dataclasses.asdict(rules.select)
+    return ", ".join(found + [f"select.{key}={value}" for key, value in select.items() if value != usual[key]])
+
+
+def doubts(name: str, counts: str | None, declared: dict[str, int], rules: Rules) -> list[str]:
+    """What to tell of a source's own counts. They are taken at their word, for whoever gives them may have counted by
+    the same rules."""
+    settings = refusing_settings(rules)
+    if counts is None or not declared or not settings:
+        return []
+    return [
+        f"source {name!r}: counts {counts!r} declares {sum(declared.values()):,} samples of {_shards(len(declared))}, "
+        f"and {settings} decides how many are usable: what it refuses of them is masked and counts against "
+        "data.max_bad_fraction; declare usable samples only, or leave counts out, and the shards are indexed first"
+    ]
+
+
+def usable(shard: Shard) -> str:
+    """How many samples of an indexed shard are usable, and why not more: '98 are usable (empty caption: 2)'."""
+    why = [f"{cause}: {count:,}" for cause, count in shard.refused.items()] + ([shard.cut] if shard.cut else [])
+    return f"{shard.samples:,} are usable" + (f" ({', '.join(why)})" if why else "")
+
+
+def _first_shards(found: dict[str, int]) -> list[str]:
+    """Of each folder the first that is not empty, and all that are said to be empty: they weigh little, and nothing
+    would ever show that they are not."""
+    first = {_beside(url, ""): url for url, count in reversed(found.items()) if count}
+    return [url for url, count in found.items() if count == 0 or first[_beside(url, "")] == url]
+
+
+def _wrong_number(found: dict[str, int], shards: list[Shard]) -> str:
+    """The first of the shards that holds another number of usable samples than is declared; empty: none does."""
+    for shard in shards:
+        if shard.samples != found[shard.url]:
+            told = f"{masked(shard.url)} is declared to hold {found[shard.url]:,} samples, {usable(shard)}"
+            return f"{told}, so no declared number is believed"
+    return ""
+
+
+def _shards(number: int) -> str:
+    return "1 remote shard" if number == 1 else f"{number:,} remote shards"
+
+
+def _found_beside(remote: list[str], cache: ShardCache) -> dict[str, int]:
     found: dict[str, int] = {}
     places = [url for url in remote if scheme_of(url) != "pipe"]
     for sizes_json in dict.fromkeys(_beside(url, "sizes.json") for url in places):
