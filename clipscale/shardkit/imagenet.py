@@ -23,7 +23,7 @@ from clipscale.data.shard.tar import list_members
 from clipscale.errors import UserError, require
 from clipscale.shardkit.inputs import Refusal, Row
 
-_PICTURE = re.compile(r".*\.(jpeg|jpg|png|webp)", re.I)
+_PICTURE = re.compile(r".*\.(jpeg|jpg|png|webp)", re.I | re.S)
 _SYNSET = re.compile(r"n\d{8}")
 
 

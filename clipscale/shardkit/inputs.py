@@ -25,7 +25,9 @@ from clipscale.errors import UserError
 
 LIST_FORMATS = {".csv": ",", ".tsv": "\t", ".jsonl": None, ".ndjson": None}
 # What counts as a picture in a folder; the ones that shards cannot hold are then refused by name and cause.
-PICTURE_NAME = re.compile(r".*\.(jpg|jpeg|jpe|jfif|png|webp|gif|bmp|tif|tiff|avif|heic|heif|jp2|jxl|ppm|pgm)", re.I)
+PICTURE_NAME = re.compile(
+    r".*\.(jpg|jpeg|jpe|jfif|png|webp|gif|bmp|tif|tiff|avif|heic|heif|jp2|jxl|ppm|pgm)", re.I | re.S
+)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from clipscale.shardkit.commands.packing import add_packing, destination_of, encoding_of, print_written
 from clipscale.shardkit.inputs import Keys, Refusal, Row, in_random_order, read_source
+from clipscale.text import escaped
 
 WHAT = "pack pictures with captions into shards"
 DESCRIPTION = """\
@@ -69,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def read_rows(source: Path, keys: Keys) -> tuple[list[Row], list[Refusal]]:
     rows, refusals, seen = [], [], set()
-    with Console(stderr=True).status(Text(f"reading {source}")):
+    with Console(stderr=True).status(Text(escaped(f"reading {source}"))):
         for row in read_source(source, keys):
             if isinstance(row, Refusal):
                 refusals.append(row)
