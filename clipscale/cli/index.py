@@ -87,6 +87,7 @@ def index_settings(arguments: argparse.Namespace) -> tuple[SourceSettings, Data,
 def print_report(found: source.Source) -> None:
     """Which shards are damaged or changed, and what was refused, and why."""
     from clipscale.data.fetch.urls import masked
+    from clipscale.data.source import repeated_shards
 
     noun = "pairs" if found.need == "pairs" else "labelled pictures"
     for shard in found.shards:
@@ -94,6 +95,8 @@ def print_report(found: source.Source) -> None:
             say(f"{masked(shard.url)}: changed since it was indexed last: {shard.changed}")
         if shard.cut:
             say(f"{masked(shard.url)}: {shard.samples} {noun} usable: {shard.cut}")
+    for line in repeated_shards([found]):
+        say(line)
     refused, unread = found.refused(), found.not_read()
     if refused or unread:
         table = Table("what was left out", "count", "shards")
