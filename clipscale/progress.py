@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from clipscale.text import escaped
+
 
 def track(items: Iterable[str], label: str) -> Iterable[str]:
     """The same items, with a progress bar where a person watches."""
@@ -27,13 +29,13 @@ def track(items: Iterable[str], label: str) -> Iterable[str]:
 def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
     """A function progress(done, total) that moves a bar on a terminal, and does nothing elsewhere."""
     with bar_on(Console(stderr=True)) as bar:
-        task = bar.add_task(label, total=None)
+        task = bar.add_task(escaped(label), total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def bar_on(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

@@ -3,9 +3,11 @@
     with listening(print):
         tell("a.tar is damaged, 12 samples are usable")           # every rank finds out the same: rank 0 tells
         tell("b.tar: 3 samples stay unused", every_rank=True)     # what only this rank may know
+    say("2 shards, 400 usable pairs")                             # a command's result, on standard output
 
 A run listens for run.log and the screen, the loader's process for the training process, the command line for the
-screen. Where nobody listens, a line goes the way of Python's logging, as a record of the logger "clipscale".
+screen. Where nobody listens, a line goes the way of Python's logging, as a record of the logger "clipscale". What is
+told or said is one line, whatever the keys and paths in it hold: `escaped`.
 """
 
 from __future__ import annotations
@@ -14,13 +16,20 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from clipscale.text import escaped
+
 _LOGGER = logging.getLogger("clipscale")
 Listener = Callable[[str, bool], None]  # (line, every_rank)
 
 
 def tell(line: str, *, every_rank: bool = False) -> None:
     """One line for whoever runs this. `every_rank`: not only rank 0 passes it on."""
-    _LOGGER.warning("%s", line, extra={"every_rank": every_rank})
+    _LOGGER.warning("%s", escaped(line), extra={"every_rank": every_rank})
+
+
+def say(line: str) -> None:
+    """One line of a command's result."""
+    print(escaped(line))
 
 
 @contextmanager

@@ -200,6 +200,83 @@ def test_sources_that_are_none_are_refused(val, tmp_path):
             find_pictures(source, None)
 
 
+def write_classes(root: Path, names: list[str], form: str) -> Path:
+    """A picture of each class, as a folder of folders or as a tar of tars."""
+    tars = []
+    for number, name in enumerate(names):
+        jpeg = picture(number, 20, 20)
+        if form == "tar":
+            tars.append((f"{name}.tar", write_tar(root / "inner.tar", [(f"{name}.jpg", jpeg)]).read_bytes()))
+        else:
+            (root / "set" / name).mkdir(parents=True)
+            (root / "set" / name / f"{name}.jpg").write_bytes(jpeg)
+    return write_tar(root / "set.tar", tars) if tars else root / "set"
+
+
+@pytest.mark.parametrize("form", ["folder", "tar"])
+def test_classes_that_are_numbers_are_the_labels(tmp_path, told, form):
+    source = write_classes(tmp_path / "a", [str(i) for i in range(12)], form)
+    found = find_pictures(source, None)
+    assert {row.name: row.label for row in found.rows} == {f"{i}/{i}.jpg": i for i in range(12)}
+    assert found.classes == [str(i) for i in range(12)]
+    assert told == [f"{source}: its classes are the numbers 0 to 11: their labels are 0 to 11"]
+    source = write_classes(tmp_path / "b", [f"{i:02}" for i in range(1, 13)], form)
+    assert {row.facts["synset"]: row.label for row in find_pictures(source, None, first_label=1).rows} == {
+        f"{i:02}": i - 1 for i in range(1, 13)
+    }
+    for names, message in [
+        (["01", "1", "0"], "has the classes 01 and 1, which are one number"),
+        (["1", "2"], "1 to 2, but there is no 0: labels count from 0, or from --first-label, without a gap"),
+        (["0", "1", "3"], "0 to 3, but there is no 2"),
+        ([*map(str, range(11)), "cat"], r"some of its classes are numbers \(0\), others not \(cat\)"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            find_pictures(write_classes(tmp_path / "-".join(names), names, form), None)
+    for names in (["cat", "dog1", "dog10", "dog2"], ["0", "1", "cat"]):  # of which the order is that of names
+        assert find_pictures(write_classes(tmp_path / "-".join(names), names, form), None).classes == names
+
+
+def test_what_systems_leave_behind_is_no_class_and_no_picture(tmp_path, told):
+    source = write_classes(tmp_path, ["n00000001", "n00000002"], "folder")
+    for name in ("__MACOSX", ".ipynb_checkpoints", "n00000001/more", "n00000000"):
+        (source / name).mkdir()
+    for name in ("._n00000001", "loose.jpg", "list.txt", "n00000001/._a.jpg", "n00000002/b.gif"):
+        (source / name).write_bytes(b"?")
+    found = find_pictures(source, None)
+    assert {row.name: row.label for row in found.rows} == {"n00000001/n00000001.jpg": 1, "n00000002/n00000002.jpg": 2}
+    assert {passed.name: passed.cause for passed in found.passed_over} == {
+        "__MACOSX": "hidden folder",
+        ".ipynb_checkpoints": "hidden folder",
+        "._n00000001": "hidden file",
+        "loose.jpg": "outside of any class",
+        "list.txt": "other format, .txt",
+        "n00000001/._a.jpg": "hidden file",
+        "n00000001/more": "folder inside of a class",
+        "n00000002/b.gif": "other format, .gif",
+    }
+    assert told == [f"{source}: 1 of 3 classes have no picture (n00000000); they keep their labels"]
+    inner = write_tar(tmp_path / "inner.tar", [("a.jpg", picture(0, 20, 20)), ("._a.jpg", b"?")]).read_bytes()
+    found = find_pictures(write_tar(tmp_path / "x.tar", [("._n00000001.tar", b"?"), ("n00000001.tar", inner)]), None)
+    assert (found.classes, [row.label for row in found.rows]) == (["n00000001"], [0])
+    assert [passed.name for passed in found.passed_over] == ["._n00000001.tar", "n00000001/._a.jpg"]
+    with pytest.raises(UserError, match=r"holds n00000001/a\.jpg outside of any class"):
+        find_pictures(write_tar(tmp_path / "y.tar", [("n00000001/a.jpg", picture(0, 20, 20))]), None)
+
+
+def test_labels_without_names_need_one_order_of_names(tmp_path):
+    answers = tmp_path / "labels.txt"
+    answers.write_text("n00000001\n" * 11)
+    names = sorted(f"{i}.JPEG" for i in range(11))
+    with pytest.raises(UserError, match=r"whether 10\.JPEG or 2\.JPEG comes first does not show"):
+        read_labels(Labels(answers), names)
+    assert len(read_labels(Labels(answers), [f"{i:02}.JPEG" for i in range(11)])[0]) == 11
+    answers.write_text("".join(f"{name} n0000000{i % 2}\n" for i, name in enumerate(names)))
+    assert read_labels(Labels(answers), names)[0] == [f"n0000000{i % 2}" for i in range(11)]
+    answers.write_text("n00000001\n" + "²\n" * 10)
+    with pytest.raises(UserError, match="neither a synset id"):
+        read_labels(Labels(answers), [f"{i:02}.JPEG" for i in range(11)])
+
+
 def test_damaged_archives_never_shift_the_labels(train_tar, tmp_path):
     data = train_tar.read_bytes()
     (tmp_path / "cut.tar").write_bytes(data[: len(data) * 2 // 3])

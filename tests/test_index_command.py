@@ -112,6 +112,15 @@ def test_a_changed_shard_is_named(shards, tmp_path, capsys):
     assert lines[-1] != first
 
 
+def test_copies_under_two_names_are_told(shards, tmp_path, capsys):
+    (tmp_path / "2.tar").write_bytes((tmp_path / "1.tar").read_bytes())
+    assert main(["index", shards, str(tmp_path / "2.tar")]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "again" in line)
+    assert line.startswith(
+        f"source 'index': the samples of shard {tmp_path}/2.tar are those of {tmp_path}/1.tar again, and come twice"
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

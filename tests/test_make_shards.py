@@ -126,7 +126,7 @@ def test_order_follows_the_seed_and_not_the_processes(tool, pictures, tmp_path):
     assert build("d", "--no-shuffle")[1] == [f"c{i}".encode() for i in range(9)]
 
 
-@pytest.mark.parametrize("form", ["tsv", "jsonl", "headless", "first two", "keys", "bom"])
+@pytest.mark.parametrize("form", ["tsv", "jsonl", "headless", "open_clip", "hugging face", "tabs", "keys", "bom"])
 def test_other_forms_of_lists(tool, pictures, tmp_path, form):
     rows = [[f"pics/pic{index}.jpg", f"caption {index}"] for index in range(3)]
     source, options = tmp_path / "list.csv", []
@@ -137,8 +137,13 @@ def test_other_forms_of_lists(tool, pictures, tmp_path, form):
         source.write_text("".join(json.dumps({"caption": c, "filepath": p, "n": 1}) + "\n\n" for p, c in rows))
     elif form == "headless":
         write_csv(source, rows[0], rows[1:])
-    elif form == "first two":
-        write_csv(source, ["picture", "words", "more"], [[*row, "x"] for row in rows])
+    elif form == "open_clip":  # columns between that are neither
+        write_csv(source, ["filepath", "id", "title"], [[path, "x", caption] for path, caption in rows])
+    elif form == "hugging face":
+        write_csv(source, [" File_Name", "split", "Text "], [[path, "train", caption] for path, caption in rows])
+    elif form == "tabs":  # what open_clip reads as .csv by default
+        write_csv(source, ["filepath", "title"], [[path, f"{caption}, {path}"] for path, caption in rows], "\t")
+        rows = [[path, f"{caption}, {path}"] for path, caption in rows]
     elif form == "keys":
         write_csv(source, ["text", "filepath", "img"], [[c, "wrong.jpg", p] for p, c in rows])
         options = ["--image-key", "img", "--caption-key", "text"]
@@ -146,6 +151,54 @@ def test_other_forms_of_lists(tool, pictures, tmp_path, form):
         source.write_text("filepath,caption\n" + "".join(f"{p},{c}\n" for p, c in rows), encoding="utf-8-sig")
     assert tool.main([str(source), "--output", str(tmp_path / "out"), "--no-shuffle", *options]) == 0
     assert [sample["txt"].decode() for sample in read(tmp_path / "out")] == [caption for _, caption in rows]
+
+
+@pytest.mark.parametrize(
+    ("first", "options", "message"),
+    [
+        ("filepath,id,words", [], "the columns 'filepath', 'id', 'words': say which the caption (--caption-key NAME)"),
+        ("file,split,text", [], "'text': say which holds the picture's path (--image-key NAME)"),
+        ("picture,words", [], "path (--image-key NAME) and which the caption (--caption-key NAME)"),
+        ("filepath,caption,text", [], "which the caption (--caption-key NAME: 'caption' or 'text')"),
+        ("path,image,title", [], "path (--image-key NAME: 'path' or 'image')"),
+        (
+            "path,image,title,text",
+            ["--image-key=path"],
+            "say which the caption (--caption-key NAME: 'title' or 'text')",
+        ),
+        ("filepath,caption,caption", ["--caption-key=caption"], "has 2 columns 'caption'"),
+        ("url,caption,key,status", [], "(--image-key NAME); tables of img2dataset name no files"),
+        ("caption,key,status,width", [], "(--image-key NAME); tables of img2dataset name no files"),
+        ("pics/pic0.jpg,train,a cat", [], "if this is no header, write one before it"),
+        ("a cat,pics/pic0.jpg", [], "if this is no header, write one before it"),
+        ("pics/pic0.jpg\ta cat", [], "has the one column"),
+    ],
+)
+def test_columns_are_asked_for_and_not_guessed(tool, pictures, tmp_path, capsys, first, options, message):
+    source = tmp_path / "list.csv"
+    source.write_text(f"{first}\n" + first.replace("filepath", "pics/pic0.jpg") + "\n")
+    assert tool.main([str(source), "--output", str(tmp_path / "out"), *options]) == 2
+    assert message in one_error_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_columns_of_json_lines_are_asked_for_and_taken_ones_told(tool, pictures, tmp_path, capsys):
+    source = tmp_path / "list.jsonl"
+    source.write_text(json.dumps({"id": "a", "path": "pics/pic0.jpg", "title": "good"}))
+    assert tool.main([str(source), "--output", str(tmp_path / "out")]) == 0
+    told = f"make_shards.py: {source}: pictures from the column 'path', captions from 'title'"
+    assert capsys.readouterr().err.splitlines() == [told]
+    assert [sample["txt"] for sample in read(tmp_path / "out")] == [b"good"]
+    source.write_text(json.dumps({"id": "pics/pic0.jpg", "words": "good"}))
+    assert tool.main([str(source), "--output", str(tmp_path / "out2")]) == 2
+    assert "(--image-key NAME) and which the caption (--caption-key NAME)" in one_error_line(capsys)
+
+
+def test_one_picture_under_two_spellings(tool, pictures, tmp_path):
+    paths = ["pics/pic0.jpg", "./pics/pic0.jpg", "pics/../pics/pic0.jpg", str(pictures / "pic0.jpg")]
+    source = write_csv(tmp_path / "list.csv", ["filepath", "caption"], [[path, "x"] for path in paths])
+    assert tool.main([str(source), "--output", str(tmp_path / "out")]) == 0
+    assert causes(tmp_path / "out") == {"duplicate row": 3}
 
 
 def test_refusals_are_counted_by_cause_and_listed(tool, pictures, tmp_path, capsys):
@@ -284,6 +337,29 @@ def test_folder_with_captions_beside(tool, tmp_path):
             name: f"caption of {name}" for name in ("a/one.jpg", "a/b/two.PNG", "three.webp", "c.d/four.x.jpeg")
         }
     assert sorted(path.name for path in out.iterdir()) == ["refused.jsonl", "validation-0000.tar"]
+
+
+def test_files_that_are_no_samples_are_counted(tool, tmp_path, capsys):
+    source = tmp_path / "tree"
+    for folder in ("a", ".ipynb_checkpoints", "__MACOSX"):
+        (source / folder).mkdir(parents=True)
+        (source / folder / "x.jpg").write_bytes(picture())
+        (source / folder / "x.txt").write_text("x")
+    for name in (".DS_Store", "._x.jpg", "._x.txt", "x.json", "y.json", "film.MP4", "README", "lines\nof.pictures.jpg"):
+        (source / "a" / name).write_bytes(b"?")
+    assert tool.main([str(source), "--output", str(tmp_path / "out")]) == 0
+    assert [json.loads(sample["json"])["filepath"] for sample in read(tmp_path / "out")] == ["a/x.jpg"]
+    assert [(row["path"], row["cause"]) for row in refused(tmp_path / "out")] == [
+        ("a/lines\nof.pictures.jpg", "no caption file")
+    ]
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in capsys.readouterr().out.splitlines()]
+    assert [row for row in rows if row[0].startswith("passed over: ")] == [
+        ["passed over: hidden file", "3", "a/.DS_Store"],
+        ["passed over: hidden folder", "2", ".ipynb_checkpoints"],
+        ["passed over: other format, .json", "2", "a/x.json"],
+        ["passed over: other format", "1", "a/README"],
+        ["passed over: other format, .mp4", "1", "a/film.MP4"],
+    ]
 
 
 # --- pictures made smaller --------------------------------------------------------------------------------------------

@@ -4,12 +4,13 @@ import json
 import pickle
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 from shards import write_pairs
 
-from clipscale.config_data import AugmentSettings, Data, SourceSettings
+from clipscale.config_data import AugmentSettings, Data, Select, SourceSettings
 from clipscale.data.order.order import rank_positions
 from clipscale.data.pipeline import Pipeline, build_pipeline
 from clipscale.data.tokenize import build_tokenizer
@@ -300,6 +301,26 @@ def test_repeats_are_not_searched_for_where_there_can_be_none(urls, monkeypatch,
 
 
 # --- what is refused at the start, and what is not --------------------------------------------------------------------
+
+
+def test_the_same_samples_under_two_names_are_told(urls, tmp_path, told):
+    folder, mine = Path(urls["a"]).parents[1], tmp_path
+    for number, shard in ((0, "a/0000.tar"), (1, "a/0001.tar"), (2, "a/0001.tar"), (3, "b/0000.tar")):
+        shutil.copy(folder / shard, mine / f"{number}.tar")
+    pipe = build({"mine": SourceSettings(f"{mine}/{{0..3}}.tar"), "b": SourceSettings(urls["b"])})
+    assert [source.samples for source in pipe.sources] == [12 * 3 + 20, 3 * 20]
+    advice = "and come twice as often as others; name each shard once, and let weights say what comes more often"
+    assert told == [
+        f"source 'mine': the samples of shard {mine}/2.tar are those of {mine}/1.tar again, {advice}",
+        f"sources 'mine' and 'b': the samples of shard {folder}/b/0000.tar are those of {mine}/3.tar again, {advice}",
+    ]
+    told.clear()
+    (tmp_path / "uids.txt").write_text("000000\n000001\n")
+    parts = {"rest": SourceSettings(urls["a"]), "b": SourceSettings(urls["b"])}
+    parts["few"] = SourceSettings(urls["a"], select=Select(uids=str(tmp_path / "uids.txt"), uid_field="__key__"))
+    parts["lines"] = SourceSettings(urls["a"], captions="first")
+    build(parts)
+    assert not [line for line in told if "samples of another" in line]  # other samples, or other captions
 
 
 def test_one_sample_and_one_shard(tmp_path):

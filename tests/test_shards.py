@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 import time
@@ -76,6 +77,39 @@ def test_expansion(folder, pattern, names):
 def test_refusals(folder, pattern, message):
     with pytest.raises(UserError, match=message):
         expand_urls(pattern)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("train-0*.tar", "'train-00.tar' and 'train-09.tar' are one file"),
+        ("train-00.tar::hard.tar", "'train-00.tar' and 'hard.tar' are one file"),
+        ("train-00.tar::a/../deep/er/x.tar::deep/er/x.tar", "x.tar' is named 2 times"),
+        ("link/x.tar::deep/er/x.tar", "'link/x.tar' and 'deep/er/x.tar' are one file"),
+        ("deep/**/*.tar::link/*.tar", "'deep/er/x.tar' and 'link/x.tar' are one file"),
+    ],
+)
+def test_one_file_under_two_names_is_refused(folder, pattern, message):
+    Path("train-09.tar").symlink_to("train-00.tar")
+    Path("hard.tar").hardlink_to("train-00.tar")
+    Path("link").symlink_to("deep/er")
+    Path("a").mkdir()
+    with pytest.raises(UserError, match=f"{message}.*; name each shard once"):
+        expand_urls(pattern)
+
+
+def test_files_that_a_file_system_numbers_badly_are_not_one(folder, monkeypatch):
+    Path("train-09.tar").symlink_to("train-00.tar")
+    real = os.stat
+
+    def stat(*args, **kwargs) -> os.stat_result:
+        mode, _, device, *rest = real(*args, **kwargs)
+        return os.stat_result((mode, 0, device, *rest))
+
+    monkeypatch.setattr(os, "stat", stat)
+    assert expand_urls("train-0[0-2].tar") == ["train-00.tar", "train-01.tar", "train-02.tar"]
+    with pytest.raises(UserError, match=r"train-00\.tar' and 'train-09\.tar' are one file"):
+        expand_urls("train-0*.tar")
 
 
 @pytest.mark.parametrize(

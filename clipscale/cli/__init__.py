@@ -13,12 +13,12 @@ import argparse
 import importlib
 import os
 import sys
-import textwrap
 from types import ModuleType
 
 from clipscale import __version__
 from clipscale.errors import SharedError, UserError
 from clipscale.tell import listening
+from clipscale.text import one_line
 
 COMMANDS = {
     "train": "train a model, or resume its training",
@@ -91,7 +91,7 @@ def _hear(line: str, every_rank: bool) -> None:
 
 def _fail(error: UserError) -> int:
     """One line; an error that every rank raises alike is told once."""
-    line = textwrap.shorten(str(error), 2000, placeholder=" ...")
+    line = one_line(error)
     if rank() == 0:
         print(f"clipscale: error: {line}", file=sys.stderr)
     elif not isinstance(error, SharedError):

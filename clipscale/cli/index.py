@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from clipscale.config_data import Data, Select, SourceSettings
+from clipscale.tell import say
+from clipscale.text import escaped
 
 if TYPE_CHECKING:
     from clipscale.data import source
@@ -84,20 +87,25 @@ def index_settings(arguments: argparse.Namespace) -> tuple[SourceSettings, Data,
 def print_report(found: source.Source) -> None:
     """Which shards are damaged or changed, and what was refused, and why."""
     from clipscale.data.fetch.urls import masked
+    from clipscale.data.source import repeated_shards
 
     noun = "pairs" if found.need == "pairs" else "labelled pictures"
     for shard in found.shards:
         if shard.changed:
-            print(f"{masked(shard.url)}: changed since it was indexed last: {shard.changed}")
+            say(f"{masked(shard.url)}: changed since it was indexed last: {shard.changed}")
         if shard.cut:
-            print(f"{masked(shard.url)}: {shard.samples} {noun} usable: {shard.cut}")
+            say(f"{masked(shard.url)}: {shard.samples} {noun} usable: {shard.cut}")
+    for line in repeated_shards([found]):
+        say(line)
     refused, unread = found.refused(), found.not_read()
     if refused or unread:
         table = Table("what was left out", "count", "shards")
         for cause, count in refused.most_common():
-            table.add_row(f"refused, {cause}", f"{count}", f"{sum(cause in s.refused for s in found.shards)}")
+            places = sum(cause in shard.refused for shard in found.shards)
+            table.add_row(Text(escaped(f"refused, {cause}")), f"{count}", f"{places}")
         for suffix, count in unread.most_common():
-            table.add_row(f"not read, {suffix}", f"{count}", f"{sum(suffix in s.not_read for s in found.shards)}")
+            places = sum(suffix in shard.not_read for shard in found.shards)
+            table.add_row(Text(escaped(f"not read, {suffix}")), f"{count}", f"{places}")
         table.columns[1].justify = table.columns[2].justify = "right"
         Console(width=100).print(table)
-    print(f"{len(found.shards)} shards, {found.samples} usable {noun}, fingerprint {found.fingerprint()}")
+    say(f"{len(found.shards)} shards, {found.samples} usable {noun}, fingerprint {found.fingerprint()}")

@@ -7,6 +7,7 @@ import argparse
 from clipscale.cli import rank
 from clipscale.config_help import with_comments
 from clipscale.config_load import dump_config, load_config
+from clipscale.tell import say
 
 EXAMPLES = """\
 examples:
@@ -34,5 +35,6 @@ def run(arguments: argparse.Namespace, words: list[str]) -> int:
 
     summary = train(config)
     if rank() == 0:
-        print("\n".join(summary))
+        for line in summary:
+            say(line)
     return 0

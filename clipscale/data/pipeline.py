@@ -23,7 +23,7 @@ from clipscale.counter import fold
 from clipscale.data.order.mixture import Mixture, begin, quotas, resumed
 from clipscale.data.order.order import Order, Resampled, default_streams, rank_positions
 from clipscale.data.shard.index_many import Track
-from clipscale.data.source import Source, open_source
+from clipscale.data.source import Source, open_source, repeated_shards
 from clipscale.data.tokenize import Tokenize
 from clipscale.errors import UserError, require
 from clipscale.tell import tell
@@ -180,6 +180,8 @@ def build_pipeline(
         )
         for name in mixture.quota
     ]
+    for line in repeated_shards(sources):
+        tell(line)
     orders = [_order(source, data, mixture, seed, global_batch, recorded) for source in sources]
     dropped = {
         key: {name: recorded[key][name] for name in mixture.names[len(sources) :]}

@@ -15,7 +15,7 @@ import hashlib
 import os
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -224,6 +224,26 @@ class Source:
     def _list_lost(self, shard: int) -> list[Lost]:
         most = self.shards[shard].samples - self._shard(shard).samples
         return refused_samples(self._tars.get(shard).number, self._index.rules, most=most)
+
+
+def repeated_shards(sources: Iterable[Source]) -> Iterator[str]:
+    """One line for each source, and for each two, that have the same samples of the same bytes under two names, as far
+    as shards are indexed, or declared under one URL. The same bytes with other captions are no repetition."""
+    first: dict[Any, tuple[str, str]] = {}
+    found: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for source in sources:
+        for shard in filter(lambda shard: shard.samples, source.shards):
+            here = (source.name, masked(shard.url))
+            name, url = first.setdefault((shard.identity if shard.sidecar else shard.url, source._caption), here)
+            if (name, url) != here:
+                found.setdefault((name, source.name), []).append((url, here[1]))
+    for (one, other), shards in found.items():
+        whose = f"source {one!r}" if one == other else f"sources {one!r} and {other!r}"
+        more = f" (and {len(shards) - 1} more such)" if len(shards) > 1 else ""
+        yield (
+            f"{whose}: the samples of shard {shards[0][1]} are those of {shards[0][0]} again{more}, and come twice as "
+            "often as others; name each shard once, and let weights say what comes more often"
+        )
 
 
 class _File:

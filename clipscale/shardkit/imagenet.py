@@ -3,8 +3,9 @@
     found = find_pictures(Path("ILSVRC2012_img_train.tar"), labels=None)
     found.classes[0], found.rows[0]        # 'n01440764', Row(name='n01440764/n01440764_10026.JPEG', label=0, ...)
 
-Classes count the synset ids in the order of their names, as torchvision's ImageFolder and open_clip's class names do.
-Pictures in tars are not unpacked: a row says where its bytes lie.
+Classes count the synset ids in the order of their names, as torchvision's ImageFolder and open_clip's class names do;
+names that are numbers (0, 1, ..., 11) are the labels themselves. Pictures in tars are not unpacked: a row says where
+its bytes lie. What is not read (hidden files, other formats) is counted: `Found.passed_over`.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ import numpy as np
 
 from clipscale.data.shard.tar import list_members
 from clipscale.errors import UserError, require
-from clipscale.shardkit.inputs import Refusal, Row
+from clipscale.shardkit.inputs import PassedOver, Refusal, Row, is_hidden, other_format
+from clipscale.tell import tell
 
-_PICTURE = re.compile(r".*\.(jpeg|jpg|png|webp)", re.I)
+_PICTURE = re.compile(r".*\.(jpeg|jpg|png|webp)", re.I | re.S)
 _SYNSET = re.compile(r"n\d{8}")
 
 
@@ -39,6 +41,7 @@ class Labels:
 class Found(NamedTuple):
     rows: list[Row]
     refusals: list[Refusal]
+    passed_over: list[PassedOver]
     classes: list[str]  # synset ids; the label counts them from 0
 
 
@@ -50,31 +53,38 @@ class Part(np.ndarray):
         return taken.tobytes() if isinstance(place, slice) else int(taken)
 
 
-def find_pictures(source: Path, labels: Labels | None, track: Callable | None = None) -> Found:
+def find_pictures(
+    source: Path, labels: Labels | None, track: Callable | None = None, first_label: int | None = None
+) -> Found:
     """Every picture of the set, in the order of folders, archives and names.
 
     Args:
         source: a folder of class folders, a tar of class tars, or with `labels` a folder or a tar of pictures.
         track: wraps the archives of a tar of tars for a progress bar.
+        first_label: what the names of classes that are numbers count from, without `labels`.
 
     Raises:
         UserError: not such a set, or labels that do not fit it.
     """
     require(source.exists(), f"{source} does not exist")
-    refusals: list[Refusal] = []
-    classes: list[str] = []  # also those that have lost all their pictures: the others keep their numbers
+    found = Found([], [], [], [])
     if source.is_dir():
-        rows = _of_folder(source, classes) if labels is None else _of_flat_folder(source)
+        rows = _of_folder(source, found) if labels is None else _of_flat_folder(source, found)
     else:
-        rows = _of_tar(source, classes, refusals, track)
+        rows = _of_tar(source, found, track)
     require(
         bool(rows), f"{source} holds no pictures {'in folders or tars of classes' if labels is None else ''}".strip()
     )
     if labels is None:
-        flat = next((row.name for row in rows if "/" not in row.name), None)
+        known = set(found.classes)
+        flat = next((row.name for row in rows if "/" not in row.name or row.name.partition("/")[0] not in known), None)
         require(flat is None, f"{source} holds {flat} outside of any class; for a flat set give --val-labels")
         synsets = [row.name.partition("/")[0] for row in rows]
-        classes = sorted(set(classes))
+        classes = in_order(source, known, first_label)
+        if empty := sorted(known - set(synsets)):
+            tell(
+                f"{source}: {len(empty)} of {len(classes)} classes have no picture ({empty[0]}); they keep their labels"
+            )
     else:
         rows = [replace(row, name=row.name.rpartition("/")[2]) for row in rows]
         rows.sort(key=lambda row: row.name)
@@ -83,29 +93,90 @@ def find_pictures(source: Path, labels: Labels | None, track: Callable | None = 
     labelled = [
         replace(row, label=numbers[synset], facts={"synset": synset}) for row, synset in zip(rows, synsets, strict=True)
     ]
-    return Found(labelled, refusals, classes)
+    return found._replace(rows=labelled, classes=classes)
+
+
+def in_order(source: Path, classes: set[str], first_label: int | None) -> list[str]:
+    """The classes in the order of their labels: of their names, or the numbers that their names are.
+
+    Args:
+        first_label: what such numbers count from; None: 0.
+
+    Raises:
+        UserError: some names are numbers and others not, so that the two orders differ; or numbers that are no labels.
+    """
+    numbers = {name for name in classes if name.isascii() and name.isdecimal()}
+    if not numbers or (numbers != classes and sorted(numbers) == sorted(numbers, key=int)):
+        require(first_label is None, "--first-label and --synsets belong to --val-labels (or the classes are numbers)")
+        return sorted(classes)
+    word = min(classes - numbers, default="")
+    require(
+        not word,
+        f"{source}: some of its classes are numbers ({min(numbers)}), others not ({word}): whether the numbers are the "
+        "labels does not show; move one kind away, or name all in one way",
+    )
+    by_number: dict[int, str] = {}
+    for name in sorted(numbers):
+        twin = by_number.setdefault(int(name), name)
+        require(twin == name, f"{source} has the classes {twin} and {name}, which are one number: rename or merge them")
+    wanted = range(first_label or 0, (first_label or 0) + len(by_number))
+    missing = next((number for number in wanted if number not in by_number), None)
+    require(
+        missing is None,
+        f"{source}: its {len(by_number)} classes are numbers, {min(by_number)} to {max(by_number)}, but there is no "
+        f"{missing}: labels count from 0, or from --first-label, without a gap; make an empty class for each that is "
+        "missing, or rename them",
+    )
+    tell(f"{source}: its classes are the numbers {wanted[0]} to {wanted[-1]}: their labels are 0 to {len(wanted) - 1}")
+    return [by_number[number] for number in wanted]
 
 
 # --- where the pictures lie -------------------------------------------------------------------------------------------
 
 
-def _of_folder(source: Path, classes: list[str]) -> list[Row]:
+def _of_folder(source: Path, found: Found) -> list[Row]:
     rows = []
-    for folder in sorted(path for path in source.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        classes.append(folder.name)
-        rows += [_row(f"{folder.name}/{name}", folder / name) for name in _picture_names(folder)]
+    for entry in sorted(source.iterdir()):
+        if not entry.is_dir() or is_hidden(entry.name):
+            _pass_over(found, entry.name, entry.is_dir(), "outside of any class")
+            continue
+        found.classes.append(entry.name)
+        names = _picture_names(entry, found, f"{entry.name}/")
+        rows += [_row(f"{entry.name}/{name}", entry / name) for name in names]
     return rows
 
 
-def _of_flat_folder(source: Path) -> list[Row]:
-    return [_row(name, source / name) for name in _picture_names(source)]
+def _of_flat_folder(source: Path, found: Found) -> list[Row]:
+    return [_row(name, source / name) for name in _picture_names(source, found)]
 
 
-def _picture_names(folder: Path) -> list[str]:
-    return sorted(name for name in os.listdir(folder) if _PICTURE.fullmatch(name) and not name.startswith("."))
+def _picture_names(folder: Path, found: Found, place: str = "") -> list[str]:
+    """Sorted. `place`: what stands before a name that is passed over."""
+    names = []
+    for name in sorted(os.listdir(folder)):
+        if _is_picture(name):
+            names.append(name)
+        else:
+            _pass_over(found, place + name, (folder / name).is_dir())
+    return names
 
 
-def _of_tar(source: Path, classes: list[str], refusals: list[Refusal], track: Callable | None) -> list[Row]:
+def _is_picture(name: str) -> bool:
+    return bool(_PICTURE.fullmatch(name)) and not is_hidden(Path(name).name)
+
+
+def _pass_over(found: Found, name: str, is_folder: bool = False, why: str | None = None) -> None:
+    """Note a file or folder that is not read. `why`: where neither its name nor its format is the cause."""
+    if is_hidden(Path(name).name):
+        cause = "hidden folder" if is_folder else "hidden file"
+    elif is_folder:
+        cause = "folder inside of a class" if "/" in name else "folder"
+    else:
+        cause = (why if _is_picture(name) else None) or other_format(name)
+    found.passed_over.append(PassedOver(name, cause))
+
+
+def _of_tar(source: Path, found: Found, track: Callable | None) -> list[Row]:
     """Pictures of a tar, and of the tars in it."""
     if source.stat().st_size == 0:
         raise UserError(f"{source} is empty")
@@ -117,19 +188,22 @@ def _of_tar(source: Path, classes: list[str], refusals: list[Refusal], track: Ca
     rows = []
     for name, offset, size in track(outer.members) if track else outer.members:
         name = name.removeprefix("./")
-        if _PICTURE.fullmatch(name):
+        if _is_picture(name):
             rows.append(_row(name, source, offset, size))
-        elif name.endswith(".tar"):
+        elif name.endswith(".tar") and not is_hidden(Path(name).name):
             stem = Path(name).stem
             inner = list_members(whole[offset : offset + size].view(Part))
-            classes.append(stem)
+            found.classes.append(stem)
             if inner.cut:
-                refusals.append(Refusal(name, "damaged archive", detail=inner.cut))
-            rows += [
-                _row(f"{stem}/{Path(member.name).name}", source, offset + member.offset, member.size)
-                for member in inner.members
-                if _PICTURE.fullmatch(member.name)
-            ]
+                found.refusals.append(Refusal(name, "damaged archive", detail=inner.cut))
+            for member in inner.members:
+                inside = f"{stem}/{Path(member.name).name}"
+                if _is_picture(member.name):
+                    rows.append(_row(inside, source, offset + member.offset, member.size))
+                else:
+                    _pass_over(found, inside)
+        else:
+            _pass_over(found, name)
     return rows
 
 
@@ -154,6 +228,13 @@ def read_labels(labels: Labels, names: list[str]) -> tuple[list[str], list[str]]
         require(
             len(lines) == len(names),
             f"{labels.answers} has {len(lines)} labels for {len(names)} pictures: need one each",
+        )
+        counted = sorted(names, key=_by_numbers)
+        odd = next(((first, second) for first, second in zip(names, counted, strict=True) if first != second), ("", ""))
+        require(
+            counted == names,
+            f"{labels.answers} has labels without names, and whether {odd[0]} or {odd[1]} comes first does not show "
+            "(letters or numbers): write each picture's name before its label",
         )
         answers = [line[0] for line in lines]
     else:
@@ -205,5 +286,10 @@ def _lines(path: Path) -> list[str]:
         raise UserError(f"{path} is not a text file ({error})") from error
 
 
+def _by_numbers(name: str) -> list[tuple[int, str]]:
+    """For sorting as people count: 2.jpg before 10.jpg."""
+    return [(int(piece), "") if piece.isdecimal() else (-1, piece) for piece in re.split(r"(\d+)", name)]
+
+
 def _is_label(text: str) -> bool:
-    return text.isdigit() or bool(_SYNSET.fullmatch(text))
+    return (text.isascii() and text.isdigit()) or bool(_SYNSET.fullmatch(text))

@@ -3,8 +3,9 @@
     for row in read_source(Path("captions.csv"), Keys(image=None, caption=None, label="label")):
         ...                                        # Row(name, path, caption, label, place) or Refusal(name, cause, ...)
 
-Whatever cannot be used comes back as a `Refusal` that says what, where and why; nothing is dropped in silence. The
-pictures themselves are read by clipscale/shardkit/pictures.py.
+Whatever cannot be used comes back as a `Refusal` that says what, where and why, or as `PassedOver` where it is no
+sample at all (hidden files, other formats); nothing is dropped in silence. Columns of lists: columns.py; the pictures
+themselves are read by pictures.py.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from __future__ import annotations
 import csv
 import json
 import os
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -22,10 +23,9 @@ import numpy as np
 
 from clipscale.data.shard.labels import LabelError, label_of
 from clipscale.errors import UserError
+from clipscale.shardkit.columns import PICTURE_NAME, Columns, Keys, choose_columns, delimiter_of, lacks_header
 
 LIST_FORMATS = {".csv": ",", ".tsv": "\t", ".jsonl": None, ".ndjson": None}
-# What counts as a picture in a folder; the ones that shards cannot hold are then refused by name and cause.
-PICTURE_NAME = re.compile(r".*\.(jpg|jpeg|jpe|jfif|png|webp|gif|bmp|tif|tiff|avif|heic|heif|jp2|jxl|ppm|pgm)", re.I)
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,11 @@ class Refusal:
 
 
 @dataclass(frozen=True)
-class Keys:
-    """Column names; None for image and caption: the defaults, else the first two columns."""
+class PassedOver:
+    """A file or folder that is no sample and no part of one: counted by cause, not listed."""
 
-    image: str | None
-    caption: str | None
-    label: str | None
+    name: str
+    cause: str
 
 
 def in_random_order(rows: list[Row], seed: int) -> list[Row]:
@@ -68,7 +67,7 @@ def in_random_order(rows: list[Row], seed: int) -> list[Row]:
 # --- sources: a list or a folder -> rows and refusals -----------------------------------------------------------------
 
 
-def read_source(source: Path, keys: Keys) -> Iterator[Row | Refusal]:
+def read_source(source: Path, keys: Keys) -> Iterator[Row | Refusal | PassedOver]:
     if source.is_dir():
         if any((keys.image, keys.caption, keys.label)):
             raise UserError(f"{source} is a folder: --image-key, --caption-key and --label-key are for lists")
@@ -89,7 +88,9 @@ def open_list(source: Path, newline: str) -> TextIO:
 
 def read_table(source: Path, delimiter: str, keys: Keys) -> Iterator[tuple | Refusal]:
     with open_list(source, newline="") as file:
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        first_line = next(filter(str.strip, file), "")
+        file.seek(0)
+        reader = csv.reader(file, delimiter=delimiter_of(source, first_line, delimiter, keys), strict=True)
         first, columns = None, None
         while True:
             line = reader.line_num + 1
@@ -106,10 +107,10 @@ def read_table(source: Path, delimiter: str, keys: Keys) -> Iterator[tuple | Ref
                 continue
             if first is None:
                 first = fields
-                columns = find_columns(source, fields, keys, may_lack_header=True)
-                if columns is not None:
+                if not lacks_header(fields, keys):
+                    columns = choose_columns(source, fields, keys)
                     continue
-                columns = (0, 1, None)  # no header: this row is data already
+                columns = Columns(0, 1, None)
             if len(fields) != len(first):
                 detail = f"{len(fields)} fields instead of {len(first)}"
                 yield Refusal(fields[0], "broken row", place(line, reader.line_num), detail)
@@ -138,7 +139,7 @@ def read_jsonl(source: Path, keys: Keys) -> Iterator[tuple | Refusal]:
                 continue
             if columns is None:
                 names = list(record)
-                found = find_columns(source, names, keys)
+                found = choose_columns(source, names, keys)
                 columns = [None if index is None else names[index] for index in found]
             image, caption, label = columns
             missing = [key for key in (image, caption, label) if key is not None and record.get(key) is None]
@@ -149,26 +150,6 @@ def read_jsonl(source: Path, keys: Keys) -> Iterator[tuple | Refusal]:
             yield record[image], record[caption], None if label is None else record[label], place(number)
     if columns is None:
         raise UserError(f"{source} holds no JSON object")
-
-
-def find_columns(source: Path, names: list[str], keys: Keys, may_lack_header: bool = False) -> tuple | None:
-    """Indices of image, caption and label column, or None: `names` is not a header but the first row of data."""
-
-    def find(wanted: str, option: str) -> int:
-        if wanted not in names:
-            raise UserError(
-                f"{source} has no column {wanted!r} (it has {', '.join(map(repr, names))}): name it by {option}"
-            )
-        return names.index(wanted)
-
-    label = None if keys.label is None else find(keys.label, "--label-key")
-    if keys.image is None and keys.caption is None and not {"filepath", "caption"} <= set(names):
-        if len(names) < 2:
-            raise UserError(f"{source} has the one column {names[0] if names else ''!r}: need a picture and a caption")
-        if may_lack_header and label is None and PICTURE_NAME.fullmatch(names[0]):
-            return None
-        return 0, 1, label
-    return find(keys.image or "filepath", "--image-key"), find(keys.caption or "caption", "--caption-key"), label
 
 
 def place(first: int, last: int | None = None) -> str:
@@ -200,37 +181,56 @@ def check_caption(caption: str) -> str | None:
     return None if caption.strip() else "empty caption"
 
 
-def read_folder(source: Path) -> Iterator[Row | Refusal]:
+def read_folder(source: Path) -> Iterator[Row | Refusal | PassedOver]:
     unreadable, visited = [], set()
     for parent, folders, files in os.walk(source, onerror=unreadable.append, followlinks=True):
         if os.path.realpath(parent) in visited:  # links may lead in circles
             folders.clear()
             continue
         visited.add(os.path.realpath(parent))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        names = sorted(name for name in files if not name.startswith("."))
-        pictures = [name for name in names if PICTURE_NAME.fullmatch(name)]
-        captions = {Path(name).stem: name for name in names if Path(name).suffix == ".txt"}
-        taken = set()
-        for name in pictures:
-            path, stem = os.path.join(parent, name), Path(name).stem
-            shown = os.path.relpath(path, source)
-            if stem not in captions:
-                yield Refusal(shown, "no caption file")
-            elif stem in taken:
-                yield Refusal(shown, "duplicate key", detail=f"another picture has the caption {captions[stem]}")
-            else:
-                taken.add(stem)
-                try:
-                    data = Path(parent, captions[stem]).read_bytes()
-                except OSError as error:
-                    yield Refusal(shown, "unreadable file", detail=f"{captions[stem]}: {error.strerror}")
-                    continue
-                caption = data.decode("utf-8-sig", errors="surrogateescape")
-                refused = check_caption(caption)
-                yield Row(shown, path, caption.strip(), None, "") if refused is None else Refusal(shown, refused)
-        for stem in sorted(captions.keys() - {Path(name).stem for name in pictures}):
-            shown = os.path.relpath(os.path.join(parent, captions[stem]), source)
-            yield Refusal(shown, "missing file", detail="a caption without a picture")
+        inside = partial(os.path.join, os.path.relpath(parent, source) if parent != str(source) else "")
+        yield from (PassedOver(inside(name), "hidden folder") for name in sorted(folders) if is_hidden(name))
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        yield from _read_files(parent, sorted(files), inside)
     for error in unreadable:
         yield Refusal(os.path.relpath(error.filename, source), "unreadable folder", detail=error.strerror)
+
+
+def _read_files(parent: str, files: list[str], inside: Callable[[str], str]) -> Iterator[Row | Refusal | PassedOver]:
+    """Of one folder. `inside`: a file's name as the source has it."""
+    names = [name for name in files if not is_hidden(name)]
+    pictures = [name for name in names if PICTURE_NAME.fullmatch(name)]
+    captions = {Path(name).stem: name for name in names if Path(name).suffix == ".txt"}
+    yield from (PassedOver(inside(name), "hidden file") for name in files if is_hidden(name))
+    others = set(names) - set(pictures) - set(captions.values())
+    yield from (PassedOver(inside(name), other_format(name)) for name in names if name in others)
+    taken = set()
+    for name in pictures:
+        path, shown, stem = os.path.join(parent, name), inside(name), Path(name).stem
+        if stem not in captions:
+            yield Refusal(shown, "no caption file")
+        elif stem in taken:
+            yield Refusal(shown, "duplicate key", detail=f"another picture has the caption {captions[stem]}")
+        else:
+            taken.add(stem)
+            try:
+                data = Path(parent, captions[stem]).read_bytes()
+            except OSError as error:
+                yield Refusal(shown, "unreadable file", detail=f"{captions[stem]}: {error.strerror}")
+                continue
+            caption = data.decode("utf-8-sig", errors="surrogateescape")
+            refused = check_caption(caption)
+            yield Row(shown, path, caption.strip(), None, "") if refused is None else Refusal(shown, refused)
+    for stem in sorted(captions.keys() - {Path(name).stem for name in pictures}):
+        yield Refusal(inside(captions[stem]), "missing file", detail="a caption without a picture")
+
+
+def is_hidden(name: str) -> bool:
+    """What systems and editors leave behind: .DS_Store, ._a.jpg, .ipynb_checkpoints, __MACOSX."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def other_format(name: str) -> str:
+    """The cause of a file that is not read for its format."""
+    suffix = Path(name).suffix.lower()
+    return f"other format, {suffix}" if 1 < len(suffix) <= 9 else "other format"

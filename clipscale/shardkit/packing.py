@@ -21,7 +21,7 @@ from clipscale.progress import progress_bar
 from clipscale.shardkit.destination import Destination, building
 from clipscale.shardkit.inputs import Refusal, Row
 from clipscale.shardkit.pictures import Encoding, Picture, read_pictures
-from clipscale.shardkit.text import printable
+from clipscale.text import printable
 
 
 class Written(NamedTuple):
@@ -82,7 +82,7 @@ def uid(sha256: str, caption: str) -> str:
 def _write_refused(output: Path, prefix: str, refusals: list[Refusal]) -> None:
     """refused.jsonl: this prefix's refusals, after those that other prefixes have in it."""
     path = output / "refused.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []  # not at U+2028
     mine = f'{{"prefix": {json.dumps(prefix, ensure_ascii=False)}, '
     lines = [line for line in lines if not line.startswith(mine)]
     for refusal in refusals:

@@ -30,7 +30,7 @@ from clipscale.data.shard.tar import Listing, list_members
 from clipscale.errors import require
 from clipscale.shardkit.checks import opened
 from clipscale.shardkit.remote import cache_for
-from clipscale.shardkit.text import shown
+from clipscale.text import escaped, shown
 
 GREY, MARGIN, LINES, LINE_PIXELS, LETTER_PIXELS = (128, 128, 128), 8, 4, 16, 7
 
@@ -169,7 +169,8 @@ figure {{ margin: 0; overflow-wrap: anywhere; }}
 
 def write_page(tiles: list[Tile], title: str, note: str, columns: int, side: int) -> str:
     figures = "\n".join(figure(tile) for tile in tiles)
-    return PAGE.format(title=html.escape(title), note=html.escape(note), columns=columns, side=side, tiles=figures)
+    title, note = html.escape(escaped(title)), html.escape(note)
+    return PAGE.format(title=title, note=note, columns=columns, side=side, tiles=figures)
 
 
 def figure(tile: Tile) -> str:

@@ -24,6 +24,7 @@ from clipscale.data.fetch.download import MAX_RETRY_AFTER_SECONDS, Expected, Fet
 from clipscale.data.fetch.urls import check_scheme, is_local, masked
 from clipscale.errors import UserError
 from clipscale.files import cache_folder
+from clipscale.text import escaped
 
 __all__ = ["Expected", "FetchError", "ShardCache"]  # the whole of what others need
 
@@ -179,7 +180,7 @@ class _Watch:
 def _note(error: FetchError) -> str:
     """A failure as it is remembered and told to other processes: its message and, on a line of its own, whether the
     shard is missing."""
-    return f"{error}{_MISSING}" if error.missing else str(error)
+    return escaped(str(error)) + (_MISSING if error.missing else "")
 
 
 def _noted(note: str) -> FetchError:
@@ -187,4 +188,4 @@ def _noted(note: str) -> FetchError:
 
 
 def _key(url: str) -> str:
-    return hashlib.sha256(url.encode()).hexdigest()[:32]
+    return hashlib.sha256(url.encode(errors="surrogatepass")).hexdigest()[:32]

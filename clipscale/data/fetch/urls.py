@@ -48,8 +48,8 @@ def expand_urls(urls: str, allow_pipe: bool = False) -> list[str]:
     is one that can be read here.
 
     Raises:
-        UserError: nothing left, a file that is not there, a glob without a match, the same shard twice, a scheme that
-            is not read or whose client is not installed, a pipe without `allow_pipe`.
+        UserError: nothing left, a file that is not there, a glob without a match, the same URL or file twice, a scheme
+            that is not read or whose client is not installed, a pipe without `allow_pipe`.
     """
     try:
         patterns = [url.strip() for part in urls.split("::") for url in braceexpand(part) if url.strip()]
@@ -76,7 +76,20 @@ def expand_urls(urls: str, allow_pipe: bool = False) -> list[str]:
     places = Counter(os.path.abspath(url) if is_local(url) else url for url in expanded)
     place, times = max(places.items(), key=lambda item: item[1])
     require(times == 1, f"shard {masked(place)!r} is named {times} times in {masked(urls)!r}; name each shard once")
+    twice = _one_file_twice([path for path in expanded if is_local(path)])
+    require(twice is None, f"shards {twice and ' and '.join(map(repr, twice))} are one file; name each shard once")
     return expanded
+
+
+def _one_file_twice(paths: list[str]) -> tuple[str, str] | None:
+    """The first two that are one file by links or spelling. File systems that number files badly do not mislead it."""
+    first: dict[tuple[int, int], str] = {}
+    for path in paths:
+        stat = os.stat(path)
+        other = first.setdefault((stat.st_dev, stat.st_ino), path)
+        if other != path and (stat.st_nlink > 1 or os.path.realpath(other) == os.path.realpath(path)):
+            return other, path
+    return None
 
 
 def is_local(url: str) -> bool:

@@ -117,7 +117,8 @@ class Index:
     def _places(self, url: str, tag: str) -> list[Path]:
         name = ".".join(filter(None, [basename(url), tag, "index"]))
         where = os.path.abspath(url) if is_local(url) else url
-        tagged = f"{hashlib.sha1(where.encode()).hexdigest()[:16]}-{name[-200:]}"
+        place = hashlib.sha1(where.encode(errors="surrogatepass"))  # file names may be no UTF-8
+        tagged = f"{place.hexdigest()[:16]}-{name[-200:]}"
         if self.index_dir is not None:
             return [Path(self.index_dir) / tagged]
         in_cache = cache_folder(self.cache_dir) / "index" / tagged

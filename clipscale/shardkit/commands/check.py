@@ -13,7 +13,7 @@ from rich.text import Text
 from clipscale.errors import require
 from clipscale.files import write_file
 from clipscale.shardkit.commands.options import add_jobs, add_reading
-from clipscale.shardkit.text import shown
+from clipscale.text import shown
 
 WHAT = "verify shards to their last byte, and find duplicates"
 DESCRIPTION = "Verify WebDataset shards: every picture is decoded to its end with the loader's own decoder."

@@ -18,6 +18,7 @@ from clipscale.shardkit.commands.options import natural
 from clipscale.shardkit.commands.packing import add_packing, destination_of, encoding_of, print_written
 from clipscale.shardkit.imagenet import Labels, find_pictures
 from clipscale.shardkit.inputs import in_random_order
+from clipscale.tell import say
 
 WHAT = "pack ImageNet, or any folder or tar of classes"
 DESCRIPTION = "Pack ImageNet (ILSVRC2012), or any folder or tar of classes, into labelled WebDataset shards."
@@ -26,7 +27,8 @@ examples:
   PROGRAM ILSVRC2012_img_train.tar --output imagenet --prefix train --resize 256
       the official archive, a tar of 1000 tars
   PROGRAM imagenet/train --output imagenet-shards
-      an ImageFolder tree, train/n01440764/*.JPEG; classes are its folders in the order of their names
+      an ImageFolder tree, train/n01440764/*.JPEG; classes are its folders in the order of their names; folders that
+      are all numbers (0, 1, ..., 11) are the labels themselves (1, ..., 12: with --first-label 1)
   PROGRAM ILSVRC2012_img_val.tar --output imagenet --prefix val --val-labels LABELS
       the official archive of 50,000 pictures, or a folder of them; LABELS holds a line for each:
         n01751748                               synset ids, the pictures in the order of their names
@@ -55,28 +57,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--first-label",
         type=natural,
         metavar="N",
-        help="the number of the first synset, where the numbers do not show it",
+        help="what numbers count from: those of FILE where they do not show it, or classes that are numbers (then: 0)",
     )
     add_packing(parser, prefix="train")
 
 
 def run(arguments: argparse.Namespace) -> int:
     start = time.perf_counter()
-    numbers_only = arguments.synsets is None and arguments.first_label is None
-    require(arguments.val_labels is not None or numbers_only, "--synsets and --first-label belong to --val-labels")
+    require(arguments.val_labels is not None or arguments.synsets is None, "--synsets belongs to --val-labels")
     labels = None
     if arguments.val_labels is not None:
         labels = Labels(arguments.val_labels, arguments.synsets, arguments.first_label)
     to = destination_of(arguments)
-    found = find_pictures(arguments.source, labels, lambda members: track(members, "listing archives"))
+    first_label = arguments.first_label
+    found = find_pictures(arguments.source, labels, lambda members: track(members, "listing archives"), first_label)
     rows = found.rows
     if arguments.shuffle:  # from the order of names, so that a folder and its archive give the same shards
         rows = in_random_order(sorted(rows, key=lambda row: row.name), arguments.seed)
     from clipscale.shardkit.packing import pack  # with torch
 
     written = pack(rows, found.refusals, to, encoding_of(arguments), arguments.jobs)
-    print_written(written, arguments.output, arguments.source, time.perf_counter() - start)
+    print_written(written, found.passed_over, arguments.output, arguments.source, time.perf_counter() - start)
     name = f"{arguments.prefix}-synsets.txt" if arguments.prefix else "synsets.txt"
     write_file(arguments.output / name, "".join(f"{synset}\n" for synset in found.classes))
-    print(f"{len(found.classes)} classes, listed in {arguments.output / name}")
+    say(f"{len(found.classes)} classes, listed in {arguments.output / name}")
     return 0

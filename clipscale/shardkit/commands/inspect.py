@@ -8,6 +8,7 @@ from pathlib import Path
 from clipscale.errors import require
 from clipscale.files import whole_file
 from clipscale.shardkit.commands.options import add_reading, natural, positive
+from clipscale.tell import say
 
 WHAT = "look into a shard: a contact sheet of its samples"
 DESCRIPTION = "A contact sheet of a shard's samples with their captions or labels."
@@ -58,5 +59,5 @@ def run(arguments: argparse.Namespace) -> int:
         data = write_page(tiles, name, note, arguments.columns, arguments.tile).encode()
     with whole_file(arguments.output, "wb") as file:
         file.write(data)
-    print(f"{arguments.output}: {note}")
+    say(f"{arguments.output}: {note}")
     return 0

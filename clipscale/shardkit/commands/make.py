@@ -9,14 +9,17 @@ pictures: pictures.py; shards: packing.py.
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
+from clipscale.shardkit.columns import Keys
 from clipscale.shardkit.commands.packing import add_packing, destination_of, encoding_of, print_written
-from clipscale.shardkit.inputs import Keys, Refusal, Row, in_random_order, read_source
+from clipscale.shardkit.inputs import PassedOver, Refusal, Row, in_random_order, read_source
+from clipscale.text import escaped
 
 WHAT = "pack pictures with captions into shards"
 DESCRIPTION = """\
@@ -25,12 +28,15 @@ decoded once, and what cannot be used is counted by cause."""
 EXAMPLES = """\
 examples:
   PROGRAM captions.csv --output shards
-      the columns filepath and caption, or the first two; paths are relative to the list's folder
+      the columns filepath (or path, file_name, image, ...) and caption (or title, text); a header without them, or
+      with several of them, asks for --image-key and --caption-key; without a header exactly two columns, path and
+      caption; paths are relative to the list's folder
   PROGRAM captions.csv --output shards256 --resize 256 --format jpg
       JPEGs with a shorter side of 256 pixels
   PROGRAM labels.jsonl --output shards --prefix test --image-key image --label-key label
   PROGRAM pictures/ --output shards --prefix validation
-      every picture below pictures/ that has a caption beside it: a/cat.jpg and a/cat.txt
+      every picture below pictures/ that has a caption beside it: a/cat.jpg and a/cat.txt; hidden files and other
+      formats are passed over and counted
 
 The result: <output>/<prefix>-0000.tar, ..., each sample as <9 digits>.jpg/.png/.webp, .txt, .cls (with --label-key) and
 .json (key, uid, filepath, width, height, original_width, original_height, sha256 of the original file), and
@@ -48,8 +54,8 @@ LEFT = "no shard was added"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", type=Path, help="list ending in .csv, .tsv or .jsonl, or a folder of pictures with .txt beside them")
-    add("--image-key", metavar="NAME", help="column of the picture path, default: filepath, else the first column")
-    add("--caption-key", metavar="NAME", help="column of the caption, default: caption, else the second column")
+    add("--image-key", metavar="NAME", help="column of the picture path, default: the one known name")
+    add("--caption-key", metavar="NAME", help="column of the caption, default: caption, title or text")
     add("--label-key", metavar="NAME", help="column of an integer class label, which goes into .cls")
     add_packing(parser, prefix="train")
 
@@ -57,25 +63,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     start = time.perf_counter()
     to = destination_of(arguments)
-    rows, refusals = read_rows(arguments.source, Keys(arguments.image_key, arguments.caption_key, arguments.label_key))
+    keys = Keys(arguments.image_key, arguments.caption_key, arguments.label_key)
+    rows, refusals, passed_over = read_rows(arguments.source, keys)
     if arguments.shuffle:
         rows = in_random_order(rows, arguments.seed)
     from clipscale.shardkit.packing import pack  # with torch
 
     written = pack(rows, refusals, to, encoding_of(arguments), arguments.jobs)
-    print_written(written, arguments.output, arguments.source, time.perf_counter() - start)
+    print_written(written, passed_over, arguments.output, arguments.source, time.perf_counter() - start)
     return 0
 
 
-def read_rows(source: Path, keys: Keys) -> tuple[list[Row], list[Refusal]]:
-    rows, refusals, seen = [], [], set()
-    with Console(stderr=True).status(Text(f"reading {source}")):
+def read_rows(source: Path, keys: Keys) -> tuple[list[Row], list[Refusal], list[PassedOver]]:
+    rows, refusals, passed_over, seen = [], [], [], set()
+    with Console(stderr=True).status(Text(escaped(f"reading {source}"))):
         for row in read_source(source, keys):
             if isinstance(row, Refusal):
                 refusals.append(row)
-            elif (row.path, row.caption) in seen:
+            elif isinstance(row, PassedOver):
+                passed_over.append(row)
+            elif (pair := (os.path.normpath(row.path), row.caption)) in seen:
                 refusals.append(Refusal(row.name, "duplicate row", row.place))
             else:
-                seen.add((row.path, row.caption))
+                seen.add(pair)
                 rows.append(row)
-    return rows, refusals
+    return rows, refusals, passed_over

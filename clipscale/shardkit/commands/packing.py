@@ -19,7 +19,9 @@ from rich.text import Text
 from clipscale.errors import UserError
 from clipscale.shardkit.commands.options import add_jobs, add_max_pixels, natural, positive, quality
 from clipscale.shardkit.destination import Destination
-from clipscale.shardkit.text import printable
+from clipscale.shardkit.inputs import PassedOver
+from clipscale.tell import say
+from clipscale.text import escaped
 
 if TYPE_CHECKING:
     from clipscale.shardkit.packing import Written
@@ -58,8 +60,8 @@ def encoding_of(arguments: argparse.Namespace) -> Encoding:
     return Encoding(arguments.max_pixels, arguments.resize, only_shrink, arguments.format, arguments.quality)
 
 
-def print_written(written: Written, output: Path, source: Path, seconds: float) -> None:
-    """Tell what was written and refused.
+def print_written(written: Written, passed_over: list[PassedOver], output: Path, source: Path, seconds: float) -> None:
+    """Tell what was written, refused and passed over.
 
     Raises:
         UserError: nothing was written.
@@ -67,10 +69,11 @@ def print_written(written: Written, output: Path, source: Path, seconds: float) 
     table = Table("", "count", "first one")
     table.columns[1].justify = "right"
     table.add_row("written", f"{written.samples:,}", "")
-    first = {refusal.cause: refusal for refusal in reversed(written.refusals)}
-    for cause, count in Counter(refusal.cause for refusal in written.refusals).most_common():
-        shown = f"{printable(first[cause].name)} {first[cause].place}".strip()
-        table.add_row(f"refused: {cause}", f"{count:,}", Text(shown))
+    left_out = [(f"refused: {refusal.cause}", f"{refusal.name} {refusal.place}") for refusal in written.refusals]
+    left_out += [(f"passed over: {passed.cause}", passed.name) for passed in passed_over]
+    first = dict(reversed(left_out))
+    for cause, count in Counter(cause for cause, _ in left_out).most_common():
+        table.add_row(Text(escaped(cause)), f"{count:,}", Text(escaped(first[cause].strip())))
     Console().print(table)
     if not written.samples:
         why = f"see {output / 'refused.jsonl'}" if written.refusals else "it holds no picture and no row"
@@ -79,4 +82,4 @@ def print_written(written: Written, output: Path, source: Path, seconds: float) 
     names = paths[0].name if len(paths) == 1 else f"{len(paths)} shards, {paths[0].name} to {paths[-1].name}"
     mebibytes = sum(path.stat().st_size for path in paths) / 2**20
     speed = f"{seconds:.1f} s, {(written.samples + len(written.refusals)) / seconds:,.0f} a second"
-    print(f"{output}: {written.samples:,} samples in {names}, {mebibytes:,.1f} MiB ({speed})")
+    say(f"{output}: {written.samples:,} samples in {names}, {mebibytes:,.1f} MiB ({speed})")

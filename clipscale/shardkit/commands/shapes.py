@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from clipscale.progress import progress_bar
+from clipscale.tell import say
 
 DESCRIPTION = """\
 Draw the shapes set: 64 (colour, shape) classes, 8 of which only the zero-shot test shows.
@@ -55,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
             bar(done, total)
 
         make_shapes(folder, **settings, progress=progress)
-    print(summary(folder, written, time.perf_counter() - start))
+    say(summary(folder, written, time.perf_counter() - start))
     return 0
 
 
