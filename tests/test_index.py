@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from processes import alive, parent, wait_until
 from shards import picture, write_pairs, write_shard
 
-from clipscale.config_data import Fetch, Select
+from clipscale.config_data import Data, Fetch, Select, SourceSettings
 from clipscale.data.fetch.cache import ShardCache
 from clipscale.data.shard import index as index_module
 from clipscale.data.shard import index_many as indexing
@@ -29,6 +29,8 @@ from clipscale.data.shard import sidecar
 from clipscale.data.shard.index import Index, Shard
 from clipscale.data.shard.index_many import index_shards
 from clipscale.data.shard.select import Chosen, Rules
+from clipscale.data.shard.writer import ShardWriter
+from clipscale.data.source import open_source
 from clipscale.errors import UserError
 
 JPEG = picture(0, 16, 16)
@@ -190,6 +192,22 @@ def test_a_changed_shard_is_indexed_again_and_told(shard_path, builds):
     assert index_shard(shard_path).changed == ""
 
 
+def test_shards_keep_the_identity_they_had_under_the_sidecars_of_before(tmp_path, builds):
+    """Else a checkpoint from then would not resume on them. The numbers are those of version 3."""
+    with ShardWriter(tmp_path / "old", samples_per_shard=5) as writer:
+        for i in range(10):
+            writer.write(f"{i:03d}", {"jpg": b"picture %d" % i, "txt": f"caption {i}"})
+    shards = [index_shard(str(path)) for path in writer.paths]
+    for shard in shards:
+        place = Path(shard.sidecar)
+        place.write_bytes(place.read_bytes().replace(b"CSINDEX4", b"CSINDEX3"))
+        assert index_shard(shard.url) == shard
+    assert [shard.identity for shard in shards] == [4793332251221862904, 10882249558224812460]
+    assert len(builds) == 4
+    source = open_source("s", SourceSettings(f"{tmp_path}/*.tar"), Data(), need="pairs")
+    assert source.fingerprint() == "7d9b3e9de187f76e"  # of a checkpoint's `content`
+
+
 def test_a_shard_that_changes_while_it_is_indexed_is_an_error(shard_path, monkeypatch):
     select_samples = index_module.select_samples
 
@@ -225,7 +243,7 @@ def test_a_damaged_sidecar_is_built_again(shard_path, builds, damage):
             "garbage": random.Random(0).randbytes(500),
             "cut": data[:50],
             "flipped": bytes(flipped),
-            "other version": data.replace(b"CSINDEX3", b"CSINDEX2"),
+            "other version": data.replace(b"CSINDEX4", b"CSINDEX3"),
             "old npz": b"PK\3\4" + bytes(100),
             "no records": data[: struct.unpack_from("<I", data, 8)[0] + 32],
         }[damage]

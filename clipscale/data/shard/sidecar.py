@@ -29,7 +29,7 @@ import numpy as np
 
 from clipscale.files import whole_file
 
-_MAGIC = b"CSINDEX3"  # the last byte is the version of this format and of what selection means
+_MAGIC = b"CSINDEX4"  # the last byte is the version of this format and of what selection means
 _PREAMBLE = struct.Struct("<8sIIQQ")
 _RECORD = struct.Struct("<QIQIQII")
 _COVERED = struct.Struct("<QQIQIQI")  # the sample's number, and its record up to the CRC

@@ -7,7 +7,8 @@
 
 ustar, GNU long names ('L') and pax paths ('x') are read; directories, links and devices are passed over, as webdataset
 does. A bad header ends the listing, for what follows it cannot be trusted; so does a sparse member (a 1.5 KB archive
-could claim 3 GiB). Bytes after the end marker are reported: two archives in one file, or a hole full of zeros.
+could claim 3 GiB). Bytes after the end marker are reported: two archives in one file, or a hole full of zeros. So are
+zeros beyond a writer's padding (tar_end.py): a file that was laid out in full and never filled.
 Format: POSIX.1-1988 ustar and pax (https://pubs.opengroup.org/onlinepubs/9699919799/utilities/pax.html).
 
 Two passes, for speed: the first follows the sizes from header to header, the second checks the sums of all headers and
@@ -25,10 +26,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from clipscale.data.shard.tar_end import why_no_end, zeros_until
+
 _BLOCK = 512
 _AT_ONCE = 4096  # headers checked together: 2 MiB of them
 _MAX_METADATA_BYTES = 1 << 16
-_MAX_PADDING_BYTES = 1 << 20  # zeros after the end marker; GNU tar pads to 10 KiB, and to 1 MiB where it is asked to
+_ZEROS_AT_END = 16  # as many at the end of a member, before a hole: the hole begins inside it
 _FILES = b"0\x007"  # kinds of a regular file
 _SIZED = b"0\x007xL"  # kinds of header whose size field is taken before their sum is checked
 _ONLY_TIME = re.compile(rb"(\d+) mtime=\d+(?:\.\d+)?\n")  # the pax header that Python's tarfile writes most
@@ -115,7 +118,7 @@ def _follow(tar: bytes | mmap.mmap, heads: list[int], listing: Listing, long_nam
         if size < 0:
             header = tar[position:start]
             if header == bytes(_BLOCK):
-                _check_padding(tar, position)
+                _check_end(tar, position, heads, listing, long_names)
                 return
             size = _header_size(header, position)
         heads.append(position)
@@ -149,10 +152,29 @@ def _follow(tar: bytes | mmap.mmap, heads: list[int], listing: Listing, long_nam
         position = start + (size + _BLOCK - 1) // _BLOCK * _BLOCK
 
 
-def _check_padding(tar: bytes | mmap.mmap, position: int) -> None:
-    padding = tar[position : position + _MAX_PADDING_BYTES + 1]
-    if len(padding) > _MAX_PADDING_BYTES or padding.strip(b"\0"):
+def _check_end(
+    tar: bytes | mmap.mmap, position: int, heads: list[int], listing: Listing, long_names: dict[int, str]
+) -> None:
+    """Nothing but padding lies behind the block of zeros at `position`.
+
+    Where zeros were never filled, a last member that ends in zeros is no longer whole: it is dropped.
+    """
+    end = zeros_until(tar, position)
+    if end < len(tar):
         raise _Damaged(f"{len(tar) - position} bytes follow the end-of-archive marker at byte {position}")
+    last = heads[-1] if heads else None
+    header = b"" if last is None else tar[last : last + _BLOCK]
+    why = why_no_end(position, end, header)
+    if not why:
+        return
+    inside, member = "", len(listing.offsets) - 1
+    if member >= 0 and listing.offsets[-1] - _BLOCK == last:
+        data = listing.data(tar, member)
+        if data and not data[-_ZEROS_AT_END:].strip(b"\0"):
+            inside = f", inside {long_names.pop(member, '') or _header_name(header)}"
+            position = listing.offsets.pop() + len(data.rstrip(b"\0"))
+            listing.sizes.pop()
+    raise _Damaged(f"cut short at byte {position}{inside}: {end - position} bytes follow, all zeros: {why}")
 
 
 def _first_bad_sum(tar: bytes | mmap.mmap, heads: list[int]) -> int | None:
