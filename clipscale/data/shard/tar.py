@@ -6,9 +6,9 @@
         listing.cut               # '' or why the archive ends early: 'cut short at byte 81920, inside 000007.jpg'
 
 ustar, GNU long names ('L') and pax paths ('x') are read; directories, links and devices are passed over, as webdataset
-does. A bad header ends the listing, for what follows it cannot be trusted; so does a sparse member (a 1.5 KB archive
-could claim 3 GiB). Bytes after the end marker are reported: two archives in one file, or a hole full of zeros. So are
-zeros beyond a writer's padding (tar_end.py): a file that was laid out in full and never filled.
+does, and the last two noted. A bad header ends the listing, for what follows it cannot be trusted; so does a sparse
+member (a 1.5 KB archive could claim 3 GiB). Bytes after the end marker are reported: two archives in one file, or a
+hole full of zeros. So are zeros beyond a writer's padding (tar_end.py): a file laid out in full and never filled.
 Format: POSIX.1-1988 ustar and pax (https://pubs.opengroup.org/onlinepubs/9699919799/utilities/pax.html).
 
 Two passes, for speed: the first follows the sizes from header to header, the second checks the sums of all headers and
@@ -50,11 +50,17 @@ class Listing:
     names: list[str] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)  # of the first data byte
     sizes: list[int] = field(default_factory=list)  # bytes
+    passed: list[int] = field(default_factory=list)  # where links and devices would have their first data byte
     cut: str = ""  # empty: the end-of-archive marker was there
 
     @property
     def members(self) -> list[Member]:
         return [Member(*facts) for facts in zip(self.names, self.offsets, self.sizes, strict=True)]
+
+    @property
+    def end(self) -> int:
+        """Where the last member's blocks end: what lies behind it in an archive that is cut was not read."""
+        return -(-(self.offsets[-1] + self.sizes[-1]) // _BLOCK) * _BLOCK if self.offsets else 0
 
     def data(self, tar: bytes | mmap.mmap, member: int) -> bytes:
         """What the member of this number holds. `tar`: the archive that was listed."""
@@ -88,6 +94,7 @@ def list_members(tar: bytes | mmap.mmap) -> Listing:
         listing.cut = f"bad tar header at byte {bad}: checksum does not match"
         whole = int(np.searchsorted(listing.offsets, bad + _BLOCK))
         del listing.offsets[whole:], listing.sizes[whole:]
+        del listing.passed[int(np.searchsorted(listing.passed, bad + _BLOCK)) :]
     for start in range(0, len(listing.offsets), _AT_ONCE):
         listing.names += _names(tar, listing.offsets[start : start + _AT_ONCE])
     for number, name in long_names.items():
@@ -146,6 +153,8 @@ def _follow(tar: bytes | mmap.mmap, heads: list[int], listing: Listing, long_nam
         else:
             if kind in b"123456":  # links, devices, folders: no data, whatever the size field says
                 size = 0
+                if kind != b"5":
+                    listing.passed.append(start)
             elif start + size > end:
                 raise _Damaged(f"cut short at byte {end}, inside {long_name or _header_name(tar[position:start])}")
             long_name = pax_size = None
@@ -195,6 +204,12 @@ def _first_bad_sum(tar: bytes | mmap.mmap, heads: list[int]) -> int | None:
             if _stored_sum(headers[i].tobytes()) != total[i]:
                 return places[i]
     return None
+
+
+def passed_member(tar: bytes | mmap.mmap, offset: int) -> tuple[str, str]:
+    """The name, as far as the header itself has it, and the kind of a member of `Listing.passed`."""
+    header = tar[offset - _BLOCK : offset]
+    return _header_name(header), "link" if header[156:157] in b"12" else "device"
 
 
 def _names(tar: bytes | mmap.mmap, offsets: list[int]) -> list[str]:
