@@ -132,6 +132,7 @@ class Data:
     augment: AugmentSettings = field(default_factory=AugmentSettings)
     max_pixels: int = 50_000_000  # a picture whose header promises more is refused: a bound on memory too
     max_bad_fraction: float = 0.05  # more masked samples than this end the run
+    max_refused_fraction: float | None = None  # of a source's samples, at indexing; null: as the one before
     loader: Literal["process", "inline"] = "process"  # decode in a process of its own, or in threads of this one
     threads: int = 2  # decode threads per rank
     prefetch_steps: int = 1  # step batches decoded ahead of the one that is trained on
@@ -145,7 +146,9 @@ class Data:
         for name in ("threads", "max_pixels", "prefetch_steps", "prefetch_bytes"):
             value = getattr(self, name)
             require(value >= 1, f"data.{name}={value} must be at least 1")
-        require(0 <= self.max_bad_fraction <= 1, f"data.max_bad_fraction={self.max_bad_fraction} must lie in [0, 1]")
+        for name in ("max_bad_fraction", "max_refused_fraction"):
+            value = getattr(self, name)
+            require(value is None or 0 <= value <= 1, f"data.{name}={value} must lie in [0, 1]")
         for name in ("streams", "block_shards", "index_jobs", "cache_bytes"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"data.{name}={value} must be at least 1, or null")

@@ -38,6 +38,8 @@ def test_picked(caption, policy, note, draw, text):
     [
         ("txt", b" \n\t ", "empty caption"),
         ("txt", b"", "empty caption"),
+        ("txt", bytes(40), "empty caption"),  # a hole in the file
+        ("txt", b" \0\n\0 ", "empty caption"),
         ("txt", "café".encode("latin-1"), "caption is not UTF-8"),
         ("txt", b"x" * 70_000, "caption above 64 KiB"),
         ("json:caption.short.x", NESTED, "no caption"),

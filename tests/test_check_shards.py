@@ -153,6 +153,20 @@ def test_cut_and_unreadable_archives(check, tmp_path):
     }
 
 
+def test_zeros_that_were_never_filled_are_found(check, tmp_path):
+    write_pairs(tmp_path / "set", shards=1, per_shard=40)
+    path = tmp_path / "set/0000.tar"
+    data = path.read_bytes()
+    third = data.index(b"000002.jpg")
+    path.write_bytes(data[:third] + bytes(len(data) - third))
+    (tmp_path / "set/zeros.tar").write_bytes(bytes(len(data)))
+    status, report, findings, printed = check(tmp_path / "set/*.tar")
+    assert (status, report["findings"], report["usable"]) == (1, {"damaged archive": 2}, 2)
+    told = "cut short at byte {}: {} bytes follow, all zeros: never filled"
+    assert [row["detail"] for row in findings] == [told.format(third, len(data) - third), told.format(0, len(data))]
+    assert "nothing found" not in printed
+
+
 def test_duplicates_over_shards(check, tmp_path):
     def sample(key: int, seed: int, caption: str) -> tuple[str, dict[str, bytes]]:
         return f"{key:03}", {"jpg": picture(seed, 20, 20), "txt": caption.encode()}

@@ -246,6 +246,7 @@ def test_a_wrong_type_names_the_word_and_what_is_wanted(word, rule):
         (["data.prefetch_steps=0"], "data.prefetch_steps=0", "at least 1"),
         (["data.max_pixels=0"], "data.max_pixels=0", "at least 1"),
         (["data.max_bad_fraction=1.5"], "data.max_bad_fraction=1.5", "[0, 1]"),
+        (["data.max_refused_fraction=-1"], "data.max_refused_fraction=-1", "[0, 1]"),
         (["data.crop_scale=[0.9,0.5]"], "[0.9, 0.5]", "low <= high"),
         (["data.crop_scale=[0,1]"], "[0.0, 1.0]", "0 < low"),
         (["data.crop_ratio=[2,1]"], "[2.0, 1.0]", "low <= high"),

@@ -1,5 +1,6 @@
 """clipscale/data/shard/index.py, sidecar.py, index_many.py: sidecars whole, stale and damaged; many shards at once."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -21,14 +22,16 @@ from hypothesis import strategies as st
 from processes import alive, parent, wait_until
 from shards import picture, write_pairs, write_shard
 
-from clipscale.config_data import Fetch, Select
+from clipscale.config_data import Data, Fetch, Select, SourceSettings
 from clipscale.data.fetch.cache import ShardCache
 from clipscale.data.shard import index as index_module
 from clipscale.data.shard import index_many as indexing
 from clipscale.data.shard import sidecar
 from clipscale.data.shard.index import Index, Shard
-from clipscale.data.shard.index_many import index_shards
+from clipscale.data.shard.index_many import index_shards, write_refused
 from clipscale.data.shard.select import Chosen, Rules
+from clipscale.data.shard.writer import ShardWriter
+from clipscale.data.source import open_source
 from clipscale.errors import UserError
 
 JPEG = picture(0, 16, 16)
@@ -190,6 +193,22 @@ def test_a_changed_shard_is_indexed_again_and_told(shard_path, builds):
     assert index_shard(shard_path).changed == ""
 
 
+def test_shards_keep_the_identity_they_had_under_the_sidecars_of_before(tmp_path, builds):
+    """Else a checkpoint from then would not resume on them. The numbers are those of version 3."""
+    with ShardWriter(tmp_path / "old", samples_per_shard=5) as writer:
+        for i in range(10):
+            writer.write(f"{i:03d}", {"jpg": b"picture %d" % i, "txt": f"caption {i}"})
+    shards = [index_shard(str(path)) for path in writer.paths]
+    for shard in shards:
+        place = Path(shard.sidecar)
+        place.write_bytes(place.read_bytes().replace(b"CSINDEX4", b"CSINDEX3"))
+        assert index_shard(shard.url) == shard
+    assert [shard.identity for shard in shards] == [4793332251221862904, 10882249558224812460]
+    assert len(builds) == 4
+    source = open_source("s", SourceSettings(f"{tmp_path}/*.tar"), Data(), need="pairs")
+    assert source.fingerprint() == "7d9b3e9de187f76e"  # of a checkpoint's `content`
+
+
 def test_a_shard_that_changes_while_it_is_indexed_is_an_error(shard_path, monkeypatch):
     select_samples = index_module.select_samples
 
@@ -225,7 +244,7 @@ def test_a_damaged_sidecar_is_built_again(shard_path, builds, damage):
             "garbage": random.Random(0).randbytes(500),
             "cut": data[:50],
             "flipped": bytes(flipped),
-            "other version": data.replace(b"CSINDEX3", b"CSINDEX2"),
+            "other version": data.replace(b"CSINDEX4", b"CSINDEX3"),
             "old npz": b"PK\3\4" + bytes(100),
             "no records": data[: struct.unpack_from("<I", data, 8)[0] + 32],
         }[damage]
@@ -306,6 +325,157 @@ def test_the_identity_follows_the_content_not_the_place(tmp_path):
     changed = index_shard(str(write_shard(tmp_path / "changed.tar", samples)))
     assert (changed.bytes, changed.samples) == (here.bytes, here.samples)
     assert changed.identity != here.identity
+
+
+# --- rewritten with its size and its time -----------------------------------------------------------------------------
+
+
+def rewrite(path: str, samples: list[tuple[str, dict[str, bytes]]], *, in_place: bool) -> None:
+    """Another content of the same size, and the time put back."""
+    stat = os.stat(path)
+    new = write_shard(Path(path + ".new"), samples)
+    if in_place:
+        Path(path).write_bytes(new.read_bytes())
+        new.unlink()
+    else:
+        os.replace(new, path)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert (os.stat(path).st_size, os.stat(path).st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+
+
+SAME, OTHER = [(str(i), pair()) for i in range(3)], [(f"{i}", pair(b"A CAPTION")) for i in range(3, 6)]
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_shard_rewritten_with_its_size_and_time_is_noticed(shard_path, in_place):
+    first = index_shard(shard_path)
+    rewrite(shard_path, OTHER, in_place=in_place)
+    second = index_shards([shard_path], Index(), None)[0]
+    assert keys(second) == ["3", "4", "5"]
+    assert second.changed == (
+        f"{first.bytes} bytes, crc32 {first.crc32:08x} -> {second.bytes} bytes, crc32 {second.crc32:08x}"
+    )
+    assert second.identity != first.identity
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_the_same_bytes_anew_are_hashed_once_and_nothing_is_built(shard_path, builds, hashed, in_place):
+    first = index_shard(shard_path)
+    rewrite(shard_path, SAME, in_place=in_place)
+    for _ in range(3):
+        assert index_shards([shard_path], Index(), None) == [first]
+    assert (len(builds), hashed) == (1, ["crc32", "crc32"])
+    assert [row.key for row in rows(first)] == ["0", "1", "2"]
+    os.chmod(shard_path, 0o600)  # changes the inode's time as well
+    assert index_shard(shard_path, rules=Rules(select=Select(min_side=3))).samples == 3
+    assert hashed == ["crc32"] * 3  # not by what the doubtful sidecar says
+    assert index_shard(shard_path) == first
+    assert (len(builds), hashed) == (2, ["crc32"] * 4)
+
+
+def test_the_stamp_of_another_host_is_not_compared(shard_path, hashed, monkeypatch):
+    """On a shared folder each host may see numbers of its own: they would index in turn, for ever."""
+    first = index_shard(shard_path)
+    content = Path(first.sidecar).read_bytes()
+    monkeypatch.setattr(index_module, "_host", lambda: "another")
+    os.chmod(shard_path, 0o600)
+    assert index_shard(shard_path) == first
+    monkeypatch.undo()
+    assert Path(first.sidecar).read_bytes() == content
+    assert b'"host"' in content
+
+
+def test_a_stamp_that_cannot_be_written_is_remembered(shard_path, tmp_path, builds, monkeypatch):
+    first = index_shard(shard_path)
+    rewrite(shard_path, SAME, in_place=True)
+    checked = []
+    take = index_module.hash_file
+    monkeypatch.setattr(index_module, "hash_file", lambda file, **kinds: checked.append(file) or take(file, **kinds))
+    put = sidecar._put
+
+    def put_elsewhere(place, *rest):
+        if place.parent == Path(shard_path).parent:
+            raise PermissionError(place)
+        put(place, *rest)
+
+    monkeypatch.setattr(sidecar, "_put", put_elsewhere)
+    cached = index_shards([shard_path], Index(cache_dir=str(tmp_path / "cache")), None)
+    assert Path(cached[0].sidecar).parent == tmp_path / "cache" / "index"
+    assert rows(cached[0]) == rows(first)
+    assert index_shards([shard_path], Index(cache_dir=str(tmp_path / "cache")), None) == cached
+    assert len(checked) == 1
+    (tmp_path / "file").write_bytes(b"")
+    for _ in range(3):
+        assert index_shards([shard_path], Index(cache_dir=str(tmp_path / "file")), None) == [first]
+    assert (len(checked), len(builds)) == (2, 1)
+    rewrite(shard_path, SAME, in_place=False)
+    assert index_shards([shard_path], Index(cache_dir=str(tmp_path / "file")), None) == [first]
+    assert (len(checked), len(builds)) == (3, 1)
+
+
+# --- how much is lost -------------------------------------------------------------------------------------------------
+
+
+def cut_at(path: str, name: bytes) -> None:
+    data = Path(path).read_bytes()
+    Path(path).write_bytes(data[: data.index(name)])
+
+
+def test_what_a_shard_lost_is_known_from_its_former_index(tmp_path):
+    samples = [(f"{i}", pair(b"" if i == 1 else b"x")) for i in range(8)]
+    path = str(write_shard(tmp_path / "x.tar", samples))
+    whole = index_shard(path)
+    assert (whole.samples, whole.refused, whole.lost, whole.unread) == (7, {"empty caption": 1}, 0, 0)
+    cut_at(path, b"6.txt")
+    cut = index_shard(path)
+    assert (cut.samples, cut.refused, cut.lost) == (5, {"empty caption": 1, "no caption": 1}, 1)
+    assert index_shard(path) == dataclasses.replace(cut, changed="")
+    cut_at(path, b"3.jpg")
+    assert (index_shard(path).samples, index_shard(path).lost) == (2, 5)
+    write_shard(Path(path), samples)
+    assert (index_shard(path).samples, index_shard(path).lost) == (7, 0)
+    cut_at(path, b"3.jpg")
+    other_rules = index_shard(path, rules=Rules(select=Select(min_side=20)))
+    assert (other_rules.samples, other_rules.lost) == (0, 0)  # nobody has counted by these
+
+
+def test_the_index_of_before_knows_too(shard_path, hashed):
+    place = Path(index_shard(shard_path).sidecar)
+    place.write_bytes(place.read_bytes().replace(b"CSINDEX4", b"CSINDEX3"))
+    assert index_shard(shard_path).samples == 3
+    assert hashed == ["crc32"]  # of the same bytes: not read again
+    place.write_bytes(place.read_bytes().replace(b"CSINDEX4", b"CSINDEX3"))
+    cut_at(shard_path, b"1.jpg")
+    assert (index_shard(shard_path).lost, index_shard(shard_path).samples) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "lost"),
+    [
+        ("shard_stats.json", '{"count": 9, "successes": 7}', 5),
+        ("sizes.json", '{"shard.tar": 4}', 2),
+        ("sizes.json", '{"shard.tar": 1}', 0),
+        ("sizes.json", '{"shard.tar": true}', 0),
+        ("sizes.json", "[1]", 0),
+        ("shard_stats.json", "no JSON", 0),
+    ],
+)
+def test_a_file_beside_a_damaged_shard_knows(shard_path, name, content, lost):
+    Path(shard_path).with_name(name).write_text(content)
+    assert index_shard(shard_path).lost == 0
+    Path(shard_path + ".index").unlink()
+    cut_at(shard_path, b"2.jpg")
+    assert (index_shard(shard_path).samples, index_shard(shard_path).lost) == (2, lost)
+
+
+def test_bytes_behind_the_damage_are_counted(shard_path):
+    data = bytearray(Path(shard_path).read_bytes())
+    start = data.index(b"1.jpg")
+    data[start] ^= 1
+    Path(shard_path).write_bytes(data)
+    shard = index_shard(shard_path)
+    assert (shard.samples, shard.lost) == (1, 0)
+    assert shard.unread == len(data) - start
 
 
 # --- many shards ------------------------------------------------------------------------------------------------------
@@ -476,6 +646,25 @@ def test_processes_that_index_the_same_shards_at_once_do_not_disturb_each_other(
     assert [process.returncode for process in running] == [0] * 4
     assert answers == {f"{[shard.identity for shard in index_shards(paths, Index(), None)]}\n"}
     assert len([*(tmp_path / "shards").iterdir()]) == 8  # no temporary file is left
+
+
+def test_refused_samples_are_named_whoever_looks(tmp_path, in_processes):
+    paths = [
+        str(write_shard(tmp_path / "a.tar", [("1", pair()), ("2", pair(b" ")), ("3", {"jpg": JPEG})])),
+        str(write_shard(tmp_path / "b.tar", [("1", pair(b"\xff")), ("x\n", {"gif": b"", "txt": b"x"})])),
+    ]
+    found = []
+    for jobs in (1, 2):
+        assert write_refused(str(tmp_path / "refused.jsonl"), paths, Index(), None, jobs=jobs) == 4
+        found.append([json.loads(line) for line in (tmp_path / "refused.jsonl").read_text().splitlines()])
+    assert found[0] == found[1]
+    assert [(row["shard"], row["key"], row["member"], row["cause"]) for row in found[0]] == [
+        (paths[0], "2", "2.txt", "empty caption"),
+        (paths[0], "3", "3.jpg", "no caption"),
+        (paths[1], "1", "1.txt", "caption is not UTF-8"),
+        (paths[1], "x\n", "x\n.gif", "picture of another format"),
+    ]
+    assert Path(paths[0]).read_bytes()[found[0][0]["offset"] :][:2] == b" \0"
 
 
 def test_an_error_of_a_worker_is_told_as_here(tmp_path, in_processes):

@@ -121,6 +121,28 @@ def test_copies_under_two_names_are_told(shards, tmp_path, capsys):
     )
 
 
+def test_refused_samples_are_named_on_request(shards, tmp_path, capsys):
+    path = tmp_path / "1.tar"
+    write_shard(path, [("a", {"jpg": b"x"}), ("b", {"jpg": b"x", "txt": b"\xff"}), ("c", {"jpg": b"x", "txt": b"x"})])
+    run(capsys, shards)  # they need not be indexed for it
+    for words, place in (
+        ([f"--refused={tmp_path}/mine.jsonl"], tmp_path / "mine.jsonl"),
+        (["--refused"], tmp_path / "refused.jsonl"),
+        (["--refused", "--index-dir", str(tmp_path / "index")], tmp_path / "index" / "refused.jsonl"),
+    ):
+        assert main(["index", shards, *words]) == 0
+        assert f"2 refused samples are listed in {place}" in capsys.readouterr().out.splitlines()
+        rows = [json.loads(line) for line in place.read_text().splitlines()]
+        assert [(row["shard"], row["key"], row["cause"]) for row in rows] == [
+            (str(path), "a", "no caption"),
+            (str(path), "b", "caption is not UTF-8"),
+        ]
+    before = path.read_bytes()
+    assert main(["index", "--refused", str(path), str(tmp_path / "0.tar")]) == 2  # the shard is not overwritten
+    assert "must end in .jsonl" in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

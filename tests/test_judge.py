@@ -1,8 +1,10 @@
 """clipscale/data/shard/judge.py and labels.py: indexing and checking find the same faults, by one judge."""
 
 import gc
+import io
 import json
 import re
+import tarfile
 import weakref
 from collections import Counter
 from pathlib import Path
@@ -17,7 +19,7 @@ from clipscale.data.shard import judge as judge_module
 from clipscale.data.shard.captions import CaptionRule
 from clipscale.data.shard.judge import Fault, Judge, picture_of
 from clipscale.data.shard.labels import LabelError, label_of
-from clipscale.data.shard.select import Rules, group, select_samples
+from clipscale.data.shard.select import Rules, group, refused_samples, select_samples
 from clipscale.data.shard.tar import Listing, list_members
 from clipscale.shardkit.checks import Problem, Wanted, check_shard
 
@@ -78,8 +80,12 @@ notes = {
     "cls": st.sampled_from([*LABELS, *NO_LABELS, *LONG_LABELS]) | st.binary(max_size=3),
     "json": st.sampled_from(JSONS) | st.binary(max_size=6),
     "pyd": st.just(b"1"),
+    "gif": st.just(b"GIF89a"),
+    "1.jpg": st.just(JPEG),
 }
 samples = st.lists(st.fixed_dictionaries({}, optional=notes).filter(bool), min_size=1, max_size=6)
+odd_names = st.sampled_from(["README", "._1.jpg", "a/.hidden", "LINK", "FIFO", "__meta__", "d/__x__/1.jpg"])
+odd = st.lists(st.tuples(st.integers(0, 30), odd_names), max_size=3)
 flips = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255)), max_size=2)
 UNDECODED = {"not JPEG, PNG or WebP", "broken picture", "too many pixels"}
 CHECK_ONLY = {"key occurs twice", "key leads out of its folder", "member that is not read", "damaged archive"}
@@ -93,21 +99,61 @@ def among_the_indexs(problem: Problem, rules: Rules) -> bool:
     return json_is_caption or problem.cause not in ("broken JSON", "JSON above 1 MiB")
 
 
-@settings(max_examples=40, deadline=None)
+def write_odd(path: Path, members: list[tuple[str, bytes]], zeros_from: float | None) -> bytes:
+    """A tar of names and bytes, where LINK and FIFO stand for such; from a member on filled with zeros."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            if name in ("LINK", "FIFO"):
+                member.type, member.linkname = (tarfile.SYMTYPE if name == "LINK" else tarfile.FIFOTYPE), "0.jpg"
+            else:
+                member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+        headers = [member.offset for member in tar.getmembers()]
+    data = path.read_bytes()
+    if zeros_from is not None:
+        start = headers[int(zeros_from * len(headers))]
+        data = data[:start] + bytes(len(data) - start)
+    return data
+
+
+@settings(max_examples=60, deadline=None)
 @given(
     samples,
     flips,
+    odd,
+    st.sampled_from(["as packed", "by suffix", "reversed"]),
+    st.none() | st.floats(0, 1, exclude_max=True),
     st.sampled_from(["pairs", "labelled"]),
     st.sampled_from(["txt", "json:text", "json"]),
     st.sampled_from(["fast", "decode"]),
 )
-@example([{"jpg": JPEG, "cls": note} for note in (*LABELS, *NO_LABELS, *LONG_LABELS)], [], "labelled", "txt", "fast")
-@example([{"jpg": JPEG[:200], "txt": b" ", "json": b"{"}, {"jpg": JPEG, "txt": b"x"}], [], "pairs", "txt", "decode")
-@example([{"jpg": data, "json": JSONS[0]} for data in PICTURES], [], "pairs", "json:text", "decode")
-def test_indexing_and_checking_agree_on_every_sample(tmp_path_factory, drawn, flips, need, caption, check):
+@example(
+    [{"jpg": JPEG, "cls": note} for note in (*LABELS, *NO_LABELS, *LONG_LABELS)],
+    *([], [], "as packed", None, "labelled", "txt", "fast"),
+)
+@example(
+    [{"jpg": JPEG[:200], "txt": b" ", "json": b"{"}, {"jpg": JPEG, "txt": b"x"}],
+    *([], [(1, "LINK"), (2, "README"), (9, "._1.jpg")], "as packed", None, "pairs", "txt", "decode"),
+)
+@example(
+    [{"jpg": data, "json": JSONS[0]} for data in PICTURES],
+    *([], [], "as packed", None, "pairs", "json:text", "decode"),
+)
+@example([{"jpg": JPEG, "txt": b"x"}, {"gif": b"", "txt": b"x"}], [], [], "by suffix", None, "pairs", "txt", "fast")
+@example([{"jpg": JPEG * 9, "txt": b"x"}] * 9, [], [], "as packed", 0.5, "pairs", "txt", "fast")
+def test_indexing_and_checking_agree_on_every_sample(
+    tmp_path_factory, drawn, flips, odd, order, zeros_from, need, caption, check
+):
+    members = [(f"{i}.{suffix}", data) for i, sample in enumerate(drawn) for suffix, data in sample.items()]
+    for place, name in odd:
+        members.insert(place, (name, b"odd"))
+    if order != "as packed":
+        members = (
+            sorted(members, key=lambda member: member[0].split(".")[-1]) if order == "by suffix" else members[::-1]
+        )
     path = tmp_path_factory.getbasetemp() / "judged.tar"
-    write_shard(path, [(f"{i}", sample) for i, sample in enumerate(drawn)])
-    tar = bytearray(path.read_bytes())
+    tar = bytearray(write_odd(path, members, zeros_from))
     for place, change in flips:
         tar[int(place * len(tar))] ^= change
     path.write_bytes(tar)
@@ -118,25 +164,31 @@ def test_indexing_and_checking_agree_on_every_sample(tmp_path_factory, drawn, fl
 
 
 def compare(path: Path, rules: Rules) -> None:
+    """What the index leaves out, and why, is what checking finds: sample by sample, member by member, byte by byte."""
     tar = path.read_bytes()
     listing, found = list_members(tar), check_shard(str(path), Wanted(rules.need, rules.caption, MAX_PIXELS), None)
-    told, refused, keys = Counter(), Counter(), []
-    for key, sample in group(listing.names):
-        members = sample.values()
-        alone = Listing(*([column[i] for i in members] for column in (listing.names, listing.offsets, listing.sizes)))
-        problems = [problem for problem in found.problems if problem.offset in alone.offsets and problem.key]
-        told.update(problem.cause for problem in problems)
-        found.usable -= not problems
-        indexed = select_samples(tar, alone, rules)
-        causes = [problem.cause for problem in problems if among_the_indexs(problem, rules)]
-        assert (indexed.keys, indexed.refused) == (([], {causes[0]: 1}) if causes else ([key], {}))
-        keys += indexed.keys
-        refused.update(indexed.refused)
-    together = select_samples(tar, listing, rules)
-    assert (together.keys, together.refused) == (keys, refused)
-    assert found.usable == 0
-    assert told.total() == len(found.problems) - bool(listing.cut)
+    problems: dict[int, list[Problem]] = {}  # by first member of their sample
+    sample_of = {m: next(iter(s.values())) for _, s in group(listing.names) for m in s.values()}
+    for problem in found.problems:
+        if problem.key:
+            problems.setdefault(sample_of[listing.offsets.index(problem.offset)], []).append(problem)
+    causes: dict[int, str] = {}  # of the samples that checking would have the index leave out
+    for first, faults in problems.items():
+        among = [fault.cause for fault in faults if among_the_indexs(fault, rules)]
+        causes |= {first: among[0]} if among else {}
+    refused = {first: fault.cause for _, first, fault in refused_samples(tar, listing, rules)}
+    assert refused == causes
+    indexed = select_samples(tar, listing, rules)
+    firsts = {next(iter(sample.values())): key for key, sample in group(listing.names)}
+    assert indexed.keys == [key for first, key in firsts.items() if first not in refused]
+    assert indexed.refused == Counter(refused.values())
+    assert found.usable == len(firsts) - len(problems)
+    not_read = Counter(problem.detail for problem in found.problems if problem.cause == "member that is not read")
+    assert indexed.not_read == not_read
+    damage = [problem.detail for problem in found.problems if problem.cause == "damaged archive"]
+    assert damage == [listing.cut] * bool(listing.cut)
     pictures = sum(picture_of(sample) is not None for _, sample in group(listing.names))
+    told = Counter(problem.cause for problem in found.problems)
     assert len(found.pictures) == pictures - sum(told[cause] for cause in (*UNDECODED, "picture above 64 MiB"))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from shards import write_pairs
+from shards import write_pairs, write_shard
 
 from clipscale.config_data import AugmentSettings, Data, Select, SourceSettings
 from clipscale.data.order.order import rank_positions
@@ -350,6 +350,49 @@ def test_refusals(urls):
     with pytest.raises(UserError, match=r"epoch_boundary=drop .* data\.sampling=resampled has no epochs; use straddle"):
         build(weighted(urls, a=1), sampling="resampled", epoch_boundary="drop")
     assert build(weighted(urls, a=1), 48, sampling="resampled").repeats(0, 48) >= 24  # no epoch, so none too short
+
+
+PAIR = {"jpg": b"picture", "txt": b"x"}
+
+
+def test_more_refused_or_lost_samples_than_the_bound_end_the_run(tmp_path):
+    samples = [(f"{i:03}", PAIR if i % 4 else {"jpg": b"picture"}) for i in range(80)]
+    path = write_shard(tmp_path / "x.tar", samples)
+    mine = {"mine": SourceSettings(urls=str(path))}
+    told = (
+        r"source 'mine': 20 of its 80 samples cannot be used \(no caption: 20\), more than data\.max_{}_fraction={}; "
+    )
+    with pytest.raises(UserError, match=told.format("bad", 0.05)):
+        build(mine)
+    with pytest.raises(UserError, match=told.format("refused", 0.24)):
+        build(mine, max_refused_fraction=0.24, max_bad_fraction=1)
+    recorded = saved(build(mine, max_bad_fraction=0.25))
+    assert saved(build(mine, recorded=recorded)) == recorded  # a run from before goes on
+    data = path.read_bytes()
+    path.write_bytes(data[: data.index(b"040.jpg")])
+    both = (
+        r"50 of its 80 samples cannot be used \(lost with .* damaged shard: 40, no caption: 10\), .*fraction=0.05; mend"
+    )
+    with pytest.raises(UserError, match=both):
+        build(mine)
+    with pytest.raises(UserError, match="content of mine"):
+        build(mine, recorded=recorded)
+    with pytest.raises(UserError, match=both):
+        build(mine, recorded=recorded, accept_changes=True)
+    assert build(mine, max_refused_fraction=0.625).sources[0].samples == 30
+
+
+def test_what_a_selection_removes_on_purpose_is_no_fault(tmp_path):
+    samples = [(f"{i:03}", PAIR | {"json": json.dumps({"s": i} if i % 2 else {}).encode()}) for i in range(80)]
+    samples[7] = ("007", {"txt": b"x"})
+    urls = str(write_shard(tmp_path / "x.tar", samples))
+    few = {"few": SourceSettings(urls=urls, select=Select(score_field="s", min_score=60))}
+    assert build(few).sources[0].samples == 10
+    (tmp_path / "keys.txt").write_text("\n".join(key for key, _ in samples[:9]))
+    listed = SourceSettings(urls=urls, select=Select(uids=str(tmp_path / "keys.txt"), uid_field="__key__"))
+    assert build({"listed": listed}).sources[0].samples == 8
+    with pytest.raises(UserError, match=r"1 of its 80 samples cannot be used \(no picture: 1\)"):
+        build({"listed": listed}, max_bad_fraction=0.01)
 
 
 def test_resampled_sources_are_recorded_with_their_blocks(urls):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from shards import picture, write_shard, write_tar
 
 from clipscale.config_data import Data, Select, SourceSettings
 from clipscale.data.shard.select import Chosen, Rules, select_samples
-from clipscale.data.shard.tar import list_members, mapped
+from clipscale.data.shard.tar import Listing, list_members, mapped
 from clipscale.data.shard.uids import UidList
 from clipscale.errors import UserError
 
@@ -74,6 +75,51 @@ def test_what_is_not_on_the_allow_list_is_counted_by_suffix(tmp_path):
     found = chosen(write_shard(tmp_path / "extra.tar", samples))
     assert found.not_read == {".pyd": 3, ".seg.pyd": 3, ".pth": 3, ".thumb.jpg": 3}
     assert len(found.keys) == 3
+
+
+def test_what_belongs_to_no_sample_is_counted_by_kind(tmp_path):
+    path = tmp_path / "kinds.tar"
+    names = ["._a.jpg", "a.jpg", "a.txt", "d/.DS_Store", "README", "d/Makefile", "__info__", "__meta__/x.txt", "b.jpg"]
+    with tarfile.open(path, "w") as tar:
+        for name in names:
+            tar.addfile(tarfile.TarInfo(name))
+        for kind in (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE):
+            member = tarfile.TarInfo("b.txt")
+            member.type = kind
+            tar.addfile(member)
+    found = chosen(path)
+    assert found.not_read == {"hidden file": 2, "no suffix": 2, "link": 2, "device": 1}
+    assert found.refused == {"empty caption": 1, "no caption": 1}  # b's caption is a link
+    bad = path.read_bytes().replace(b"b.jpg", b"c.jpg")  # no longer the sum that its header says
+    assert select_samples(bad, list_members(bad), Rules()).not_read == {"hidden file": 2, "no suffix": 2}
+
+
+def test_members_of_one_key_that_lie_apart(tmp_path):
+    """All pictures, then all captions, as `tar cf x.tar *.jpg *.txt` has them."""
+    keys = ("a", "b", "c")
+    members = [(f"{key}.jpg", JPEG) for key in keys] + [(f"{key}.txt", b"x") for key in keys]
+    found = chosen(write_tar(tmp_path / "apart.tar", members))
+    assert (found.keys, found.refused) == ([], {"members lie apart": 6})
+    labelled = [("a.jpg", JPEG), ("b.jpg", JPEG), ("a.cls", b"1"), ("b.txt", b"x")]
+    found = chosen(write_tar(tmp_path / "l.tar", labelled), "labelled")
+    assert found.refused == {"members lie apart": 3, "no label": 1}
+    twice = [("a.jpg", JPEG), ("a.jpg", JPEG), ("a.txt", b"x"), ("b.txt", b"x"), ("a.txt", b"x")]
+    found = chosen(write_tar(tmp_path / "twice.tar", twice))  # the first and the last are one more sample
+    assert (found.keys, found.refused) == (["a"], {"members lie apart": 2, "no picture": 1})
+
+
+def test_a_key_in_a_million_places_takes_no_time(tmp_path):
+    names = ["a.txt", "b.json"] * 20_000
+    listing = Listing(names, [0] * len(names), [0] * len(names))
+    assert select_samples(b"", listing, Rules()).refused == {"no picture": 40_000}
+
+
+def test_pictures_of_other_formats(tmp_path):
+    samples = [(suffix, {suffix: b"x", "txt": b"x"}) for suffix in ("gif", "tiff", "BMP", "img", "mp4")]
+    found = chosen(write_shard(tmp_path / "other.tar", [*samples, ("both", {"gif": b"x", "jpg": JPEG, "txt": b"x"})]))
+    assert found.keys == ["both"]
+    assert found.refused == {"picture of another format": 3, "no picture": 2}
+    assert found.not_read == {".gif": 2, ".tiff": 1, ".bmp": 1, ".img": 1, ".mp4": 1}
 
 
 def test_suffixes_without_number_are_told_in_short(tmp_path):

@@ -147,14 +147,46 @@ def test_damage_change_and_refusals_are_told(tmp_path, told):
     assert "whole.tar changed since it was indexed last: " in told[0]
 
 
+def test_what_is_lost_is_told(tmp_path, told):
+    path = write_shard(tmp_path / "x.tar", [(str(i), pair()) for i in range(8)])
+    whole = path.read_bytes()
+    start, about = whole.index(b"5.jpg"), f"source 'mine': {path} is damaged, 5 samples are usable: "
+    path.write_bytes(whole[:start])
+    opened(path, findings=True)
+    assert (
+        told[-1]
+        == f"{about}cut short at byte {start}: no end-of-archive marker; how many samples are lost is not known"
+    )
+    path.write_bytes(whole[:start] + b"?" * 1000)
+    opened(path, findings=True)
+    assert told[-1].endswith(f" of its {start + 1000} bytes were not read, how many samples is not known")
+    path.write_bytes(whole)
+    opened(path)
+    path.write_bytes(whole[:start])
+    opened(path, findings=True)
+    assert told[-1].endswith("no end-of-archive marker; of 8 samples that are known of, 3 are lost")
+
+
 @pytest.mark.parametrize(
     ("content", "found"),
     [
         (b"", "cut short at byte 0"),
         (bytes(10_240), "empty archives"),
+        (bytes(30_720), "cut short at byte 0: 30720 bytes follow, all zeros: never filled"),
         (b"\x1f\x8b" + bytes(600), "gzip"),
         ([("a", {"jpg": JPEG})], "no caption: 1"),
         ([("a", {"json": b"{}"})], "no picture: 1"),
+        (
+            [("a", {"img": JPEG, "txt": b"x"})],
+            "no picture: 1; members that are not read: .img: 1; pictures are read from",
+        ),
+        (
+            [("a", {"gif": b"", "txt": b"x"})],
+            "picture of another format: 1; members that are not read: .gif: 1; pictures",
+        ),
+        ([("v1", {"0.jpg": JPEG, "0.txt": b"x"})], "take the dots out of the names"),
+        ([("a", {"jpg": b""}), ("b", {"jpg": b""}), ("a", {"txt": b"x"})], "sort the tar (tar --sort=name"),
+        ([(".a", {"jpg": JPEG, "txt": b"x"})], "members that are not read: hidden file: 2"),
     ],
 )
 def test_no_usable_sample_is_one_clear_error(tmp_path, content, found):

@@ -3,6 +3,7 @@
 import gzip
 import io
 import random
+import subprocess
 import tarfile
 import tracemalloc
 from pathlib import Path
@@ -17,6 +18,7 @@ from shards import picture, write_shard, write_tar
 from clipscale.data.shard.judge import IMAGE_SUFFIXES
 from clipscale.data.shard.select import Rules, select_samples
 from clipscale.data.shard.tar import list_members, mapped
+from clipscale.data.shard.tar_end import why_no_end
 
 JPEG = picture(0, 16, 16)
 
@@ -265,6 +267,93 @@ def test_bytes_behind_the_end_are_told(tmp_path, whole):
     assert shard.pairs == 2
     assert f"end-of-archive marker at byte {start}" in shard.cut
     assert "bytes follow" in index_bytes(tmp_path, whole + bytes(2 << 20)).cut  # a download whose space was laid out
+
+
+# --- zeros: the padding that writers add, or what was laid out and never filled ---------------------------------------
+
+
+def test_zeros_from_a_member_on_are_a_cut(tmp_path):
+    """At a member's boundary, where nothing else could tell; the file has the size it should have."""
+    whole = write_shard(tmp_path / "w.tar", [(f"{i:03d}", pair(image=JPEG * 9)) for i in range(9)]).read_bytes()
+    for name, pairs in (("001.jpg", 1), ("004.jpg", 4), ("005.txt", 5)):
+        start = whole.index(name.encode())
+        zeros = len(whole) - start
+        shard = index_bytes(tmp_path, whole[:start] + bytes(zeros))
+        assert shard.pairs == pairs
+        assert shard.cut == f"cut short at byte {start}: {zeros} bytes follow, all zeros: never filled"
+    start = whole.index(b"008.txt")
+    zeros = start // 10_240 * 10_240 + 20_480 - start
+    told = index_bytes(tmp_path, whole[:start] + bytes(zeros)).cut  # as tar -A may leave of two archives
+    assert told == f"cut short at byte {start}: {zeros} bytes follow, all zeros: never filled, or left by tar -A"
+
+
+@pytest.mark.parametrize("long_name", [False, True])
+def test_a_member_in_which_the_zeros_begin_is_not_used(tmp_path, long_name):
+    names = [f"{'long/' * 30 * long_name}{i}.{suffix}" for i in range(9) for suffix in ("jpg", "txt")]
+    members = [(name, b"caption" if name.endswith("txt") else b"\xff" * 5000) for name in names]
+    whole = write_tar(tmp_path / "w.tar", members, tarfile.GNU_FORMAT).read_bytes()
+    start = list_members(whole).offsets[4] + 2000
+    shard = index_bytes(tmp_path, whole[:start] + bytes((5 << 20) - start))
+    assert (shard.pairs, shard.refused) == (2, {})
+    told = f"cut short at byte {start}, inside {names[4]}: {(5 << 20) - start} bytes follow, all zeros: never filled"
+    assert shard.cut == told
+
+
+@pytest.mark.parametrize("size", [20_480, 1 << 20, (3 << 20) + 7])
+def test_a_file_of_zeros_is_no_empty_archive(tmp_path, size):
+    shard = index_bytes(tmp_path, bytes(size))
+    assert (shard.pairs, shard.cut) == (0, f"cut short at byte 0: {size} bytes follow, all zeros: never filled")
+
+
+@pytest.mark.parametrize("format", ["gnu", "ustar", "posix", "v7"])
+@pytest.mark.parametrize("blocks", [1, 2, 3, 19, 20, 21, 64, 1001, 2048])
+def test_what_tar_writes_is_whole_whatever_its_records(tmp_path, format, blocks):
+    for i in range(3):
+        (tmp_path / f"{i}.jpg").write_bytes(JPEG * (1 + i))
+    (tmp_path / "0.txt").write_bytes(b"x")
+    command = ["tar", f"--format={format}", "-b", str(blocks), "-C", str(tmp_path)]
+    path = tmp_path / "x.tar"
+    subprocess.run([*command, "-cf", path, "0.jpg", "0.txt"], check=True)
+    assert list_members(path.read_bytes()).cut == ""
+    subprocess.run([*command, "-rf", path, "1.jpg"], check=True)
+    subprocess.run([*command, "-cf", tmp_path / "more.tar", "2.jpg"], check=True)
+    subprocess.run(["tar", "-b", str(blocks), "-Af", path, tmp_path / "more.tar"], check=True)
+    listing = list_members(path.read_bytes())
+    assert (listing.names, listing.cut) == (["0.jpg", "0.txt", "1.jpg", "2.jpg"], "")
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_every_fill_of_a_record_is_padding(tmp_path, format):
+    for blocks in range(45):
+        data = write_tar(tmp_path / "x.tar", [("a.jpg", b"\xff" * 512 * blocks)], format).read_bytes()
+        end = 512 * (1 + blocks)
+        assert list_members(data).cut == ""
+        for zeros in (512, 1024, 1536):  # one block, which tar takes with a warning; two, as Go and Rust write; three
+            assert list_members(data[:end] + bytes(zeros)).cut == ""
+        assert "no end-of-archive marker" in list_members(data[:end]).cut
+
+
+def test_a_longer_record_is_believed_of_a_program_that_has_the_option_and_only_where_it_fits():
+    by_python, by_tar = bytearray(tarfile.TarInfo("x").tobuf(tarfile.USTAR_FORMAT)), bytearray(512)
+    by_tar[257:265] = b"ustar  \0"
+    for blocks in (1, 7, 20, 21, 45, 100, 512, 2047, 2048):
+        for data in (0, 1, 18, 19, 20, 2046, 2047, 2048, 99_999):
+            end = -(-(data + 2) // blocks) * blocks
+            assert why_no_end(512 * data, 512 * end, by_tar) == ""
+            assert (why_no_end(512 * data, 512 * end, by_python) == "") == (end - data <= 21)
+    assert why_no_end(512 * 3950, 512 * 4051, by_tar) == "never filled"  # a prime number of blocks: no record fits
+    assert why_no_end(512 * 5, 512 * 4104, by_tar) == "never filled"
+    assert why_no_end(0, 512 * 22, b"") == "never filled"
+    assert why_no_end(512 * 18, 512 * 60, by_python) == "never filled, or left by tar -A"
+    assert why_no_end(512 * 17, 512 * 60, by_python) == why_no_end(512 * 18, 512 * 59, by_python) == "never filled"
+
+
+def test_what_follows_the_zeros_between_two_archives_is_told(tmp_path, whole):
+    """cat a.tar b.tar: webdataset's reader stops at the zeros too, and says nothing."""
+    path = tmp_path / "two.tar"
+    path.write_bytes(whole + whole)
+    assert len(read_with_webdataset(path)) == len(read_all(path)) == 4
+    assert "bytes follow the end-of-archive marker" in list_members(path.read_bytes()).cut
 
 
 def header(name: bytes, size: bytes, kind: bytes) -> bytes:

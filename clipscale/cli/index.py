@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
@@ -10,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from clipscale.config_data import Data, Select, SourceSettings
+from clipscale.errors import require
 from clipscale.tell import say
 from clipscale.text import escaped
 
@@ -21,17 +23,24 @@ examples:
   clipscale index 'shards/{0000..0999}.tar'
   clipscale index 'cc3m/*.tar' 'cc12m/*.tar' --index-dir index --check decode --jobs 16
   clipscale index 'laion/{00000..41454}.tar' --caption json:caption --min-side 128 --max-aspect 3
+  clipscale index 'cc3m/*.tar' --refused refused.jsonl
   clipscale index 'datacomp/*.tar' --score-field clip_l14_similarity_score --min-score 0.3
 """
 LEFT = "shards that were indexed stay so"
 
 
 def run(arguments: argparse.Namespace, words: list[str]) -> int:
+    listed = arguments.refused
+    require(listed is None or listed == "" or listed.endswith(".jsonl"), f"--refused {listed!r} must end in .jsonl")
     settings, data, need = index_settings(arguments)
     from clipscale.data.source import open_source
     from clipscale.progress import track
 
-    print_report(open_source("index", settings, data, need=need, track=track, ahead=True))
+    found = open_source("index", settings, data, need=need, track=track, ahead=True)
+    if listed is not None:
+        listed = listed or str(Path(found.shards[0].sidecar).with_name("refused.jsonl"))
+        say(f"{found.write_refused(listed, data.index_jobs)} refused samples are listed in {listed}")
+    print_report(found)
     return 0
 
 
@@ -45,6 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hash", choices=("crc32", "sha256"), default="crc32", help="of each shard; default: crc32")
     parser.add_argument("--jobs", type=int, metavar="N", help="processes; default: the cores")
     parser.add_argument("--index-dir", help="where the sidecars go; default: beside each shard, or the cache folder")
+    parser.add_argument(
+        "--refused",
+        nargs="?",
+        const="",
+        metavar="FILE.jsonl",
+        help="name every refused sample and its cause there, a line of JSON each; without FILE: refused.jsonl beside "
+        "the index",
+    )
     parser.add_argument("--cache-dir", help="where copies of remote shards go; default: the user's cache folder")
     parser.add_argument("--allow-pipe", action="store_true", help="let 'pipe:' URLs run shell commands")
     rules = parser.add_argument_group("selection", "the same as in the config: a run finds only the index of its rules")
@@ -87,6 +104,7 @@ def index_settings(arguments: argparse.Namespace) -> tuple[SourceSettings, Data,
 def print_report(found: source.Source) -> None:
     """Which shards are damaged or changed, and what was refused, and why."""
     from clipscale.data.fetch.urls import masked
+    from clipscale.data.shard.report import damage
     from clipscale.data.source import repeated_shards
 
     noun = "pairs" if found.need == "pairs" else "labelled pictures"
@@ -94,7 +112,7 @@ def print_report(found: source.Source) -> None:
         if shard.changed:
             say(f"{masked(shard.url)}: changed since it was indexed last: {shard.changed}")
         if shard.cut:
-            say(f"{masked(shard.url)}: {shard.samples} {noun} usable: {shard.cut}")
+            say(f"{masked(shard.url)}: {shard.samples} {noun} usable: {damage(shard)}")
     for line in repeated_shards([found]):
         say(line)
     refused, unread = found.refused(), found.not_read()

@@ -23,6 +23,7 @@ from clipscale.counter import fold
 from clipscale.data.order.mixture import Mixture, begin, quotas, resumed
 from clipscale.data.order.order import Order, Resampled, default_streams, rank_positions
 from clipscale.data.shard.index_many import Track
+from clipscale.data.shard.report import require_few_bad
 from clipscale.data.source import Source, open_source, repeated_shards
 from clipscale.data.tokenize import Tokenize
 from clipscale.errors import UserError, require
@@ -160,7 +161,8 @@ def build_pipeline(
         recorded: the checkpoint's `identity`.
 
     Raises:
-        UserError: no source, no usable sample, an epoch shorter than the batch, or data other than those recorded.
+        UserError: no source, no usable sample or too few of them, an epoch shorter than the batch, or data other than
+            those recorded.
     """
     require(
         any(source.weight > 0 for source in data.sources.values()),
@@ -195,6 +197,10 @@ def build_pipeline(
     )
     if recorded is not None and not data.accept_changes:
         _refuse_changes(recorded, pipeline.identity())
+    begun = recorded["content"] if recorded else {}
+    for source in sources:
+        if begun.get(source.name) != source.fingerprint():  # what a run has begun with, it may end with
+            require_few_bad(source.name, source.shards, data)
     return pipeline
 
 

@@ -25,15 +25,15 @@ from clipscale.config_data import Data, SourceSettings
 from clipscale.data.bad import MASK_CAUSES, BadSample, RefusedSample
 from clipscale.data.fetch.cache import Expected, ShardCache
 from clipscale.data.fetch.urls import expand_urls, is_local, masked
+from clipscale.data.shard import report
 from clipscale.data.shard.captions import MAX_JSON_BYTES, CaptionError, CaptionRule
 from clipscale.data.shard.counts import declared_counts, doubts, usable
 from clipscale.data.shard.index import Index, Shard
-from clipscale.data.shard.index_many import Track, index_shards
+from clipscale.data.shard.index_many import Track, index_shards, write_refused
 from clipscale.data.shard.judge import MAX_PICTURE_BYTES
 from clipscale.data.shard.select import Need, Rules
 from clipscale.data.shard.shortage import Lost, refused_samples
 from clipscale.data.shard.sidecar import Records, Row
-from clipscale.errors import UserError
 from clipscale.tell import tell
 
 _MAX_OPEN_FILES = 32  # shards, and as many sidecars, of each source; a process may have 1,024 in all on many systems
@@ -126,19 +126,20 @@ class Source:
 
     def refused(self) -> Counter[str]:
         """Samples left out when the shards were indexed, by cause."""
-        return sum((Counter(shard.refused) for shard in self.shards), Counter())
+        return report.refused(self.shards)
 
     def not_read(self) -> Counter[str]:
-        """Members whose suffix is not on the allow-list, by suffix."""
-        return sum((Counter(shard.not_read) for shard in self.shards), Counter())
+        """Members that nothing looks at: by suffix, or why they belong to no sample."""
+        return report.not_read(self.shards)
 
     def changes(self) -> list[str]:
         """One line for each shard that holds other bytes than its index said until now."""
-        return [
-            f"source {self.name!r}: {masked(shard.url)} changed since it was indexed last: {shard.changed}"
-            for shard in self.shards
-            if shard.changed
-        ]
+        return report.changes(self.name, self.shards)
+
+    def write_refused(self, path: str, jobs: int | None) -> int:
+        """Name every refused sample in a file, a line of JSON each; how many they are."""
+        urls = [shard.url for shard in self.shards if shard.refused]
+        return write_refused(path, urls, self._index, self._cache, jobs=jobs)
 
     @property
     def remote(self) -> bool:
@@ -365,32 +366,8 @@ def open_source(
         indexing = {"jobs": data.index_jobs, "track": track}
         declared = declared_counts(name, urls, source.counts, index, cache, **indexing, began_with=resumed)
     opened = with_declared(declared)
-    _require_samples(opened, source)
-    for line in (*_findings(opened), *doubts(name, source.counts, declared, index.rules)) if findings else ():
+    report.require_samples(name, opened.shards, need, source)
+    doubted = doubts(name, source.counts, declared, index.rules)
+    for line in (*report.findings(name, opened.shards), *doubted) if findings else ():
         tell(line)
     return opened
-
-
-def _require_samples(opened: Source, source: SourceSettings) -> None:
-    if opened.samples:
-        return
-    place = source.caption if source.caption.startswith("json:") else f".{source.caption}"
-    wanted = f"a caption ({place})" if opened.need == "pairs" else "a label (.cls)"
-    table = ", ".join(f"{cause}: {count}" for cause, count in opened.refused().most_common())
-    causes = "; ".join(filter(None, [table, *(f"{masked(s.url)} {s.cut}" for s in opened.shards if s.cut)][:4]))
-    raise UserError(
-        f"source {opened.name!r}: none of its {len(opened.shards)} shards ({masked(source.urls)}) holds a sample with "
-        f"a picture and {wanted}; found: {causes or 'empty archives'}"
-    )
-
-
-def _findings(source: Source) -> Iterable[str]:
-    yield from source.changes()
-    for shard in source.shards:
-        if shard.cut:
-            about = f"source {source.name!r}: {masked(shard.url)}"
-            yield f"{about} is damaged, {shard.samples} samples are usable: {shard.cut}"
-    refused = source.refused()
-    if refused:
-        table = ", ".join(f"{cause}: {count}" for cause, count in refused.most_common())
-        yield f"source {source.name!r}: {refused.total()} samples refused ({table}); {source.samples} are usable"

@@ -10,11 +10,10 @@ and a sample is told of every fault it has.
 from __future__ import annotations
 
 import hashlib
-import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Literal, NamedTuple
@@ -23,12 +22,12 @@ import numpy as np
 
 from clipscale.config_data import Select
 from clipscale.data.fetch.cache import ShardCache
-from clipscale.data.fetch.urls import is_local
 from clipscale.data.pixels.decode import picture_size
 from clipscale.data.shard.captions import CaptionError, CaptionRule
+from clipscale.data.shard.group import group, why_passed
+from clipscale.data.shard.index_many import opened
 from clipscale.data.shard.judge import IMAGE_SUFFIXES, Judge, picture_of
-from clipscale.data.shard.select import group
-from clipscale.data.shard.tar import list_members, mapped
+from clipscale.data.shard.tar import list_members, passed_member
 
 DIGEST_BYTES = 16
 
@@ -62,27 +61,12 @@ class Checked:
     samples: int = 0
     usable: int = 0  # samples without any problem
     problems: list[Problem] = field(default_factory=list)
-    not_read: dict[str, int] = field(default_factory=dict)  # members that the loader passes over, by suffix
+    not_read: dict[str, int] = field(default_factory=dict)  # members that the loader passes over, by suffix or kind
     kinds: dict[str, int] = field(default_factory=dict)  # pictures by the suffix of their member
     pictures: np.ndarray = field(default_factory=lambda: np.empty((0, 4), np.int64))  # sample, bytes, width, height
     captions: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.int64))  # sample, characters
     picture_digests: np.ndarray = field(default_factory=lambda: np.empty((0, DIGEST_BYTES), np.uint8))
     caption_digests: np.ndarray = field(default_factory=lambda: np.empty((0, DIGEST_BYTES), np.uint8))
-
-
-@contextmanager
-def opened(url: str, cache: ShardCache | None) -> Iterator[bytes]:
-    """The bytes of a local shard, or of the cache's copy of a remote one."""
-    if is_local(url):
-        with mapped(url) as tar:
-            yield tar
-        return
-    file = cache.open(url)
-    try:
-        with mapped(file) as tar:
-            yield tar
-    finally:
-        os.close(file)
 
 
 def check_shard(url: str, wanted: Wanted, cache: ShardCache | None) -> Checked:
@@ -113,8 +97,8 @@ class _Check:
         self.picture_digests, self.caption_digests = [], []
 
     def run(self) -> Checked:
-        found, keys, not_read, kinds = self.found, set(), Counter(), Counter()
-        for number, (key, sample) in enumerate(group(self.listing.names)):
+        found, keys, not_read, kinds, passed = self.found, set(), Counter(), Counter(), []
+        for number, (key, sample) in enumerate(group(self.listing.names, passed)):
             found.samples += 1
             before = len(found.problems)
             first = next(iter(sample.values()))
@@ -133,6 +117,8 @@ class _Check:
                 self._problem(key, first if fault.member is None else fault.member, fault.cause, fault.detail)
             self._measure(number, picture_of(sample), sample.get(self.caption_suffix), faulty)
             found.usable += len(found.problems) == before
+        for kind in self._passed_over(passed):
+            not_read[kind] += 1
         if self.listing.cut:
             found.problems.append(Problem("", "", len(self.tar), "damaged archive", self.listing.cut))
         found.not_read, found.kinds = dict(not_read), dict(kinds)
@@ -141,6 +127,17 @@ class _Check:
         found.picture_digests = _rows(self.picture_digests)
         found.caption_digests = _rows(self.caption_digests)
         return found
+
+    def _passed_over(self, members: list[int]) -> Iterator[str]:
+        """The kinds of what belongs to no sample; each is a problem."""
+        for member in members:
+            kind = why_passed(self.listing.names[member])
+            self._problem("", member, "member that is not read", kind)
+            yield kind
+        for offset in self.listing.passed:
+            name, kind = passed_member(self.tar, offset)
+            self.found.problems.append(Problem("", name, offset, "member that is not read", kind))
+            yield kind
 
     def _problem(self, key: str, member: int, cause: str, detail: str = "") -> None:
         name, offset = self.listing.names[member], self.listing.offsets[member]

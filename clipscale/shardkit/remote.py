@@ -1,6 +1,6 @@
 """Copies of remote shards, for commands that look into shards as a run would.
 
-with opened(url, cache_for([url], cache_dir=None)) as tar: ...        # `opened`: checks.py
+with opened(url, cache_for([url], cache_dir=None)) as tar: ...        # `opened`: index_many.py
 """
 
 from __future__ import annotations

@@ -66,9 +66,9 @@ class CaptionRule:
             text = (found if isinstance(found, str) else "\n".join(found)).strip()
         else:
             pieces = [piece.strip() for piece in (found.splitlines() if isinstance(found, str) else found)]
-            pieces = [piece for piece in pieces if piece]
+            pieces = [piece for piece in pieces if not _is_blank(piece)]
             text = pieces[draw % len(pieces) if self.pick_as == "random" else 0] if pieces else ""
-        if not text:
+        if _is_blank(text):
             raise CaptionError("empty caption")
         return text
 
@@ -91,6 +91,11 @@ class CaptionRule:
         if size > MAX_CAPTION_BYTES:
             raise CaptionError("caption above 64 KiB")
         return found
+
+
+def _is_blank(text: str) -> bool:
+    """Nothing, blanks, or the zeros of a file that was never filled."""
+    return not text.replace("\0", "").strip()
 
 
 def parse_json(note: bytes) -> Any:

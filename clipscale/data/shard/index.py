@@ -8,27 +8,35 @@
 Selection happens here (select.py), so that counts are final and an epoch is a number. A sidecar lies beside its shard
 (`train-0000.tar.index`; `train-0000.tar.<rules>.index` for rules other than the usual), in `index_dir` when one is
 given, or in the cache folder for remote shards and where the shard's folder cannot be written. A shard whose size or
-time changed is indexed again; whether its bytes changed too is told.
+time changed is indexed again; whether its bytes changed too is told. Where only its inode, or the inode's time, is
+another than this host saw when it indexed, the shard is hashed: with the same bytes, its index is current.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import socket
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from clipscale.data.fetch.urls import is_local
 from clipscale.data.shard import sidecar
+from clipscale.data.shard.lost import lost_samples
 from clipscale.data.shard.select import Rules, select_samples
 from clipscale.data.shard.tar import list_members, mapped
 from clipscale.files import cache_folder, hash_file
 
-_FACTS = {"samples", "identity", "bytes", "crc32", "sha256", "refused", "not_read", "cut"}
+_FACTS = {"samples", "identity", "bytes", "crc32", "sha256", "refused", "not_read", "cut", "unread", "lost"}
+_SEEN = ("host", "ctime_ns", "inode")
 Hash = Literal["crc32", "sha256"]
+
+# By sidecar and identity, what this process saw of shards that it verified: told again where that cannot be written.
+_verified: dict[tuple[str, int], dict[str, Any]] = {}
 
 
 @dataclass(frozen=True)
@@ -44,9 +52,12 @@ class Shard:
     crc32: int = 0
     sha256: str | None = None
     refused: dict[str, int] = field(default_factory=dict)  # samples left out, by cause
-    not_read: dict[str, int] = field(default_factory=dict)  # members whose suffix is not on the allow-list, by suffix
+    not_read: dict[str, int] = field(default_factory=dict)  # members not looked at, by suffix or why in no sample
     cut: str = ""  # why the archive ends early; empty: it does not
+    unread: int = 0  # bytes behind the last member of an archive that is cut
+    lost: int = 0  # samples that it held before it was cut, where that is known
     changed: str = ""  # how its bytes differ from those indexed before; empty: they do not
+    seen: dict[str, Any] = field(default_factory=dict, compare=False)  # of a local shard's inode, and by which host
 
     @classmethod
     def declared(cls, url: str, samples: int) -> Shard:
@@ -69,10 +80,10 @@ class Index:
         Raises:
             OSError: a local shard that cannot be read.
         """
-        stamp = _stamp(url, url) if is_local(url) else {}
+        stat = os.stat(url) if is_local(url) else None
         for place in self._places(url, self._tag):
             facts = sidecar.read_facts(place)
-            if stamp.items() <= facts.items() and facts.keys() >= _FACTS and (self.hash == "crc32" or facts["sha256"]):
+            if self._fits(facts, stat) and not _is_doubtful(place, facts, stat):
                 return _shard(url, place, facts)
         return None
 
@@ -84,15 +95,24 @@ class Index:
             UserError: a uid file that cannot be used.
         """
         file = url if file is None else file
-        stamp = _stamp(url, file)
-        before = [facts for tag in (self._tag, "") for p in self._places(url, tag) if (facts := sidecar.read_facts(p))]
-        hashes = self._hashes(file, stamp, before)
+        stat = os.stat(file)
+        same_rules, other_rules = self._before(url, self._tag), self._before(url, "")
+        before = [facts for _, facts in same_rules + other_rules]
+        hashes = self._hashes(url, file, stat, same_rules + other_rules)
+        if is_local(url) and (verified := self._verified(url, stat, hashes)):
+            return verified
         with mapped(file) as tar:
             listing = list_members(tar)
             chosen = select_samples(tar, listing, self.rules)
-        if _stamp(url, file) != stamp:
+        stamp = _stamp(url, stat)
+        if _stamp(url, os.stat(file)) != stamp:
             raise OSError("it was written to while it was indexed")
         facts = stamp | hashes | {"refused": chosen.refused, "not_read": chosen.not_read, "cut": listing.cut}
+        facts |= {"unread": 0, "lost": 0} | (_seen(stat) if is_local(url) else {})
+        if listing.cut:
+            found = len(chosen.keys) + sum(chosen.refused.values())
+            lost = lost_samples(url if is_local(url) else None, found, [facts for _, facts in same_rules])
+            facts |= {"unread": max(0, stat.st_size - listing.end), "lost": lost}
         places = self._places(url, self._tag)
         for place in places:
             try:
@@ -102,14 +122,43 @@ class Index:
                 cause = error
         raise OSError(f"cannot write the index to any of {[str(place) for place in places]} ({cause})") from cause
 
+    def _fits(self, facts: dict[str, Any], stat: os.stat_result | None) -> bool:
+        """Whether these facts of a sidecar are all there, and of a shard of this size and time."""
+        if not facts.keys() >= _FACTS or (self.hash == "sha256" and not facts["sha256"]):
+            return False
+        return stat is None or (facts["bytes"], facts.get("mtime_ns")) == (stat.st_size, stat.st_mtime_ns)
+
+    def _verified(self, url: str, stat: os.stat_result, hashes: dict[str, Any]) -> Shard | None:
+        """The shard as its sidecar has it, where that was in doubt and the bytes are the same after all."""
+        places = self._places(url, self._tag)
+        for place in places:
+            facts = sidecar.read_facts(place)
+            if not self._fits(facts, stat) or not _is_doubtful(place, facts, stat) or facts["crc32"] != hashes["crc32"]:
+                continue
+            facts |= _seen(stat)
+            for target in places:
+                with suppress(OSError):
+                    sidecar.rewrite(place, target, facts)
+                    return _shard(url, target, facts)
+            return _shard(url, place, facts)
+        return None
+
+    def _before(self, url: str, tag: str) -> list[tuple[Path, dict[str, Any]]]:
+        """What the shard's sidecars of these rules said until now, and where they lie."""
+        found = [(place, sidecar.read_facts(place, before=True)) for place in self._places(url, tag)]
+        return [(place, facts) for place, facts in found if facts]
+
     @cached_property
     def _tag(self) -> str:
         return ".".join(filter(None, [self.rules.tag, "declared" if self.lazily else ""]))
 
-    def _hashes(self, file: str | int, stamp: dict[str, int], before: list[dict[str, Any]]) -> dict[str, Any]:
+    def _hashes(
+        self, url: str, file: str | int, stat: os.stat_result, before: list[tuple[Path, dict[str, Any]]]
+    ) -> dict[str, Any]:
         """From a sidecar of the same bytes where there is one, so that other rules do not read it again."""
-        for facts in before:
-            if "mtime_ns" in stamp and stamp.items() <= facts.items() and (self.hash == "crc32" or facts["sha256"]):
+        for place, facts in before if is_local(url) else ():
+            same = _stamp(url, stat).items() <= facts.items() and not _is_doubtful(place, facts, stat)
+            if same and (self.hash == "crc32" or facts["sha256"]):
                 return {"crc32": facts["crc32"], "sha256": facts["sha256"]}
         found = hash_file(file, crc32=True, sha256=self.hash == "sha256")
         return {"crc32": found["crc32"], "sha256": found["sha256"]}
@@ -130,10 +179,33 @@ def basename(url: str) -> str:
     return os.path.basename(url if is_local(url) else urlsplit(url).path) or "shard"
 
 
-def _stamp(url: str, file: str | int) -> dict[str, int]:
+def remember(shard: Shard) -> None:
+    """That this shard was verified, here or in a process of ours: not again for a sidecar that cannot be written."""
+    _verified[shard.sidecar, shard.identity] = shard.seen
+
+
+def _stamp(url: str, stat: os.stat_result) -> dict[str, int]:
     """By what a change of the shard is noticed without reading it; the time of a remote shard's copy says nothing."""
-    stat = os.stat(file)
     return {"bytes": stat.st_size} | ({"mtime_ns": stat.st_mtime_ns} if is_local(url) else {})
+
+
+def _seen(stat: os.stat_result) -> dict[str, Any]:
+    """Changes also where a file is rewritten with its size and time, and at times where it is not. Other hosts may see
+    other numbers of the same file."""
+    return {"host": _host(), "ctime_ns": stat.st_ctime_ns, "inode": stat.st_ino}
+
+
+@cache
+def _host() -> str:
+    return socket.gethostname()
+
+
+def _is_doubtful(place: Path, facts: dict[str, Any], stat: os.stat_result | None) -> bool:
+    """Whether this host saw another inode when it wrote the sidecar: the bytes may have changed."""
+    if stat is None or facts.get("host") != _host():
+        return False
+    now = _seen(stat)
+    return not now.items() <= facts.items() and _verified.get((str(place), facts["identity"])) != now
 
 
 def _change(before: list[dict[str, Any]], now: dict[str, Any]) -> str:
@@ -146,4 +218,5 @@ def _change(before: list[dict[str, Any]], now: dict[str, Any]) -> str:
 
 def _shard(url: str, place: Path, facts: dict[str, Any], changed: str = "") -> Shard:
     known = {name: facts[name] for name in _FACTS}
-    return Shard(url, str(place), mtime_ns=facts.get("mtime_ns"), changed=changed, **known)
+    seen = {name: facts[name] for name in _SEEN if name in facts}
+    return Shard(url, str(place), mtime_ns=facts.get("mtime_ns"), changed=changed, seen=seen, **known)

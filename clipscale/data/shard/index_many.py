@@ -4,21 +4,28 @@
 
 A process fetches a remote shard itself, and indexes it. One that is killed is an error at once; a shard that cannot be
 read is told when all others are indexed.
+
+    write_refused("refused.jsonl", urls, Index(), cache)        # which samples were left out, and why
 """
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from functools import partial
+from typing import Any
 
 from clipscale.data.fetch.cache import ShardCache
 from clipscale.data.fetch.urls import is_local, masked
-from clipscale.data.shard.index import Index, Shard
+from clipscale.data.shard.index import Index, Shard, remember
 from clipscale.data.shard.judge import looks_into_pictures
+from clipscale.data.shard.select import refused_samples
+from clipscale.data.shard.tar import list_members, mapped
 from clipscale.errors import UserError
+from clipscale.files import whole_file
 from clipscale.pool import WorkerDied, cores, map_in_processes
 
 Track = Callable[[Iterable[str], str], Iterable[str]]
@@ -54,6 +61,9 @@ def index_shards(
                     f"shard {masked(died.item)!r}: the process that indexed it" if died.item else "an indexing process"
                 )
                 raise UserError(f"{what} {died.how}; if memory is short, set fewer data.index_jobs (--jobs)") from died
+        for url in missing:
+            if isinstance(found[url], Shard):
+                remember(found[url])
     unreadable = [url for url in urls if isinstance(found[url], str)]
     if unreadable:
         more = f" (and {len(unreadable) - 1} more of {len(urls)} shards)" if len(unreadable) > 1 else ""
@@ -83,6 +93,51 @@ def _build(url: str, index: Index, cache: ShardCache | None) -> Shard | str:
             os.close(file)
     except OSError as error:
         return str(error)
+
+
+def write_refused(
+    path: str, urls: list[str], index: Index, cache: ShardCache | None, *, jobs: int | None = None
+) -> int:
+    """Name every sample of the shards that the index left out: a line of JSON each, with its shard, key, member (the
+    faulty one, or the sample's first where one is missing), offset, cause and detail. Gives back how many there are.
+
+    Raises:
+        OSError: the file cannot be written, or a shard not read.
+        UserError: a worker that died.
+    """
+    jobs = 1 if _is_little(urls, index) else min(jobs or cores(), len(urls))
+    count = 0
+    with whole_file(path) as file, closing(map_in_processes(_refused, urls, jobs, index, cache)) as found:
+        for rows in found:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+            count += len(rows)
+    return count
+
+
+def _refused(url: str, index: Index, cache: ShardCache | None) -> list[dict[str, Any]]:
+    rows = []
+    with opened(url, cache) as tar:
+        listing = list_members(tar)
+        for key, first, fault in refused_samples(tar, listing, index.rules):
+            member = first if fault.member is None else fault.member
+            place = {"member": listing.names[member], "offset": listing.offsets[member]}
+            rows.append({"shard": masked(url), "key": key, **place, "cause": fault.cause, "detail": fault.detail})
+    return rows
+
+
+@contextmanager
+def opened(url: str, cache: ShardCache | None) -> Iterator[bytes]:
+    """The bytes of a local shard, or of the cache's copy of a remote one."""
+    if is_local(url):
+        with mapped(url) as tar:
+            yield tar
+        return
+    file = cache.open(url)
+    try:
+        with mapped(file) as tar:
+            yield tar
+    finally:
+        os.close(file)
 
 
 def _is_little(urls: list[str], index: Index) -> bool:

@@ -10,17 +10,39 @@ label.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 from clipscale.config_data import Select
 from clipscale.data.bad import BadSample
 from clipscale.data.shard.captions import MAX_JSON_BYTES, CaptionError, CaptionRule, look_up, parse_json
+from clipscale.data.shard.group import lying_apart
 from clipscale.data.shard.labels import MAX_LABEL_BYTES, TOO_LARGE, LabelError, label_of
 from clipscale.data.shard.tar import Listing
 from clipscale.data.shard.uids import UidList
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+OTHER_PICTURE_SUFFIXES = (
+    "gif",
+    "bmp",
+    "tif",
+    "tiff",
+    "avif",
+    "heic",
+    "heif",
+    "jp2",
+    "jxl",
+    "jpe",
+    "jfif",
+    "ppm",
+    "svg",
+)
 MAX_PICTURE_BYTES = 1 << 26
+APART = "members lie apart"
+# What `select` and a uid list leave out as they are asked to; every other cause is a fault of the sample.
+ON_PURPOSE = frozenset(
+    ("no uid", "uid not in the list", "no score", "score out of bounds", "picture too small", "picture too long")
+)
 
 
 class Fault(NamedTuple):
@@ -82,20 +104,34 @@ class Judge:
         found = [check(self, key, sample) for check in self._checks]
         return [fault for fault in found if fault is not None]
 
-    def _picture(self, _: str, sample: dict[str, int]) -> Fault | None:
+    @cached_property
+    def _apart(self) -> dict[str, list[set[str]]]:  # looked for where something is missing only
+        return lying_apart(self._listing.names)
+
+    def _lies_elsewhere(self, key: str, sample: dict[str, int], *suffixes: str) -> bool:
+        """Whether one of these members is with another part of the sample, in another place of the tar."""
+        return any(not part.isdisjoint(suffixes) and part.isdisjoint(sample) for part in self._apart.get(key, ()))
+
+    def _picture(self, key: str, sample: dict[str, int]) -> Fault | None:
         member = picture_of(sample)
         if member is None:
-            return Fault(None, "no picture")
+            if self._lies_elsewhere(key, sample, *IMAGE_SUFFIXES):
+                return Fault(None, APART)
+            other = next((suffix for suffix in OTHER_PICTURE_SUFFIXES if suffix in sample), None)
+            return Fault(None, "no picture") if other is None else Fault(sample[other], "picture of another format")
         if self._sizes[member] > MAX_PICTURE_BYTES:
             return Fault(member, "picture above 64 MiB", f"{self._sizes[member]} bytes")
         return None
 
-    def _caption(self, _: str, sample: dict[str, int]) -> Fault | None:
+    def _caption(self, key: str, sample: dict[str, int]) -> Fault | None:
         member = sample.get(self._caption_suffix)
         if member is None:
-            if self._need == "pairs":
-                return Fault(None, "no caption")
-            return None if "cls" in sample else Fault(None, "neither caption nor label")
+            label_will_do = self._need != "pairs"
+            if label_will_do and "cls" in sample:
+                return None
+            if self._lies_elsewhere(key, sample, self._caption_suffix, *(("cls",) if label_will_do else ())):
+                return Fault(None, APART)
+            return Fault(None, "neither caption nor label" if label_will_do else "no caption")
         if self._sizes[member] > self._max_caption_bytes:
             return Fault(member, self._caption_rule.too_large)
         try:
@@ -104,10 +140,12 @@ class Judge:
             return Fault(member, str(error))
         return None
 
-    def _label(self, _: str, sample: dict[str, int]) -> Fault | None:
+    def _label(self, key: str, sample: dict[str, int]) -> Fault | None:
         member = sample.get("cls")
         if member is None:
-            return Fault(None, "no label") if self._need == "labelled" else None
+            if self._need != "labelled":
+                return None
+            return Fault(None, APART if self._lies_elsewhere(key, sample, "cls") else "no label")
         if self._sizes[member] > MAX_LABEL_BYTES:
             return Fault(member, TOO_LARGE, f"{self._sizes[member]} bytes")
         note = self._listing.data(self._tar, member)

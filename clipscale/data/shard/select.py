@@ -3,11 +3,11 @@
     rules = Rules.of(source, data, need="pairs")            # from the settings of a source
     chosen = select_samples(tar, list_members(tar), rules)
     chosen.keys[0], chosen.spans[0]                         # '000000', [512, 40123, 41472, 31]: picture and caption
-    chosen.refused, chosen.not_read                         # {'no caption': 2}, {'.pyd': 3}
+    chosen.refused, chosen.not_read                         # {'no caption': 2}, {'.pyd': 3, 'hidden file': 1}
 
 A sample is the run of members that share a key (everything up to the basename's first dot), as webdataset groups them.
-It is used where the judge (judge.py) finds no fault; of the others the first fault is counted. Keys are text and never
-paths.
+It is used where the judge (judge.py) finds no fault; of the others the first fault is counted (`refused_samples` tells
+which they are). Keys are text and never paths.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,12 +24,12 @@ import numpy as np
 
 from clipscale.config_data import Data, Select, SourceSettings
 from clipscale.data.shard.captions import CaptionRule
-from clipscale.data.shard.judge import Judge, picture_of
-from clipscale.data.shard.tar import Listing
+from clipscale.data.shard.group import group, why_passed
+from clipscale.data.shard.judge import Fault, Judge, picture_of
+from clipscale.data.shard.tar import Listing, passed_member
 from clipscale.data.shard.uids import UidList
 
 _MAX_SUFFIXES_TOLD = 20
-_META = re.compile(r"__[^/]*__($|/)")  # webdataset's `skip_meta`
 Need = Literal["pairs", "labelled"]
 
 
@@ -75,21 +74,21 @@ class Chosen(NamedTuple):
     keys: list[str]
     spans: np.ndarray  # int64 [n, 4]: offset and size of the picture, offset and size of the note; bytes
     refused: dict[str, int]  # samples left out, by the first cause
-    not_read: dict[str, int]  # members whose suffix is not on the allow-list, by suffix
+    not_read: dict[str, int]  # members that nothing looks at, by suffix, or why they are in no sample
 
 
 def select_samples(tar: bytes, listing: Listing, rules: Rules) -> Chosen:
     """Raises UserError for a uid file that cannot be used."""
-    caption = CaptionRule.of(rules.caption)
-    judge = Judge(tar, listing, need=rules.need, caption=caption, select=rules.select, max_pixels=rules.max_pixels)
-    note_suffix = caption.suffix if rules.need == "pairs" else "cls"
+    judge = _judge(tar, listing, rules)
+    note_suffix = CaptionRule.of(rules.caption).suffix if rules.need == "pairs" else "cls"
     allowed = judge.allowed
     refused: Counter[str] = Counter()
-    not_read: Counter[str] = Counter()
+    not_read: Counter[str] = Counter(passed_member(tar, offset)[1] for offset in listing.passed)
+    passed: list[int] = []
     keys, pictures, notes = [], [], []
-    for key, sample in group(listing.names):
+    for key, sample in group(listing.names, passed):
         if not allowed.issuperset(sample):
-            not_read.update(suffix for suffix in sample if suffix not in allowed)
+            not_read.update(f".{suffix[:40]}" for suffix in sample if suffix not in allowed)
         fault = judge.first_fault(key, sample)
         if fault is not None:
             refused[fault.cause] += 1
@@ -97,36 +96,33 @@ def select_samples(tar: bytes, listing: Listing, rules: Rules) -> Chosen:
         keys.append(key)
         pictures.append(picture_of(sample))
         notes.append(sample[note_suffix])
+    not_read.update(why_passed(listing.names[number]) for number in passed)
     offsets, sizes = np.array(listing.offsets, np.int64), np.array(listing.sizes, np.int64)
     columns = [column[rows] for rows in (pictures, notes) for column in (offsets, sizes)] if keys else []
     spans = np.stack(columns, axis=1) if keys else np.empty((0, 4), np.int64)
     return Chosen(keys, spans, dict(refused), _told(not_read))
 
 
-def group(names: list[str]) -> Iterator[tuple[str, dict[str, int]]]:
-    """Runs of members that share a key, as suffix -> number of the member; webdataset's `group_by_keys`.
+def refused_samples(tar: bytes, listing: Listing, rules: Rules) -> Iterator[tuple[str, int, Fault]]:
+    """Key, first member and first fault of each sample that `select_samples` leaves out, in the shard's order.
 
-    Where webdataset raises, at a suffix that the sample has already, a sample of the same key begins.
+    Raises:
+        UserError: a uid file that cannot be used.
     """
-    current, sample = None, {}
-    for number, name in enumerate(names):
-        base = name[name.rfind("/") + 1 :]
-        stem, dot, suffix = base.partition(".")
-        if not dot or not stem or (name[0] == "_" and _META.match(name)):
-            continue
-        key = name[: len(name) - len(suffix) - 1]
-        suffix = suffix.lower()
-        if key != current or suffix in sample:
-            if sample:
-                yield current, sample
-            current, sample = key, {}
-        sample[suffix] = number
-    if sample:
-        yield current, sample
+    judge = _judge(tar, listing, rules)
+    for key, sample in group(listing.names):
+        fault = judge.first_fault(key, sample)
+        if fault is not None:
+            yield key, next(iter(sample.values())), fault
+
+
+def _judge(tar: bytes, listing: Listing, rules: Rules) -> Judge:
+    caption = CaptionRule.of(rules.caption)
+    return Judge(tar, listing, need=rules.need, caption=caption, select=rules.select, max_pixels=rules.max_pixels)
 
 
 def _told(not_read: Counter[str]) -> dict[str, int]:
-    """By suffix, as '.pyd'; only so many of them, for a hostile shard can have a suffix for each member."""
-    told = {f".{suffix[:40]}": count for suffix, count in not_read.most_common(_MAX_SUFFIXES_TOLD)}
+    """Only so many kinds of them, for a hostile shard can have a suffix for each member."""
+    told = dict(not_read.most_common(_MAX_SUFFIXES_TOLD))
     rest = not_read.total() - sum(told.values())
     return told | {"other suffixes": rest} if rest else told

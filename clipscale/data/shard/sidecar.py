@@ -29,7 +29,8 @@ import numpy as np
 
 from clipscale.files import whole_file
 
-_MAGIC = b"CSINDEX3"  # the last byte is the version of this format and of what selection means
+_MAGIC = b"CSINDEX4"  # the last byte is the version of this format and of what selection means
+_BEFORE = (b"CSINDEX3",)  # what they say of a shard's bytes still holds
 _PREAMBLE = struct.Struct("<8sIIQQ")
 _RECORD = struct.Struct("<QIQIQII")
 _COVERED = struct.Struct("<QQIQIQI")  # the sample's number, and its record up to the CRC
@@ -95,13 +96,31 @@ def write(place: Path, facts: dict[str, Any], spans: np.ndarray, keys: list[str]
     body = (bytes(records), b"".join(encoded))
     identity = identity_of(facts["bytes"], facts["crc32"], len(keys), zlib.crc32(body[1], zlib.crc32(body[0])))
     facts = facts | {"samples": len(keys), "identity": identity}
+    _put(place, facts, *body)
+    return facts
+
+
+def rewrite(place: Path, target: Path, facts: dict[str, Any]) -> None:
+    """Write the records of the sidecar at `place` to `target`, with these facts of them.
+
+    Raises:
+        OSError: one cannot be read, the other not written, or the facts are of other records.
+    """
+    with open(place, "rb") as file:
+        Records.of(file.fileno(), facts["identity"])
+        size = _PREAMBLE.unpack(file.read(_PREAMBLE.size))[1]
+        file.seek(_PREAMBLE.size + size)
+        body = file.read()
+    _put(target, facts, body)
+
+
+def _put(place: Path, facts: dict[str, Any], *body: bytes) -> None:
     header = json.dumps(facts).encode()
     assert len(header) <= _MAX_FACTS_BYTES
-    preamble = _PREAMBLE.pack(_MAGIC, len(header), zlib.crc32(header), identity, len(keys))
+    preamble = _PREAMBLE.pack(_MAGIC, len(header), zlib.crc32(header), facts["identity"], facts["samples"])
     place.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(place, "wb", sync=False) as file:  # can be built again
         file.write(b"".join((preamble, header, *body)))
-    return facts
 
 
 def identity_of(*facts: int | str) -> int:
@@ -109,13 +128,13 @@ def identity_of(*facts: int | str) -> int:
     return int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:8], "little")
 
 
-def read_facts(place: Path) -> dict[str, Any]:
-    """Empty where there is no whole sidecar of this version: it is built again."""
+def read_facts(place: Path, *, before: bool = False) -> dict[str, Any]:
+    """Empty where there is no whole sidecar of this version (`before`: or of one before): it is built again."""
     try:
         with open(place, "rb") as file:
             magic, size, crc32, identity, samples = _PREAMBLE.unpack(file.read(_PREAMBLE.size))
             header = file.read(min(size, _MAX_FACTS_BYTES))
-            if magic != _MAGIC or zlib.crc32(header) != crc32:
+            if magic not in (_MAGIC, *(_BEFORE if before else ())) or zlib.crc32(header) != crc32:
                 return {}
             facts = json.loads(header)
             shortest = _PREAMBLE.size + size + _RECORD.size * samples

@@ -6,8 +6,9 @@
         listing.cut               # '' or why the archive ends early: 'cut short at byte 81920, inside 000007.jpg'
 
 ustar, GNU long names ('L') and pax paths ('x') are read; directories, links and devices are passed over, as webdataset
-does. A bad header ends the listing, for what follows it cannot be trusted; so does a sparse member (a 1.5 KB archive
-could claim 3 GiB). Bytes after the end marker are reported: two archives in one file, or a hole full of zeros.
+does, and the last two noted. A bad header ends the listing, for what follows it cannot be trusted; so does a sparse
+member (a 1.5 KB archive could claim 3 GiB). Bytes after the end marker are reported: two archives in one file, or a
+hole full of zeros. So are zeros beyond a writer's padding (tar_end.py): a file laid out in full and never filled.
 Format: POSIX.1-1988 ustar and pax (https://pubs.opengroup.org/onlinepubs/9699919799/utilities/pax.html).
 
 Two passes, for speed: the first follows the sizes from header to header, the second checks the sums of all headers and
@@ -25,10 +26,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from clipscale.data.shard.tar_end import why_no_end, zeros_until
+
 _BLOCK = 512
 _AT_ONCE = 4096  # headers checked together: 2 MiB of them
 _MAX_METADATA_BYTES = 1 << 16
-_MAX_PADDING_BYTES = 1 << 20  # zeros after the end marker; GNU tar pads to 10 KiB, and to 1 MiB where it is asked to
+_ZEROS_AT_END = 16  # as many at the end of a member, before a hole: the hole begins inside it
 _FILES = b"0\x007"  # kinds of a regular file
 _SIZED = b"0\x007xL"  # kinds of header whose size field is taken before their sum is checked
 _ONLY_TIME = re.compile(rb"(\d+) mtime=\d+(?:\.\d+)?\n")  # the pax header that Python's tarfile writes most
@@ -47,11 +50,17 @@ class Listing:
     names: list[str] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)  # of the first data byte
     sizes: list[int] = field(default_factory=list)  # bytes
+    passed: list[int] = field(default_factory=list)  # where links and devices would have their first data byte
     cut: str = ""  # empty: the end-of-archive marker was there
 
     @property
     def members(self) -> list[Member]:
         return [Member(*facts) for facts in zip(self.names, self.offsets, self.sizes, strict=True)]
+
+    @property
+    def end(self) -> int:
+        """Where the last member's blocks end: what lies behind it in an archive that is cut was not read."""
+        return -(-(self.offsets[-1] + self.sizes[-1]) // _BLOCK) * _BLOCK if self.offsets else 0
 
     def data(self, tar: bytes | mmap.mmap, member: int) -> bytes:
         """What the member of this number holds. `tar`: the archive that was listed."""
@@ -85,6 +94,7 @@ def list_members(tar: bytes | mmap.mmap) -> Listing:
         listing.cut = f"bad tar header at byte {bad}: checksum does not match"
         whole = int(np.searchsorted(listing.offsets, bad + _BLOCK))
         del listing.offsets[whole:], listing.sizes[whole:]
+        del listing.passed[int(np.searchsorted(listing.passed, bad + _BLOCK)) :]
     for start in range(0, len(listing.offsets), _AT_ONCE):
         listing.names += _names(tar, listing.offsets[start : start + _AT_ONCE])
     for number, name in long_names.items():
@@ -115,7 +125,7 @@ def _follow(tar: bytes | mmap.mmap, heads: list[int], listing: Listing, long_nam
         if size < 0:
             header = tar[position:start]
             if header == bytes(_BLOCK):
-                _check_padding(tar, position)
+                _check_end(tar, position, heads, listing, long_names)
                 return
             size = _header_size(header, position)
         heads.append(position)
@@ -143,16 +153,37 @@ def _follow(tar: bytes | mmap.mmap, heads: list[int], listing: Listing, long_nam
         else:
             if kind in b"123456":  # links, devices, folders: no data, whatever the size field says
                 size = 0
+                if kind != b"5":
+                    listing.passed.append(start)
             elif start + size > end:
                 raise _Damaged(f"cut short at byte {end}, inside {long_name or _header_name(tar[position:start])}")
             long_name = pax_size = None
         position = start + (size + _BLOCK - 1) // _BLOCK * _BLOCK
 
 
-def _check_padding(tar: bytes | mmap.mmap, position: int) -> None:
-    padding = tar[position : position + _MAX_PADDING_BYTES + 1]
-    if len(padding) > _MAX_PADDING_BYTES or padding.strip(b"\0"):
+def _check_end(
+    tar: bytes | mmap.mmap, position: int, heads: list[int], listing: Listing, long_names: dict[int, str]
+) -> None:
+    """Nothing but padding lies behind the block of zeros at `position`.
+
+    Where zeros were never filled, a last member that ends in zeros is no longer whole: it is dropped.
+    """
+    end = zeros_until(tar, position)
+    if end < len(tar):
         raise _Damaged(f"{len(tar) - position} bytes follow the end-of-archive marker at byte {position}")
+    last = heads[-1] if heads else None
+    header = b"" if last is None else tar[last : last + _BLOCK]
+    why = why_no_end(position, end, header)
+    if not why:
+        return
+    inside, member = "", len(listing.offsets) - 1
+    if member >= 0 and listing.offsets[-1] - _BLOCK == last:
+        data = listing.data(tar, member)
+        if data and not data[-_ZEROS_AT_END:].strip(b"\0"):
+            inside = f", inside {long_names.pop(member, '') or _header_name(header)}"
+            position = listing.offsets.pop() + len(data.rstrip(b"\0"))
+            listing.sizes.pop()
+    raise _Damaged(f"cut short at byte {position}{inside}: {end - position} bytes follow, all zeros: {why}")
 
 
 def _first_bad_sum(tar: bytes | mmap.mmap, heads: list[int]) -> int | None:
@@ -173,6 +204,12 @@ def _first_bad_sum(tar: bytes | mmap.mmap, heads: list[int]) -> int | None:
             if _stored_sum(headers[i].tobytes()) != total[i]:
                 return places[i]
     return None
+
+
+def passed_member(tar: bytes | mmap.mmap, offset: int) -> tuple[str, str]:
+    """The name, as far as the header itself has it, and the kind of a member of `Listing.passed`."""
+    header = tar[offset - _BLOCK : offset]
+    return _header_name(header), "link" if header[156:157] in b"12" else "device"
 
 
 def _names(tar: bytes | mmap.mmap, offsets: list[int]) -> list[str]:
