@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 GROUND = {
-    *("__init__", "errors", "counter", "tell", "files", "progress", "pool", "dist", "runlog"),
+    *("__init__", "errors", "counter", "tell", "files", "words", "progress", "pool", "dist", "runlog"),
     *("config_data", "config", "config_load", "config_help", "recipes"),
 }
 STAGES = {"data", "towers", "loss"}
