@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from clipscale.errors import SharedError, UserError, require
+from clipscale.errors import SharedError, reason, require
 
 _TIMEOUT_SECONDS = 1800
 
@@ -88,7 +88,7 @@ class World:
             try:
                 result = work()
             except Exception as error:  # the others are waiting: whatever it is, they must hear of it
-                problem, cause = str(error) if isinstance(error, UserError) else repr(error), error
+                problem, cause = reason(error), error
         problems = [line for line in self.gather(problem) if line]
         if problems:
             raise SharedError(problems[0]) from cause

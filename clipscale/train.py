@@ -33,7 +33,7 @@ from clipscale.counter import fold
 from clipscale.data.load.loader import StepBatch
 from clipscale.data.load.replay import Held
 from clipscale.dist import World, start_world
-from clipscale.errors import SharedError, UserError, require
+from clipscale.errors import SharedError, UserError, reason, require
 from clipscale.eval.suite import EvalSuite
 from clipscale.feed import Feed, Skips, prepare_files
 from clipscale.files import write_file
@@ -269,11 +269,11 @@ class Trainer:
         resume, run_dir = self.config.resume, self.config.run.dir
         try:
             Path(run_dir).mkdir(parents=True, exist_ok=True)
+            self._resources.enter_context(lock_run(run_dir))
         except OSError as error:
             raise UserError(
-                f"run.dir={run_dir!r} cannot be made: {error}; choose a folder that can be written"
+                f"run.dir={run_dir!r} cannot be written: {reason(error)}; choose a folder of your own"
             ) from error
-        self._resources.enter_context(lock_run(run_dir))
         found = newest_checkpoint(run_dir)
         require(
             resume != "fresh" or found is None,

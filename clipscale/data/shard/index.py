@@ -25,6 +25,7 @@ from clipscale.data.fetch.urls import is_local
 from clipscale.data.shard import sidecar
 from clipscale.data.shard.select import Rules, select_samples
 from clipscale.data.shard.tar import list_members, mapped
+from clipscale.errors import UserError, reason
 from clipscale.files import cache_folder, hash_file
 
 _FACTS = {"samples", "identity", "bytes", "crc32", "sha256", "refused", "not_read", "cut"}
@@ -100,7 +101,10 @@ class Index:
                 return _shard(url, place, facts, _change(before, facts))
             except OSError as error:
                 cause = error
-        raise OSError(f"cannot write the index to any of {[str(place) for place in places]} ({cause})") from cause
+        raise OSError(
+            f"cannot write the index to any of {[str(place) for place in places]} ({reason(cause)}); let "
+            "data.index_dir name a folder that can be written"
+        ) from cause
 
     @cached_property
     def _tag(self) -> str:
@@ -120,8 +124,13 @@ class Index:
         tagged = f"{hashlib.sha1(where.encode()).hexdigest()[:16]}-{name[-200:]}"
         if self.index_dir is not None:
             return [Path(self.index_dir) / tagged]
-        in_cache = cache_folder(self.cache_dir) / "index" / tagged
-        return [Path(url).with_name(name), in_cache] if is_local(url) else [in_cache]
+        places = [Path(url).with_name(name)] if is_local(url) else []
+        try:
+            places.append(cache_folder(self.cache_dir) / "index" / tagged)
+        except UserError:  # no home folder: an index beside its shard needs none
+            if not places:
+                raise
+        return places
 
 
 def basename(url: str) -> str:

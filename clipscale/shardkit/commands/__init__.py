@@ -16,7 +16,7 @@ import argparse
 import sys
 from types import ModuleType
 
-from clipscale.errors import UserError
+from clipscale.errors import UserError, reason
 from clipscale.shardkit.commands import check, imagenet, inspect, make
 from clipscale.tell import listening
 
@@ -45,7 +45,7 @@ def run_script(command: ModuleType, script: str, words: list[str] | None = None)
         with listening(lambda line, _: print(f"{script}: {line}", file=sys.stderr)):
             return command.run(arguments)
     except (UserError, OSError) as error:
-        print(f"{script}: error: {error}", file=sys.stderr)
+        print(f"{script}: error: {reason(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{script}: interrupted, {command.LEFT}", file=sys.stderr)
