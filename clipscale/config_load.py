@@ -24,6 +24,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 
 from clipscale.config import Config, flat
 from clipscale.errors import UserError, require
+from clipscale.open_clip_flags import explain
 from clipscale.recipes import find_config
 
 
@@ -135,10 +136,12 @@ def _one_line(error: Exception) -> str:
 
 
 def _unknown_key(error: ConfigKeyError) -> str:
-    """The nearest key beside it, else the same name elsewhere."""
+    """The nearest key beside it, else the same name elsewhere; and what a flag of open_clip's is here."""
     path, key = error.full_key, str(error.key)
     beside = [item.name for item in dataclasses.fields(error.object_type)]
     elsewhere = [known for known in flat(dataclasses.asdict(Config())) if known.endswith(f".{key}")]
     near = [path.removesuffix(key) + name for name in difflib.get_close_matches(key, beside, n=1)] or elsewhere
     hint = f"did you mean {' or '.join(near)}?" if near else f"known here: {', '.join(beside)}"
+    if path.count(".") < 2 and (theirs := explain(key)):
+        hint = f"{hint} {theirs}" if near else theirs
     return f"{path}: unknown key; {hint}"

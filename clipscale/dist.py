@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from clipscale.errors import SharedError, UserError, require
+from clipscale.errors import SharedError, reason, require
 
 _TIMEOUT_SECONDS = 1800
 
@@ -51,6 +51,21 @@ class World:
         dist.all_gather_object(items, item, group=self.control)
         return items
 
+    def collect(self, values_N: torch.Tensor) -> torch.Tensor | None:
+        """Every rank's values on rank 0, one rank's after another's; None on the others. Collective.
+
+        Args:
+            values_N: [N] on the CPU, of one type; ranks may hold different numbers of them.
+        """
+        if self.size == 1:
+            return values_N
+        lengths = self.gather(len(values_N))
+        padded = values_N.new_zeros(max(lengths))
+        padded[: len(values_N)] = values_N
+        parts = [torch.empty_like(padded) for _ in lengths] if self.is_main else None
+        dist.gather(padded, parts, dst=0, group=self.control)
+        return torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)]) if self.is_main else None
+
     def broadcast(self, item: Any) -> Any:
         """Rank 0's item on every rank; collective."""
         if self.size == 1:
@@ -73,7 +88,7 @@ class World:
             try:
                 result = work()
             except Exception as error:  # the others are waiting: whatever it is, they must hear of it
-                problem, cause = str(error) if isinstance(error, UserError) else repr(error), error
+                problem, cause = reason(error), error
         problems = [line for line in self.gather(problem) if line]
         if problems:
             raise SharedError(problems[0]) from cause

@@ -15,19 +15,17 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from clipscale.config import Config
 from clipscale.config_data import AugmentSettings, Replay, SourceSettings
 from clipscale.data.load.loader import Loader, Setup, StepBatch
 from clipscale.data.load.replay_plan import Plan, budgets, build_tier, choose_tier, tightest
 from clipscale.data.load.shape import StepShape
+from clipscale.data.order.repeats import count_repeats
 from clipscale.data.pipeline import Share, build_pipeline
 from clipscale.data.pixels.augment import Augment
 from clipscale.data.shapes.make import make_shapes
 from clipscale.data.source import open_source
-from clipscale.data.tokenize import build_tokenizer
+from clipscale.data.tokenize import build_tokenizer, caption_hashes
 from clipscale.dist import World
 from clipscale.errors import SharedError
 from clipscale.files import append_rows, keep_rows
@@ -118,14 +116,12 @@ class Feed:
 
         A caption that occurs twice makes its pairs each other's false negatives. Compared by a hash of its tokens.
         """
-        hashes = caption_hashes(batch.tokens[batch.valid])
-        everyone = self.world.gather(hashes)
-        if not self.world.is_main:  # only the main rank's row is written
+        hashes = self.world.collect(caption_hashes(batch.tokens[batch.valid]))
+        if hashes is None:  # only the main rank's row is written
             return {}
-        hashes = np.concatenate(everyone)
         return {
             "repeated_pairs": self.pipeline.repeats(batch.position, self.global_batch),
-            "repeated_captions": len(hashes) - len(np.unique(hashes)),
+            "repeated_captions": count_repeats(hashes.numpy()),
         }
 
     def close(self) -> None:
@@ -143,12 +139,6 @@ def plan_replay(replay: Replay, shape: StepShape, world: World) -> Plan:
     everywhere = world.gather((socket.gethostname(), budgets(replay, world.device)))
     local_ranks = max(Counter(host for host, _ in everywhere).values())
     return choose_tier(replay, shape, tightest([budget for _, budget in everywhere]), local_ranks=local_ranks)
-
-
-def caption_hashes(tokens_NL: torch.Tensor) -> np.ndarray:
-    """int64 [N]: the same for the same tokens. A dot product with odd 64-bit constants, modulo 2^64."""
-    weights = np.random.default_rng(0).integers(0, 2**63, tokens_NL.shape[1], np.int64) * 2 + 1
-    return (tokens_NL * torch.from_numpy(weights)).sum(1).numpy()
 
 
 def _require_equal(identities: list[dict[str, Any]]) -> None:

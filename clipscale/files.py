@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from clipscale.errors import UserError
+
 _READ_BYTES = 1 << 20
 _Path = str | os.PathLike
 
@@ -119,7 +121,17 @@ def why_unreadable(path: str, error: Exception) -> str:
 
 
 def cache_folder(cache_dir: str | None) -> Path:
-    """`cache_dir` (a setting), else the user's cache folder for clipscale."""
+    """`cache_dir` (a setting), else the user's cache folder for clipscale.
+
+    Raises:
+        UserError: this user has no home folder.
+    """
     if cache_dir is not None:
         return Path(cache_dir)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clipscale"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clipscale"
+    except RuntimeError as error:
+        raise UserError(
+            "there is no home folder to keep copies in: HOME is not set, and this user has no entry in the system's "
+            "list of users; set data.cache_dir to a folder, or the variable XDG_CACHE_HOME"
+        ) from error

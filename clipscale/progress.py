@@ -2,7 +2,7 @@
 
 for shard in track(shards, "indexing train"): ...
 with progress_bar("drawing") as progress: progress(done=3, total=8)
-duration(4000)                                               # '1:06:40'
+duration(4000), time_left(4000)                              # '1:06:40', '1h06m'
 """
 
 from __future__ import annotations
@@ -11,7 +11,15 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from clipscale.text import escaped
 
@@ -28,19 +36,20 @@ def track(items: Iterable[str], label: str) -> Iterable[str]:
 @contextmanager
 def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
     """A function progress(done, total) that moves a bar on a terminal, and does nothing elsewhere."""
-    with bar_on(Console(stderr=True)) as bar:
+    with bar_on(Console(stderr=True), TimeRemainingColumn()) as bar:
         task = bar.add_task(escaped(label), total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def bar_on(console: Console) -> Progress:
+def bar_on(console: Console, remaining: ProgressColumn) -> Progress:
+    """A bar, not yet shown. `remaining`: the column that says how long it will take."""
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("eta"),
-        TimeRemainingColumn(),
+        remaining,
         console=console,
         transient=True,
         disable=not console.is_terminal,
@@ -52,3 +61,13 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def time_left(seconds: float) -> str:
+    """Two units of it, which is as much as an estimate knows: 95 -> '1:35', 4000 -> '1h06m', 100_000 -> '1d03h'."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d{hours:02}h"
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}:{rest:02}"

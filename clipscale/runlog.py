@@ -16,17 +16,22 @@ import math
 import resource
 import sys
 import time
-from contextlib import ExitStack
+from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from rich.console import Console
+from rich.progress import TextColumn
 from torch.utils.tensorboard import SummaryWriter
 
 from clipscale.files import keep_rows
-from clipscale.progress import bar_on
+from clipscale.progress import bar_on, time_left
 from clipscale.tell import listening
+
+_RECENT_STEPS = 100  # whose mean is the pace that the time left is told by
 
 
 class RunLog:
@@ -57,8 +62,8 @@ class RunLog:
         self._metrics = self._append(path.name)
         self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=start_step + 1)
         self._open.callback(self._board.close)
-        self._progress = self._open.enter_context(bar_on(self._console))
-        self._task = self._progress.add_task("step", total=total_steps, completed=start_step)
+        self._progress = self._open.enter_context(bar_on(self._console, TextColumn("{task.fields[eta]}")))
+        self._task = self._progress.add_task("step", total=total_steps, completed=start_step, eta="-")
 
     def metrics(self, row: dict[str, Any]) -> None:
         """One row of metrics.jsonl; its numbers go to TensorBoard under the same names."""
@@ -71,9 +76,10 @@ class RunLog:
             if name != "step":
                 self._board.add_scalar(name if "/" in name else f"train/{name}", value, row["step"])
 
-    def advance(self, step: int) -> None:
+    def advance(self, step: int, eta_seconds: float) -> None:
+        """Move the bar, which shows the same time left as the log line."""
         if self._rank == 0:
-            self._progress.update(self._task, completed=step)
+            self._progress.update(self._task, completed=step, eta=time_left(eta_seconds))
 
     def close(self) -> None:
         self._open.close()
@@ -94,17 +100,24 @@ class RunLog:
 
 
 class Pace:
-    """How fast a run goes: for one step, over an interval between two log lines, and in all."""
+    """How fast a run goes: for one step, over an interval between two log lines, and in all; and what it has to go."""
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
         self._samples, self._waited, self._seconds = 0, 0.0, 0.0
+        self._recent: deque[float] = deque(maxlen=_RECENT_STEPS)  # seconds of a step each
+        self._steps = 0
+        self._others: dict[str, float] = {}  # seconds that each took last
 
     def add(self, samples: int, waited: float, seconds: float) -> dict[str, float]:
         """Count one step of `seconds`, of which `waited` went into waiting for data; returns its own rates."""
         self._samples += samples
         self._waited += waited
         self._seconds += seconds
+        if self._steps == 1:  # the first step starts threads and tunes kernels: it says nothing of the others
+            self._recent.clear()
+        self._steps += 1
+        self._recent.append(seconds)
         return {"samples_per_second": samples / seconds, "data_wait_share": waited / seconds}
 
     def interval(self) -> dict[str, float]:
@@ -120,9 +133,27 @@ class Pace:
         """Seconds since the beginning, evaluation and checkpoints included."""
         return time.perf_counter() - self._started
 
-    def eta_seconds(self, done: int, total: int) -> float:
-        """Seconds to go at the pace so far, after `done` of `total` steps."""
-        return self.elapsed() / done * (total - done)
+    @contextmanager
+    def other(self, name: str) -> Iterator[None]:
+        """Time something between the steps, an evaluation or a checkpoint."""
+        begin = time.perf_counter()
+        yield
+        self._others[name] = time.perf_counter() - begin
+
+    def eta_seconds(self, steps: int, others: dict[str, int]) -> float:
+        """Seconds to go: so many steps at the recent pace, and so many of each of the others at what it took last.
+
+        Evaluations and checkpoints are counted apart, so that a long one does not pass for slow steps.
+        """
+        pace = sum(self._recent) / len(self._recent)
+        return steps * pace + sum(self._others.get(name, 0.0) * times for name, times in others.items())
+
+
+def times_due(every_steps: int, done: int, last: int) -> int:
+    """How often what is due every so many steps (0: never) and at the last one is still to come after `done` steps."""
+    if done >= last:
+        return 0
+    return 1 + ((last - 1) // every_steps - done // every_steps if every_steps else 0)
 
 
 def memory() -> dict[str, int]:

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import re
 
+from clipscale.errors import reason
+
 # C0, DEL and C1; line and paragraph separators and the marks that turn the direction of text; half surrogate pairs,
 # as which Python has the bytes of a path that are no UTF-8.
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -31,7 +33,7 @@ def shown(text: str, limit: int) -> str:
 
 def one_line(error: Exception) -> str:
     """Its message for a person. Libraries' messages have lines of their own: they are joined."""
-    words = " ".join(str(error).split())
+    words = " ".join(reason(error).split())
     return shown(words, _ERROR_CHARACTERS)
 
 

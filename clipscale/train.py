@@ -33,7 +33,7 @@ from clipscale.counter import fold
 from clipscale.data.load.loader import StepBatch
 from clipscale.data.load.replay import Held
 from clipscale.dist import World, start_world
-from clipscale.errors import SharedError, UserError, require
+from clipscale.errors import SharedError, UserError, reason, require
 from clipscale.eval.suite import EvalSuite
 from clipscale.feed import Feed, Skips, prepare_files
 from clipscale.files import write_file
@@ -43,10 +43,11 @@ from clipscale.loss.engines import adopt_shapes, check_engine, tuned_shapes
 from clipscale.optim import build_optimizer, learning_rate, restore_optimizer, set_lr, total_steps
 from clipscale.parallel import broadcast_parameters, sum_gradients
 from clipscale.progress import duration
-from clipscale.runlog import Pace, RunLog, memory
+from clipscale.runlog import Pace, RunLog, memory, times_due
 from clipscale.tell import tell
 from clipscale.towers import autocast_dtype, build_towers
-from clipscale.train_report import start_lines, step_line, summary_lines
+from clipscale.train_report import evaluation_lines, start_lines, step_line, summary_lines
+from clipscale.words import counted
 
 
 def train(config: Config) -> list[str]:
@@ -110,23 +111,26 @@ class Trainer:
         """The loop: take a batch, step, evaluate, tell, save."""
         config = self.config
         if self.steps_done == self.last_step:
-            return summary_lines("already complete: nothing to do", self.last_row, config.run.dir)
+            return self._summary("already complete: nothing to do")
         self.towers.model.train()
         first, pace = self.steps_done, Pace()
         while self.steps_done < self.last_step:
-            row = self.last_row = self._timed_step(pace) | self._evaluate_if_due()
+            scores = self._timed_step(pace), self._evaluate_if_due(pace)
+            row = self.last_row = scores[0] | scores[1]
+            eta_seconds = self._eta_seconds(pace)
             self.log.metrics(row)
-            self.log.advance(self.steps_done)
+            self.log.advance(self.steps_done, eta_seconds)
             if self._due(config.run.log_every_steps):
-                eta = pace.eta_seconds(self.steps_done - first, self.last_step - first)
-                tell(step_line(row | pace.interval(), last_step=self.last_step, eta_seconds=eta))
+                tell(step_line(row | pace.interval(), last_step=self.last_step, eta_seconds=eta_seconds))
+            for line in evaluation_lines(scores[1], step=self.steps_done, last_step=self.last_step):
+                tell(line)
             if self._due(config.checkpoint.every_steps):
-                self._save()
-        what = f"trained {self.last_step - first} steps in {duration(pace.elapsed())}"
-        return summary_lines(what, self.last_row, config.run.dir)
+                with pace.other("checkpoint"):
+                    self._save()
+        return self._summary(f"trained {counted(self.last_step - first, 'step')} in {duration(pace.elapsed())}")
 
     def step(self, batch: StepBatch) -> dict[str, Any]:
-        """One optimizer step on one global batch; returns its row of metrics."""
+        """One optimizer step on one global batch; returns its row of metrics, with repeats where it is logged."""
         config, model = self.config, self.towers.model
         lr = learning_rate(config, self.position)
         set_lr(self.optimizer, lr)
@@ -137,6 +141,7 @@ class Trainer:
         self.position += config.train.global_batch
         self.skips.account(batch, masked=result.pairs < config.train.global_batch, seen=self.position)
         self.towers.clamp_logit_scale()
+        repeats = self.feed.repeats(batch) if self._due(config.run.log_every_steps) else {}
         return {
             "step": self.steps_done,
             "samples": self.position,
@@ -147,7 +152,7 @@ class Trainer:
             "image_accuracy": result.image_accuracy,
             "text_accuracy": result.text_accuracy,
             "masked_samples": self.skips.counts.total(),
-            **self.feed.repeats(batch),
+            **repeats,
             **memory(),
         }
 
@@ -214,13 +219,30 @@ class Trainer:
     def _due(self, every_steps: int) -> bool:
         return self.steps_done == self.last_step or (every_steps > 0 and self.steps_done % every_steps == 0)
 
-    def _evaluate_if_due(self) -> dict[str, float]:
+    def _evaluate_if_due(self, pace: Pace) -> dict[str, float]:
         row = {}
         if self._due(self.config.eval.validation.every_steps):
-            row |= self.evaluations.validation()
+            with pace.other("validation"):
+                row |= self.evaluations.validation()
         if self._due(self.config.eval.zeroshot.every_steps):
-            row |= self.evaluations.zeroshot()
+            with pace.other("zeroshot"):
+                row |= self.evaluations.zeroshot()
         return row
+
+    def _eta_seconds(self, pace: Pace) -> float:
+        """Of the steps that are left, and of the evaluations and checkpoints that come with them."""
+        evaluation, checkpoint = self.config.eval, self.config.checkpoint
+        others = {
+            "validation": evaluation.validation.every_steps,
+            "zeroshot": evaluation.zeroshot.every_steps,
+            "checkpoint": checkpoint.every_steps,
+        }
+        left = {name: times_due(every, self.steps_done, self.last_step) for name, every in others.items()}
+        return pace.eta_seconds(self.last_step - self.steps_done, left)
+
+    def _summary(self, what: str) -> list[str]:
+        config = self.config
+        return summary_lines(what, self.last_row, run_dir=config.run.dir, pairs=config.train.global_batch)
 
     def _save(self) -> None:
         """Every rank reaches this at the same step; the main rank writes, an error is everyone's."""
@@ -247,11 +269,11 @@ class Trainer:
         resume, run_dir = self.config.resume, self.config.run.dir
         try:
             Path(run_dir).mkdir(parents=True, exist_ok=True)
+            self._resources.enter_context(lock_run(run_dir))
         except OSError as error:
             raise UserError(
-                f"run.dir={run_dir!r} cannot be made: {error}; choose a folder that can be written"
+                f"run.dir={run_dir!r} cannot be written: {reason(error)}; choose a folder of your own"
             ) from error
-        self._resources.enter_context(lock_run(run_dir))
         found = newest_checkpoint(run_dir)
         require(
             resume != "fresh" or found is None,

@@ -1,8 +1,9 @@
 """What a training run says, at the start, after a step and at the end: pure functions of what they tell of.
 
     start_lines(config, world, last_step=400, found=None, snapshot=None)  # ['runs/a: 400 steps of 8 pairs on ...']
-    step_line(row, last_step=400, eta_seconds=95)                # 'step 1/400  samples 8  loss 2.0801  ...'
-    summary_lines("trained 400 steps in 9:31", row, "runs/a")    # three: what happened, was learned, lies where
+    step_line(row, last_step=400, eta_seconds=95)                # 'step   1/400  samples 8  loss 2.0801  ...'
+    evaluation_lines(row, step=400, last_step=400)               # ['step 400/400  zero-shot: top-1 0.6100, ...']
+    summary_lines("trained 400 steps in 9:31", row, ...)         # three: what happened, was learned, lies where
 
 A row is one of metrics.jsonl (train.py, `Trainer.step` and `Trainer.run`).
 """
@@ -16,7 +17,11 @@ from clipscale.checkpoint import Snapshot
 from clipscale.config import Config
 from clipscale.config_load import changed_keys
 from clipscale.dist import World
-from clipscale.progress import duration
+from clipscale.progress import time_left
+from clipscale.words import counted, short
+
+_COLUMNS, _GAP = 120, "  "  # of a step's line
+_MUCH_WAITING = 0.1  # share of a step's time: from here on, waiting for data comes before other figures
 
 
 def start_lines(
@@ -24,8 +29,8 @@ def start_lines(
 ) -> list[str]:
     """What will be trained, from where (the `snapshot` that lies at `found`), and under which changes of the config."""
     line = (
-        f"{config.run.dir}: {last_step} steps of {config.train.global_batch} pairs on {world.size} "
-        f"{world.device.type} rank{'s' * (world.size > 1)}, "
+        f"{config.run.dir}: {counted(last_step, 'step')} of {counted(config.train.global_batch, 'pair')} on "
+        f"{counted(world.size, f'{world.device.type} rank')}, "
     )
     if snapshot is None:
         return [line + "from the start"]
@@ -34,28 +39,81 @@ def start_lines(
 
 
 def step_line(row: dict[str, Any], *, last_step: int, eta_seconds: float) -> str:
-    """One step; evaluations stand at its end."""
-    memory_gib = row.get("gpu_memory_bytes", row["memory_bytes"]) / 2**30
-    return (
-        f"step {row['step']}/{last_step}  samples {row['samples']:,}  loss {row['loss']:.4f}  "
-        f"scale {row['logit_scale']:.2f}  grad {row['grad_norm']:.3f}  lr {row['lr']:.2e}  "
-        f"{row['samples_per_second']:,.0f} samples/s  data wait {row['data_wait_share']:.0%}  "
-        f"memory {memory_gib:.2f} GiB  masked {row['masked_samples']}  eta {duration(eta_seconds)}"
-        + "".join(f"  {name} {value:.4f}" for name, value in row.items() if "/" in name)
-    )
+    """One step, in at most 120 columns: what does not fit beside the rest stays out, the least needed first.
+
+    Samples seen and rate in thousands (k), millions (M) and billions (G); memory in GiB, the GPU's where there is one.
+    """
+    where, held = ("gpu", row["gpu_memory_bytes"]) if "gpu_memory_bytes" in row else ("host", row["memory_bytes"])
+    masked, wait = row["masked_samples"], row["data_wait_share"]
+    parts = [  # each with its rank among those that have to fit
+        (0, _step(row["step"], last_step)),
+        (0, f"samples {short(row['samples'], digits=4)}"),
+        (0, f"loss {short(row['loss'], digits=5)}"),
+        (0, f"scale {short(row['logit_scale'], digits=4)}"),
+        (0, f"lr {row['lr']:.2e}"),
+        (0, f"{short(row['samples_per_second'])}/s"),
+        (3, f"{where} {short(held / 2**30)}G"),
+        (0, f"eta {time_left(eta_seconds)}"),
+        (1, f"masked {short(masked)}" if masked else ""),
+        (4, f"grad {row['grad_norm']:.3f}"),
+        (2 if wait >= _MUCH_WAITING else 5, f"wait {wait:.0%}"),
+    ]
+    taken, columns = set(), -len(_GAP)
+    for place in sorted(range(len(parts)), key=lambda place: parts[place][0]):
+        more = len(_GAP) + len(parts[place][1])
+        if parts[place][1] and columns + more <= _COLUMNS:
+            taken.add(place)
+            columns += more
+    return _GAP.join(text for place, (_, text) in enumerate(parts) if place in taken)
 
 
-def summary_lines(what: str, row: dict[str, Any], run_dir: str) -> list[str]:
-    """`what` happened, what was learned by the last `row`, and where things lie."""
+def evaluation_lines(row: dict[str, float], *, step: int, last_step: int) -> list[str]:
+    """One for each evaluation in `row`, which are the metrics of all that were made at this step."""
+    lines = []
+    if "validation/loss" in row:
+        accuracy = in_batch_accuracy(row, "validation/", pairs=row["validation/pairs"])
+        lines.append(f"validation: loss {row['validation/loss']:.4f}, {accuracy}{_bad(row, 'validation/')}")
+    if "zeroshot/top1" in row:
+        lines.append(
+            f"zero-shot: top-1 {row['zeroshot/top1']:.4f}, top-5 {row['zeroshot/top5']:.4f}{_bad(row, 'zeroshot/')}"
+        )
+    return [f"{_step(step, last_step)}  {line}" for line in lines]
+
+
+def in_batch_accuracy(row: dict[str, float], prefix: str = "", *, pairs: int) -> str:
+    """The share of pictures whose own caption is the nearest of its batch; not where captions that repeat decide it.
+
+    Equal captions tie, and a tie is a miss: with ten captions in all no picture could be right.
+    """
+    figure, repeats = f"in-batch accuracy {row[prefix + 'image_accuracy']:.3f}", row.get(f"{prefix}repeated_captions")
+    if not repeats:
+        return figure
+    if repeats >= pairs / 2:
+        return f"no in-batch accuracy ({repeats:,} of {counted(pairs, 'caption')} repeat another of the batch: all tie)"
+    return f"{figure} ({repeats / pairs:.1%} of the captions repeat another of the batch: ties, which count as misses)"
+
+
+def summary_lines(what: str, row: dict[str, Any], *, run_dir: str, pairs: int) -> list[str]:
+    """`what` happened, what was learned by the last `row` (a step of so many pairs), and where things lie."""
     folder = Path(run_dir)
-    scores = [f"loss {row['loss']:.4f}", f"in-batch accuracy {row['image_accuracy']:.3f}"]
+    scores = [f"loss {row['loss']:.4f}", in_batch_accuracy(row, pairs=pairs)]
     if "validation/loss" in row:
         scores.append(f"validation loss {row['validation/loss']:.4f}")
     if "zeroshot/top1" in row:
         scores.append(f"zero-shot top-1 {row['zeroshot/top1']:.4f}, top-5 {row['zeroshot/top5']:.4f}")
+    masked = f", {row['masked_samples']:,} masked" if row["masked_samples"] else ""
     return [
-        f"{what}; {row['samples']:,} samples seen, {row['masked_samples']} masked",
+        f"{what}; {counted(row['samples'], 'sample')} seen{masked}",
         "learned: " + ", ".join(scores),
         f"checkpoints in {folder / 'checkpoints'}, metrics in {folder / 'metrics.jsonl'}; "
         f"curves: tensorboard --logdir {folder / 'tensorboard'}",
     ]
+
+
+def _step(step: int, last_step: int) -> str:
+    return f"step {step:>{len(str(last_step))}}/{last_step}"
+
+
+def _bad(row: dict[str, float], prefix: str) -> str:
+    bad = row[f"{prefix}bad_pictures"]
+    return f", {counted(bad, 'bad picture')} left out" if bad else ""

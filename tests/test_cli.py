@@ -1,6 +1,8 @@
 """clipscale/cli/ and clipscale/evaluate.py: what a person types, and what comes back."""
 
+import errno
 import json
+import os
 import re
 import tarfile
 from pathlib import Path
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 from shards import picture, write_pairs, write_shard
 from tiny import write_config
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from clipscale import __version__
 from clipscale.cli import main
@@ -102,6 +105,59 @@ def test_arguments_that_are_missing_or_unknown(capsys, words):
         main(words)
     assert stop.value.code == 2
     assert "usage: clipscale" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["trian", "quickstart"], "did you mean train?"),
+        (["shards", "mkae"], "did you mean make?"),
+        (["eval", "zeroshto"], "did you mean zeroshot?"),
+        (["bench", "lsos"], "did you mean loss?"),
+        (["quickstart"], "'quickstart' is a recipe: `clipscale train quickstart` trains it"),
+    ],
+)
+def test_a_misspelt_command_is_answered_with_the_nearest(capsys, words, told):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith(told)
+
+
+def test_a_misspelt_recipe_is_answered_with_the_nearest(capsys):
+    assert main(["train", "quikstart"]) == 2
+    assert "did you mean the recipe quickstart?" in capsys.readouterr().err
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+def test_under_torchrun_its_summary_has_our_line(tmp_path, monkeypatch):
+    """Read as torchrun reads it. The status stays."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    assert main(["train", "quickstart", "train.lrr=3"]) == 2
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(tmp_path / "error.json"))
+    summary = str(ChildFailedError("clipscale", {0: failure}))
+    assert "clipscale: error: train.lrr=3: unknown key; did you mean optim.lr" in summary
+    assert "To enable traceback" not in summary
+
+
+def test_under_torchrun_its_summary_has_the_traceback_of_a_fault_of_ours(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    monkeypatch.setattr("clipscale.cli.recipes.run", lambda *_: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["recipes"])
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=1, error_file=str(tmp_path / "error.json"))
+    assert "ZeroDivisionError" in str(ChildFailedError("clipscale", {0: failure}))
+
+
+def test_a_file_that_cannot_be_used_is_one_line(capsys, monkeypatch):
+    def refuse(*_) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/there/run.log")
+
+    monkeypatch.setattr("clipscale.cli.recipes.run", refuse)
+    assert main(["recipes"]) == 2
+    assert capsys.readouterr().err == "clipscale: error: /there/run.log: Permission denied\n"
 
 
 # --- train ------------------------------------------------------------------------------------------------------------

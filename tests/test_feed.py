@@ -7,7 +7,6 @@ import os
 import signal
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from shards import picture, write_pairs, write_shard
@@ -17,9 +16,10 @@ from clipscale import feed
 from clipscale.config_data import Replay
 from clipscale.data.load.shape import StepShape
 from clipscale.data.load.workers import LoaderError
+from clipscale.data.tokenize import caption_hashes
 from clipscale.dist import World
 from clipscale.errors import UserError
-from clipscale.feed import _require_equal, caption_hashes, plan_replay
+from clipscale.feed import _require_equal, plan_replay
 from clipscale.train import Trainer, train
 
 CPU = torch.device("cpu")
@@ -34,12 +34,12 @@ def test_hashes_tell_captions_apart():
     tokens = torch.randint(0, 49_408, (20_000, 12), generator=torch.Generator().manual_seed(0))
     tokens[:, 6:] = 0
     distinct = len({tuple(row) for row in tokens.tolist()})
-    assert len(np.unique(caption_hashes(tokens))) == distinct
-    assert np.array_equal(caption_hashes(tokens[::7]), caption_hashes(tokens)[::7])
+    assert len(set(caption_hashes(tokens).tolist())) == distinct
+    assert torch.equal(caption_hashes(tokens[::7]), caption_hashes(tokens)[::7])
     swapped = tokens.clone()
     swapped[:, [0, 1]] = tokens[:, [1, 0]]
-    same = (tokens[:, 0] == tokens[:, 1]).numpy()
-    assert np.array_equal(caption_hashes(swapped) == caption_hashes(tokens), same)
+    same = tokens[:, 0] == tokens[:, 1]
+    assert torch.equal(caption_hashes(swapped) == caption_hashes(tokens), same)
 
 
 def test_captions_and_pairs_that_occur_twice_are_in_the_metrics(tmp_path):
@@ -49,9 +49,12 @@ def test_captions_and_pairs_that_occur_twice_are_in_the_metrics(tmp_path):
         for i in range(8)
     ]
     urls = str(write_shard(tmp_path / "a.tar", samples))
-    words = ("train.global_batch=12", "train.samples=24", "data.allow_repeats=true")
+    words = ("train.global_batch=12", "train.samples=60", "data.allow_repeats=true", "run.log_every_steps=2")
     train(tiny_config(tmp_path, urls, *words))
-    for row in rows(tmp_path):
+    found = rows(tmp_path)
+    assert [row["step"] for row in found if "repeated_captions" in row] == [2, 4, 5]  # the logged ones, and the last
+    assert [row["step"] for row in found if "repeated_pairs" in row] == [2, 4, 5]
+    for row in (found[1], found[3], found[4]):
         assert row["repeated_pairs"] == 4
         assert row["repeated_captions"] == 12 - 6  # the six captions of the epoch are all there
 

@@ -11,6 +11,7 @@ import zlib
 import pytest
 
 from clipscale import files
+from clipscale.errors import UserError
 from clipscale.files import append_rows, cache_folder, hash_file, keep_rows, synced_file, whole_file, write_file
 
 
@@ -115,6 +116,16 @@ def test_hashes(tmp_path, size):
         assert os.lseek(file, 0, os.SEEK_CUR) == size // 2
     finally:
         os.close(file)
+
+
+def test_without_a_home_folder_it_says_what_to_set(monkeypatch):
+    """HOME is not set, and the user has no entry in the system's list: a container with a bare user number."""
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 2**31 - 7)
+    with pytest.raises(UserError, match=r"HOME is not set, .*; set data\.cache_dir to a folder, or .* XDG_CACHE_HOME"):
+        cache_folder(None)
+    assert cache_folder("there").parts == ("there",)
 
 
 def test_where_copies_are_kept(monkeypatch, tmp_path):

@@ -278,6 +278,13 @@ def test_sha256_is_added_where_it_is_wanted(shard_path, builds, hashed):
     assert hashed == ["crc32", "sha256"]
 
 
+def test_without_a_home_folder_shards_are_indexed_beside_themselves(shard_path, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 2**31 - 7)
+    assert index_shard(shard_path).sidecar == shard_path + ".index"
+
+
 def test_index_dir_and_the_cache_are_used_where_the_folder_cannot_be_written(shard_path, tmp_path, builds, monkeypatch):
     elsewhere = index_shard(shard_path, index_dir=str(tmp_path / "index"))
     assert Path(elsewhere.sidecar).parent == tmp_path / "index"

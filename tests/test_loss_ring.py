@@ -5,6 +5,7 @@ Shapes: N pairs on this rank, B pairs of all ranks, D width.
 
 import itertools
 import time
+import warnings
 from collections import Counter
 
 import interpreter  # noqa: F401 (mends Triton's, in the ranks)
@@ -34,6 +35,7 @@ def share(embeddings_BD, pairs_by_rank, rank):
 
 def every_case(rank, world):
     """This rank's results of every case: what the trainer's door gives, and what the autograd door gives."""
+    warnings.filterwarnings("error", category=FutureWarning)  # a deprecation would be told by every rank
     results = {}
     for pairs_by_rank in PAIRS_BY_RANK[world]:
         batch = make_pairs(sum(pairs_by_rank), WIDTH)

@@ -125,6 +125,15 @@ def test_a_cache_folder_that_cannot_be_written(gpu, caplog):
     assert "is not remembered" in caplog.text
 
 
+def test_without_a_home_folder_kernels_are_tuned_and_not_remembered(gpu, caplog, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 2**31 - 7)
+    gpu.times[HOPPER[1]] = 0.5
+    assert choose() == HOPPER[1]
+    assert "is not remembered" in caplog.text
+
+
 def test_the_first_rank_to_write_is_right_for_all(gpu):
     gpu.times[HOPPER[1]] = 0.5
     assert choose() == HOPPER[1]

@@ -1,8 +1,11 @@
 """clipscale/data/shapes/, data/shard/writer.py and data_tools/make_shapes.py."""
 
+import errno
+import fcntl
 import hashlib
 import io
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -205,6 +208,34 @@ def test_an_interrupted_build_leaves_nothing_and_is_rebuilt(small, tmp_path):
     assert hashes(tmp_path / "set") == hashes(small)
     assert calls[-1] == (468, 468)
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_what_a_killed_builder_left_is_removed_at_once_and_a_living_one_is_not(tmp_path):
+    """By its lock, whatever the clocks say."""
+    dead, older, living = (tmp_path / f".set.building-{name}" for name in ("dead", "older", "living"))
+    (dead / "set").mkdir(parents=True)
+    (dead / "lock").touch()
+    (dead / "set" / "train-0000.tar").write_bytes(b"half")
+    older.mkdir()  # of a version without locks
+    (older / "train-0000.tar").write_bytes(b"half")
+    living.mkdir()
+    os.utime(living, (0, 0))
+    with open(living / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        make_shapes(tmp_path / "set", **SMALL)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [living.name, "set"]
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    """The set is built; what may be another's is left alone."""
+
+    def refuse(*_) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    (tmp_path / ".set.building-other").mkdir()
+    monkeypatch.setattr(shapes.fcntl, "flock", refuse)
+    make_shapes(tmp_path / "set", **SMALL)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".set.building-other", "set"]
 
 
 def test_foreign_files_are_never_removed(tmp_path):

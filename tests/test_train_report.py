@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from tiny import tiny_config
 
 from clipscale.checkpoint import RunState, Snapshot
 from clipscale.dist import World
-from clipscale.train_report import start_lines, step_line, summary_lines
+from clipscale.progress import time_left
+from clipscale.train_report import evaluation_lines, in_batch_accuracy, start_lines, step_line, summary_lines
 
 ROW = {
     "step": 12,
@@ -26,11 +28,28 @@ ROW = {
     "data_wait_share": 0.126,
 }
 STEP = (
-    "step 12/400  samples 49,152  loss 2.0801  scale 14.29  grad 0.123  lr 5.00e-04  1,234 samples/s  data wait 13%  "
-    "memory 1.50 GiB  masked 3  eta 1:06:40"
+    "step  12/400  samples 49.15k  loss 2.0801  scale 14.29  lr 5.00e-04  1.23k/s  host 1.50G  eta 1h06m"
+    "  masked 3  wait 13%"
 )
-VALIDATION = {"validation/loss": 1.5, "validation/bad_pictures": 0}
-ZEROSHOT = {"zeroshot/top1": 0.61, "zeroshot/top5": 0.9}
+VALIDATION = {
+    "validation/loss": 1.5,
+    "validation/image_accuracy": 0.75,
+    "validation/text_accuracy": 0.5,
+    "validation/pairs": 1024,
+    "validation/repeated_captions": 0,
+    "validation/bad_pictures": 0,
+}
+ZEROSHOT = {"zeroshot/top1": 0.61, "zeroshot/top5": 0.9, "zeroshot/bad_pictures": 0}
+HUGE = {
+    "step": 987_654,
+    "samples": 12_800_000_000,
+    "loss": 13.8155,
+    "logit_scale": 100.0,
+    "lr": 5e-4,
+    "samples_per_second": 1_234_567.0,
+    "gpu_memory_bytes": 139 * 2**30,
+    "masked_samples": 0,
+}
 
 
 def world(size: int) -> World:
@@ -41,15 +60,66 @@ def test_a_step():
     assert step_line(ROW, last_step=400, eta_seconds=4000) == STEP
 
 
-def test_evaluations_stand_at_the_end_of_a_step():
-    found = step_line(ROW | VALIDATION | ZEROSHOT, last_step=400, eta_seconds=4000)
-    assert found == STEP + (
-        "  validation/loss 1.5000  validation/bad_pictures 0.0000  zeroshot/top1 0.6100  zeroshot/top5 0.9000"
-    )
+def test_what_is_zero_is_not_told():
+    line = step_line(ROW | {"masked_samples": 0, "data_wait_share": 0.01}, last_step=400, eta_seconds=4000)
+    assert line == STEP.replace("masked 3  wait 13%", "grad 0.123  wait 1%")
+
+
+@pytest.mark.parametrize("eta", [95, 86_399, 86_400, 99.9 * 86_400])
+@pytest.mark.parametrize("masked", [0, 3, 1_234_567])
+@pytest.mark.parametrize("wait", [0.04, 0.87, 1.0])
+def test_a_line_of_the_largest_run_has_120_columns_at_most(eta, masked, wait):
+    row = ROW | HUGE | {"masked_samples": masked, "data_wait_share": wait}
+    line = step_line(row, last_step=1_000_000, eta_seconds=eta)
+    assert len(line) <= 120
+    start = "step  987654/1000000  samples 12.80G  loss 13.816  scale 100.0  lr 5.00e-04  1.23M/s  "
+    assert line.startswith(start)
+    assert f"eta {time_left(eta)}" in line
+    assert ("masked" in line) == (masked > 0)
+    assert "gpu 139G" in line or masked
+
+
+@pytest.mark.parametrize("wait", [0.04, 0.5])
+def test_a_line_of_400_million_samples_has_all_that_is_asked_for(wait):
+    big = {"step": 12_208, "samples": 400_031_744, "loss": 10.4, "logit_scale": 100.0, "data_wait_share": wait}
+    line = step_line(ROW | big | {"masked_samples": 0}, last_step=12_208, eta_seconds=36_000)
+    assert len(line) <= 120
+    assert "step 12208/12208  samples 400.0M  loss 10.400  scale 100.0  lr 5.00e-04  1.23k/s  host 1.50G" in line
+    assert ("wait 50%" if wait > 0.1 else "grad 0.123") in line
+
+
+def test_a_line_keeps_its_columns_while_a_run_goes_on():
+    rows = [ROW | {"step": 10**n, "samples": 4096 * 10**n} for n in range(5)]
+    lines = [step_line(row, last_step=12_208, eta_seconds=60) for row in rows]
+    assert len({line.index("  eta") for line in lines}) == 1
 
 
 def test_on_a_gpu_its_memory_is_told():
-    assert "memory 40.00 GiB" in step_line(ROW | {"gpu_memory_bytes": 40 * 2**30}, last_step=400, eta_seconds=1)
+    assert "gpu 40.0G" in step_line(ROW | {"gpu_memory_bytes": 40 * 2**30}, last_step=400, eta_seconds=1)
+
+
+def test_evaluations_have_lines_of_their_own():
+    assert evaluation_lines({}, step=12, last_step=400) == []
+    assert evaluation_lines(VALIDATION | ZEROSHOT, step=12, last_step=400) == [
+        "step  12/400  validation: loss 1.5000, in-batch accuracy 0.750",
+        "step  12/400  zero-shot: top-1 0.6100, top-5 0.9000",
+    ]
+    bad = {"validation/bad_pictures": 1, "zeroshot/bad_pictures": 1200}
+    first, second = evaluation_lines(VALIDATION | ZEROSHOT | bad, step=12, last_step=400)
+    assert first.endswith("0.750, 1 bad picture left out")
+    assert second.endswith("0.9000, 1,200 bad pictures left out")
+
+
+def test_ten_captions_in_all_have_no_in_batch_accuracy():
+    """CIFAR-10: every pair ties with its class's others. The same in training and validation."""
+    wanted = "no in-batch accuracy (246 of 256 captions repeat another of the batch: all tie)"
+    row = {"image_accuracy": 0.0, "repeated_captions": 246}
+    assert in_batch_accuracy(row, pairs=256) == wanted
+    validation = {f"validation/{name}": value for name, value in row.items()}
+    assert in_batch_accuracy(validation, "validation/", pairs=256) == wanted
+    few = in_batch_accuracy({"image_accuracy": 0.5, "repeated_captions": 2}, pairs=256)
+    assert few.startswith("in-batch accuracy 0.500 (0.8% of the captions repeat")
+    assert in_batch_accuracy({"image_accuracy": 0.5, "repeated_captions": 0}, pairs=256) == "in-batch accuracy 0.500"
 
 
 def test_a_start(tmp_path):
@@ -69,7 +139,7 @@ def test_a_resume_tells_from_where_and_what_has_changed(tmp_path):
 
 
 def test_a_summary():
-    assert summary_lines("trained 12 steps in 1:35", ROW, "runs/a") == [
+    assert summary_lines("trained 12 steps in 1:35", ROW, run_dir="runs/a", pairs=4096) == [
         "trained 12 steps in 1:35; 49,152 samples seen, 3 masked",
         "learned: loss 2.0801, in-batch accuracy 0.250",
         "checkpoints in runs/a/checkpoints, metrics in runs/a/metrics.jsonl; "
@@ -77,7 +147,18 @@ def test_a_summary():
     ]
 
 
+def test_a_summary_counts_one_as_one():
+    config = tiny_config(Path("."), "a.tar", "train.global_batch=1")
+    assert (
+        ": 1 step of 1 pair on 1 cpu rank," in start_lines(config, world(1), last_step=1, found=None, snapshot=None)[0]
+    )
+    row = ROW | {"samples": 1, "masked_samples": 0}
+    assert summary_lines("done", row, run_dir="a", pairs=1)[0] == "done; 1 sample seen"
+
+
 def test_a_summary_has_the_evaluations_that_were_made():
-    assert summary_lines("done", ROW | VALIDATION, "a")[1].endswith("accuracy 0.250, validation loss 1.5000")
-    learned = summary_lines("done", ROW | VALIDATION | ZEROSHOT, "a")[1]
+    assert summary_lines("done", ROW | VALIDATION, run_dir="a", pairs=8)[1].endswith(
+        "accuracy 0.250, validation loss 1.5000"
+    )
+    learned = summary_lines("done", ROW | VALIDATION | ZEROSHOT, run_dir="a", pairs=8)[1]
     assert learned.endswith(", validation loss 1.5000, zero-shot top-1 0.6100, top-5 0.9000")

@@ -10,7 +10,7 @@ import pytest
 import torch
 import webdataset
 from PIL import Image
-from shards import write_pairs
+from shards import picture, write_pairs, write_shard
 from spawn import run_ranks
 from tiny import MODEL
 
@@ -87,6 +87,15 @@ def test_pictures_that_cannot_be_decoded_are_left_out_and_counted(tmp_path, urls
     assert found.loss == pytest.approx(whole.loss, rel=0.2)  # no batch without a pair drags the mean to zero
     with pytest.raises(UserError, match="none of the 18 pictures of 'validation' can be decoded"):
         evaluate(0, 1, write_pairs(tmp_path / "none", 2, 10, size=16, broken=set(range(20))), samples=20)
+
+
+def test_captions_that_repeat_another_of_their_batch_are_counted(tmp_path):
+    """Four of the first six are one caption, two of the second, none of the third; on two ranks as well."""
+    texts = [b"same"] * 4 + [b"x", b"y", b"a", b"a", *(b"number %d" % i for i in range(10))]
+    samples = [(f"{i:02}", {"jpg": picture(i, 16, 16), "txt": text}) for i, text in enumerate(texts)]
+    urls = str(write_shard(tmp_path / "a.tar", samples))
+    assert evaluate(0, 1, urls, samples=18).repeated_captions == 4
+    assert [found.repeated_captions for found in run_ranks(evaluate, 2, urls, 18)] == [4, 4]
 
 
 def test_ranks_share_the_work_and_agree(urls):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from clipscale.bench.data import plots as data_plots
 from clipscale.bench.loss import plots as loss_plots
-from clipscale.errors import UserError, require
+from clipscale.errors import UserError, reason, require
 
 
 def redraw(path: str) -> list[Path]:
@@ -18,7 +18,7 @@ def redraw(path: str) -> list[Path]:
     try:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); give a .json that clipscale bench wrote") from error
+        raise UserError(f"{path}: cannot be read ({reason(error)}); give a .json that clipscale bench wrote") from error
     fits = isinstance(document, dict) and document.get("format") == 1 and ("cases" in document or "speed" in document)
     require(fits, f"{path}: not a result; give a .json that clipscale bench wrote")
     draw = loss_plots.draw if "cases" in document else data_plots.draw

@@ -11,14 +11,22 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import sys
+import time
+import traceback
+from contextlib import suppress
 from types import ModuleType
 
 from clipscale import __version__
-from clipscale.errors import SharedError, UserError
+from clipscale.errors import SharedError, UserError, reason
+from clipscale.files import write_file
+from clipscale.open_clip_flags import explain
+from clipscale.recipes import list_recipes
 from clipscale.tell import listening
 from clipscale.text import one_line
+from clipscale.words import did_you_mean
 
 COMMANDS = {
     "train": "train a model, or resume its training",
@@ -46,13 +54,18 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"clipscale: interrupted; {command.LEFT}", file=sys.stderr)
         return 130
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None:  # a file or folder that cannot be used
+            return _fail(UserError(reason(error)))
+        _record(traceback.format_exc())
+        raise
 
 
 def parse(words: list[str]) -> tuple[ModuleType, argparse.Namespace]:
     """The command's module and its arguments. The parser knows every command by name, and the arguments of this one."""
     name = next((word for word in words if not word.startswith("-")), None)
     command = importlib.import_module(f"clipscale.cli.{name}") if name in COMMANDS else None
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="clipscale",
         description="CLIP image-text pretraining at very large batches: exact, in constant memory.",
         epilog="start here:\n  clipscale train quickstart",
@@ -64,7 +77,25 @@ def parse(words: list[str]) -> tuple[ModuleType, argparse.Namespace]:
         its_parser = add_command(commands, other, what, command.EXAMPLES if other == name else None)
         if other == name:
             command.add_arguments(its_parser)
-    return command, parser.parse_args(words)
+    if name is not None and command is None and name in list_recipes():
+        parser.error(f"{name!r} is a recipe: `clipscale train {name}` trains it")
+    arguments, unknown = parser.parse_known_args(words)
+    if unknown:
+        hints = dict.fromkeys(filter(None, map(explain, unknown))) if name == "train" else ()
+        parser.error("; ".join([f"unrecognized arguments: {' '.join(unknown)}", *hints]))
+    return command, arguments
+
+
+class Parser(argparse.ArgumentParser):
+    """Names the nearest command where a word is none."""
+
+    def _check_value(self, action: argparse.Action, value: str) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            if hint := did_you_mean(str(value), map(str, action.choices)):
+                error.message += f"; {hint}"
+            raise
 
 
 def add_command(
@@ -92,8 +123,17 @@ def _hear(line: str, every_rank: bool) -> None:
 def _fail(error: UserError) -> int:
     """One line; an error that every rank raises alike is told once."""
     line = one_line(error)
+    _record(f"clipscale: error: {line}")
     if rank() == 0:
         print(f"clipscale: error: {line}", file=sys.stderr)
     elif not isinstance(error, SharedError):
         print(f"clipscale: error on rank {rank()}: {line}", file=sys.stderr)
     return 2
+
+
+def _record(message: str) -> None:
+    """Under torchrun: for its summary of failed ranks, which has a line of its own for each instead of ours else."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        details = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        with suppress(OSError):
+            write_file(file, json.dumps({"message": {"message": message, "extraInfo": details}}), sync=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from clipscale.errors import UserError
+from clipscale.errors import UserError, reason
 from clipscale.shardkit.commands import COMMANDS, describe
 
 EXAMPLES = """\
@@ -27,4 +27,4 @@ def run(arguments: argparse.Namespace, words: list[str]) -> int:
     try:
         return COMMANDS[arguments.action].run(arguments)
     except OSError as error:  # files and folders that cannot be read or written
-        raise UserError(str(error)) from error
+        raise UserError(reason(error)) from error

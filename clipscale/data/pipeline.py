@@ -22,6 +22,7 @@ from clipscale.config_data import Data
 from clipscale.counter import fold
 from clipscale.data.order.mixture import Mixture, begin, quotas, resumed
 from clipscale.data.order.order import Order, Resampled, default_streams, rank_positions
+from clipscale.data.order.repeats import count_repeats
 from clipscale.data.shard.index_many import Track
 from clipscale.data.shard.report import require_few_bad
 from clipscale.data.source import Source, open_source, repeated_shards
@@ -90,7 +91,7 @@ class Pipeline:
         sizes = [source.counts for source in self.sources]
         first_shard = np.cumsum([0, *map(len, sizes)])[source]
         first_sample = np.cumsum(np.concatenate([[0], *sizes]))
-        return global_batch - len(np.unique(first_sample[first_shard + shard] + index))
+        return count_repeats(first_sample[first_shard + shard] + index)
 
     def horizon(self) -> int:
         """How many positions ahead every stream is half a block further: when to fetch the shards it comes to then."""

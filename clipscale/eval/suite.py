@@ -47,6 +47,8 @@ class EvalSuite:
             "validation/loss": result.loss,
             "validation/image_accuracy": result.image_accuracy,
             "validation/text_accuracy": result.text_accuracy,
+            "validation/pairs": result.pairs,
+            "validation/repeated_captions": result.repeated_captions,
             "validation/bad_pictures": result.bad,
         }
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from clipscale.config import Loss, Validation
+from clipscale.data.order.repeats import count_repeats
 from clipscale.data.pixels.decode import Decoding
 from clipscale.data.source import Source
-from clipscale.data.tokenize import Tokenize
+from clipscale.data.tokenize import Tokenize, caption_hashes
 from clipscale.dist import World
 from clipscale.errors import require
 from clipscale.eval.pictures import ShardPictures, batches
@@ -26,6 +27,7 @@ class ValidationResult:
     text_accuracy: float
     pairs: int
     bad: int  # pairs left out: pictures that could not be decoded
+    repeated_captions: int  # that stand in their batch behind an equal one: those pairs tie, and a tie is a miss
 
 
 @torch.no_grad()
@@ -51,10 +53,10 @@ def evaluate_validation(
     total = min(config.samples, source.samples)
     size = min(config.batch, total)
     pictures = ShardPictures(source)
-    results, slots = [], 0
+    results, slots, repeats = [], 0, 0
     for start in range(0, total - size + 1, size):
         mine = range(start + world.rank, start + size, world.size)
-        images, texts = [_nothing(towers)], [_nothing(towers)]
+        images, texts, hashes = [_nothing(towers)], [_nothing(towers)], [torch.zeros(0, dtype=torch.int64)]
         for pixels, captions, valid in batches(
             pictures, mine, batch=chunk, side=towers.image_size, threads=threads, decoding=decoding
         ):
@@ -62,6 +64,7 @@ def evaluate_validation(
                 tokens = tokenize([text.decode() for text, ok in zip(captions, valid, strict=True) if ok])
                 images.append(towers.image(pixels[valid].to(towers.image.device)))
                 texts.append(towers.text(tokens.to(towers.text.device)))
+                hashes.append(caption_hashes(tokens))
         image_ND, text_ND = torch.cat(images), torch.cat(texts)
         result = contrastive_grads(
             image_ND,
@@ -74,6 +77,8 @@ def evaluate_validation(
             text_grad=False,
             scale_grad=False,
         )
+        everyone = world.collect(torch.cat(hashes))
+        repeats += world.broadcast(None if everyone is None else count_repeats(everyone.numpy()))
         slots += size
         if result.pairs > 0:
             results.append(result)
@@ -86,6 +91,7 @@ def evaluate_validation(
         text_accuracy=_mean(results, lambda result: result.text_accuracy),
         pairs=pairs,
         bad=slots - pairs,
+        repeated_captions=repeats,
     )
 
 

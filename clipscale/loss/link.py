@@ -65,9 +65,9 @@ class GroupLink(Link):
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
     def gather(self, values_K: Tensor) -> Tensor:
-        everyone = values_K.new_empty(self.size * len(values_K))
-        dist.all_gather_into_tensor(everyone, values_K, group=self.group)
-        return everyone.view(self.size, -1)
+        everyone = values_K.new_empty(self.size, len(values_K))
+        dist.all_gather([*everyone], values_K, group=self.group)
+        return everyone
 
     def sum(self, values: Tensor) -> Tensor:
         dist.all_reduce(values, group=self.group)

@@ -23,6 +23,7 @@ import triton.testing
 from torch import Tensor
 from triton.errors import TritonError
 
+from clipscale.errors import UserError, reason
 from clipscale.files import cache_folder, write_file
 from clipscale.tell import tell
 
@@ -145,10 +146,10 @@ def _timed(key: str, shapes: Iterable[Shape], visit: Callable[[Shape], object]) 
 def _remember(key: str, times: dict[Shape, float]) -> Shape:
     """Write the choice down, and what it was chosen among. The first to come is right: ranks that tuned at the same
     time end with one choice."""
-    path = _path()
     shape = next(iter(times))
     tell(f"{key}: {shape} in {times[shape]:.3f} ms, of {len(times)} timed")
     try:
+        path = _path()
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -157,8 +158,8 @@ def _remember(key: str, times: dict[Shape, float]) -> Shape:
             record = records.setdefault(key, {"shape": [*shape], "timings": timings})
             write_file(path, json.dumps(records, indent=1))
             return Shape(*record["shape"])
-    except OSError as error:
-        tell(f"the choice of loss kernels is not remembered, and a restart may choose others: {error}")
+    except (OSError, UserError) as error:
+        tell(f"the choice of loss kernels is not remembered, and a restart may choose others: {reason(error)}")
         return shape
 
 
@@ -173,7 +174,7 @@ def _read() -> dict[str, dict]:
         for record in records.values():
             Shape(*record["shape"])  # or it is damaged
         return records
-    except FileNotFoundError:
+    except (FileNotFoundError, UserError):  # none yet, or no place for one
         return {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         tell(f"{_path()} is not readable, loss kernels are tuned anew: {error}")

@@ -17,6 +17,7 @@ import numpy as np
 from clipscale.config_data import Data
 from clipscale.data.order.mixture import begin, quotas
 from clipscale.data.order.order import Order, Resampled, default_streams
+from clipscale.data.order.repeats import count_repeats
 from clipscale.data.pipeline import Pipeline
 
 _MIXTURE = {"one": 5.0, "two": 3.0, "three": 2.0}
@@ -116,7 +117,7 @@ def _memory(build: Callable[[], Pipeline], positions: np.ndarray) -> dict[str, i
 
 def _shards(place: tuple[np.ndarray, ...]) -> int:
     source, _, shard, _ = place
-    return len(np.unique(source << 32 | shard))
+    return len(shard) - count_repeats(source << 32 | shard)
 
 
 def _neighbours_share(place: tuple[np.ndarray, ...], counts: list[np.ndarray]) -> float:
@@ -124,5 +125,5 @@ def _neighbours_share(place: tuple[np.ndarray, ...], counts: list[np.ndarray]) -
     source, _, shard, index = place
     first_shard = np.cumsum([0, *map(len, counts)])
     first_sample = np.cumsum(np.concatenate([[0], *(part + 1 for part in counts)]))
-    number = np.unique(first_sample[first_shard[source] + shard] + index)
+    number = np.sort(first_sample[first_shard[source] + shard] + index)
     return float((np.diff(number) == 1).sum() / len(source))

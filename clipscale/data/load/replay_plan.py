@@ -20,7 +20,7 @@ import torch
 from clipscale.config_data import Replay
 from clipscale.data.load.replay import Disk, Gpu, Host, Recompute
 from clipscale.data.load.shape import StepShape
-from clipscale.errors import UserError
+from clipscale.errors import UserError, reason
 
 _LEAST_AHEAD = 3  # chunks, whatever shape.ahead says: one is computed on, one is copied, one is filled
 Tier = Host | Gpu | Disk | Recompute
@@ -60,7 +60,7 @@ def budgets(replay: Replay, device: torch.device) -> Budgets:
             disk = shutil.disk_usage(replay.dir).free * 4 // 5 if replay.disk_bytes is None else replay.disk_bytes
         except OSError as error:
             raise UserError(
-                f"replay.dir={replay.dir!r} cannot be made: {error}; choose a folder that can be written"
+                f"replay.dir={replay.dir!r} cannot be made: {reason(error)}; choose a folder that can be written"
             ) from error
     return Budgets(gpu, host, disk)
 
@@ -161,7 +161,7 @@ def build_tier(plan: Plan, replay: Replay, shape: StepShape, device: torch.devic
         return Disk(shape, replay.dir, pin=device.type == "cuda")
     except OSError as error:
         size = _gb(shape.step_bytes)
-        raise UserError(f"replay.dir={replay.dir!r}: a file of {size} cannot be made there: {error}") from error
+        raise UserError(f"replay.dir={replay.dir!r}: a file of {size} cannot be made there: {reason(error)}") from error
 
 
 def _gb(count: int) -> str:

@@ -5,14 +5,15 @@
 Equal arguments give equal bytes on every machine (shape_pictures.py says why), and a folder is either whole or rebuilt.
 """
 
+import fcntl
 import io
 import json
 import os
 import re
 import shutil
-import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from clipscale.data.shapes.pictures import (
     shuffled_captions,
 )
 from clipscale.data.shard.writer import ShardWriter, shard_sizes
-from clipscale.errors import UserError
+from clipscale.errors import UserError, reason
 from clipscale.files import write_file
 
 VERSION = 1  # raise it with every change that alters pixels, captions or files: older folders are then refused
@@ -86,20 +87,59 @@ def make_shapes(
     try:
         _build(folder, arguments, progress)
     except OSError as error:
-        raise UserError(f"the shapes set cannot be written to {folder}: {error}") from error
+        raise UserError(f"the shapes set cannot be written to {folder}: {reason(error)}") from error
     return folder
 
 
 def _build(folder: Path, arguments: dict, progress: Callable[[int, int], None] | None) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale_builds(folder)
-    build = folder.with_name(f".{folder.name}.building-{uuid.uuid4().hex}")
-    build.mkdir()
-    try:
+    with _building_place(folder) as place:
+        build = place / "set"
+        build.mkdir()
         _write_set(build, arguments, progress)
         _publish(build, folder, arguments)
+
+
+@contextmanager
+def _building_place(folder: Path) -> Iterator[Path]:
+    """A locked folder beside `folder`, removed at the end; those of builders that were killed are removed first."""
+    for place in folder.parent.glob(f".{folder.name}.building-*"):
+        lock = _try_lock(place)
+        if lock is not None:  # its builder is dead
+            shutil.rmtree(place, ignore_errors=True)
+            os.close(lock)
+    lock = None
+    while lock is None:  # another builder may take a folder that is not locked yet for a leftover
+        place = folder.with_name(f".{folder.name}.building-{uuid.uuid4().hex}")
+        place.mkdir()
+        lock = _try_lock(place, new=True)
+    try:
+        yield place
     finally:
-        shutil.rmtree(build, ignore_errors=True)
+        shutil.rmtree(place, ignore_errors=True)
+        os.close(lock)
+
+
+def _try_lock(place: Path, *, new: bool = False) -> int | None:
+    """Hold a builder's folder while the descriptor is open; None: its builder holds it, or it is gone.
+
+    new: one's own, which is one's own too on a file system without locks, where nobody else's is ever touched.
+    """
+    try:
+        lock = os.open(place / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except (FileNotFoundError, PermissionError):  # gone, or another user's
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(lock), os.stat(place / "lock")):
+            return lock
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except OSError:
+        if new:
+            return lock
+    os.close(lock)
+    return None
 
 
 def _check_arguments(arguments: dict) -> None:
@@ -145,16 +185,6 @@ def _check_foreign_files(folder: Path) -> None:
     foreign = sorted(p.name for p in folder.iterdir() if not _OWN_FILE.fullmatch(p.name)) if folder.is_dir() else []
     if foreign:
         raise UserError(f"{folder} holds {foreign[0]!r}, which is not of a shapes set: name a new or empty folder")
-
-
-def _remove_stale_builds(folder: Path) -> None:
-    """Builds that were killed leave their folder behind; one that is alive adds a file more often than every hour."""
-    for build in folder.parent.glob(f".{folder.name}.building-*"):
-        try:
-            if time.time() - build.stat().st_mtime > 3600:
-                shutil.rmtree(build, ignore_errors=True)
-        except FileNotFoundError:  # its owner has just moved or removed it
-            continue
 
 
 def _write_set(build: Path, arguments: dict, progress: Callable[[int, int], None] | None) -> None:

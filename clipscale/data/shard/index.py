@@ -29,6 +29,7 @@ from clipscale.data.shard import sidecar
 from clipscale.data.shard.lost import lost_samples
 from clipscale.data.shard.select import Rules, select_samples
 from clipscale.data.shard.tar import list_members, mapped
+from clipscale.errors import UserError, reason
 from clipscale.files import cache_folder, hash_file
 
 _FACTS = {"samples", "identity", "bytes", "crc32", "sha256", "refused", "not_read", "cut", "unread", "lost"}
@@ -120,7 +121,10 @@ class Index:
                 return _shard(url, place, facts, _change(before, facts))
             except OSError as error:
                 cause = error
-        raise OSError(f"cannot write the index to any of {[str(place) for place in places]} ({cause})") from cause
+        raise OSError(
+            f"cannot write the index to any of {[str(place) for place in places]} ({reason(cause)}); let "
+            "data.index_dir name a folder that can be written"
+        ) from cause
 
     def _fits(self, facts: dict[str, Any], stat: os.stat_result | None) -> bool:
         """Whether these facts of a sidecar are all there, and of a shard of this size and time."""
@@ -170,8 +174,13 @@ class Index:
         tagged = f"{place.hexdigest()[:16]}-{name[-200:]}"
         if self.index_dir is not None:
             return [Path(self.index_dir) / tagged]
-        in_cache = cache_folder(self.cache_dir) / "index" / tagged
-        return [Path(url).with_name(name), in_cache] if is_local(url) else [in_cache]
+        places = [Path(url).with_name(name)] if is_local(url) else []
+        try:
+            places.append(cache_folder(self.cache_dir) / "index" / tagged)
+        except UserError:  # no home folder: an index beside its shard needs none
+            if not places:
+                raise
+        return places
 
 
 def basename(url: str) -> str:
