@@ -94,7 +94,9 @@ def test_a_config_that_is_no_good(tmp_path, capsys):
 
 def test_bars(monkeypatch):
     screen = io.StringIO()
-    monkeypatch.setattr("clipscale.progress.bar_on", lambda _: bar_on(Console(file=screen, force_terminal=True)))
+    monkeypatch.setattr(
+        "clipscale.progress.bar_on", lambda _, left: bar_on(Console(file=screen, force_terminal=True), left)
+    )
     with progress_bar(f"{NO_UTF8} {EVIL}") as progress:
         progress(1, 2)
     assert r"caf\udce9\x1b[2J k\x1b[2J\x9b31m" in screen.getvalue()
