@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from clipscale.config_data import Data, Select, SourceSettings
+from clipscale.words import counted
 
 if TYPE_CHECKING:
     from clipscale.data import source
@@ -85,12 +86,12 @@ def print_report(found: source.Source) -> None:
     """Which shards are damaged or changed, and what was refused, and why."""
     from clipscale.data.fetch.urls import masked
 
-    noun = "pairs" if found.need == "pairs" else "labelled pictures"
+    noun = "pair" if found.need == "pairs" else "labelled picture"
     for shard in found.shards:
         if shard.changed:
             print(f"{masked(shard.url)}: changed since it was indexed last: {shard.changed}")
         if shard.cut:
-            print(f"{masked(shard.url)}: {shard.samples} {noun} usable: {shard.cut}")
+            print(f"{masked(shard.url)}: {counted(shard.samples, noun)} usable: {shard.cut}")
     refused, unread = found.refused(), found.not_read()
     if refused or unread:
         table = Table("what was left out", "count", "shards")
@@ -100,4 +101,5 @@ def print_report(found: source.Source) -> None:
             table.add_row(f"not read, {suffix}", f"{count}", f"{sum(suffix in s.not_read for s in found.shards)}")
         table.columns[1].justify = table.columns[2].justify = "right"
         Console(width=100).print(table)
-    print(f"{len(found.shards)} shards, {found.samples} usable {noun}, fingerprint {found.fingerprint()}")
+    usable = counted(found.samples, f"usable {noun}")
+    print(f"{counted(len(found.shards), 'shard')}, {usable}, fingerprint {found.fingerprint()}")

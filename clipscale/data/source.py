@@ -34,6 +34,7 @@ from clipscale.data.shard.select import Need, Rules
 from clipscale.data.shard.sidecar import Records, Row
 from clipscale.errors import UserError
 from clipscale.tell import tell
+from clipscale.words import counted
 
 _MAX_OPEN_FILES = 32  # shards, and as many sidecars, of each source; a process may have 1,024 in all on many systems
 _NEIGHBOUR_BYTES = 4096  # a picture and its note no further apart than this are read at once
@@ -146,9 +147,9 @@ class Source:
         if wanted <= bound:
             return ""
         return (
-            f"source {self.name!r}: its order reads about {at_a_time:,} shards by turns, {wanted / 1e9:,.1f} GB, and "
-            f"data.cache_bytes allows {bound / 1e9:,.1f} GB: shards will be fetched over and over; set data.streams "
-            "and data.block_shards so that 1.5 x streams x block_shards shards fit, or raise the bound"
+            f"source {self.name!r}: its order reads about {counted(at_a_time, 'shard')} by turns, {wanted / 1e9:,.1f} "
+            f"GB, and data.cache_bytes allows {bound / 1e9:,.1f} GB: shards will be fetched over and over; set "
+            "data.streams and data.block_shards so that 1.5 x streams x block_shards shards fit, or raise the bound"
         )
 
     def prefetch(self, shards: Iterable[int]) -> None:
@@ -215,7 +216,8 @@ class _OpenSidecar(NamedTuple):
 
     def row(self, index: int, declared: int) -> Row:
         if index >= self.records.samples:
-            raise OSError(f"{declared} samples were declared, {self.records.samples} are usable")
+            usable = counted(self.records.samples, "is usable", "are usable")
+            raise OSError(f"{counted(declared, 'sample was', 'samples were')} declared, {usable}")
         return self.records.read(index)
 
 
@@ -266,7 +268,8 @@ def _read_exactly(file: int, offset: int, size: int) -> bytes:
 def _surplus(shard: Shard, declared: Shard) -> str:
     more = shard.samples - declared.samples
     return (
-        f"shard {masked(shard.url)}: {declared.samples} samples were declared, the last {more} usable ones stay unused"
+        f"shard {masked(shard.url)}: {counted(declared.samples, 'sample was', 'samples were')} declared, the last "
+        f"{counted(more, 'usable one stays', 'usable ones stay')} unused"
     )
 
 
@@ -315,8 +318,8 @@ def _require_samples(opened: Source, source: SourceSettings) -> None:
     table = ", ".join(f"{cause}: {count}" for cause, count in opened.refused().most_common())
     causes = "; ".join(filter(None, [table, *(f"{masked(s.url)} {s.cut}" for s in opened.shards if s.cut)][:4]))
     raise UserError(
-        f"source {opened.name!r}: none of its {len(opened.shards)} shards ({masked(source.urls)}) holds a sample with "
-        f"a picture and {wanted}; found: {causes or 'empty archives'}"
+        f"source {opened.name!r}: none of its {counted(len(opened.shards), 'shard')} ({masked(source.urls)}) holds a "
+        f"sample with a picture and {wanted}; found: {causes or 'empty archives'}"
     )
 
 
@@ -325,8 +328,10 @@ def _findings(source: Source) -> Iterable[str]:
     for shard in source.shards:
         if shard.cut:
             about = f"source {source.name!r}: {masked(shard.url)}"
-            yield f"{about} is damaged, {shard.samples} samples are usable: {shard.cut}"
+            usable = counted(shard.samples, "sample is usable", "samples are usable")
+            yield f"{about} is damaged, {usable}: {shard.cut}"
     refused = source.refused()
     if refused:
         table = ", ".join(f"{cause}: {count}" for cause, count in refused.most_common())
-        yield f"source {source.name!r}: {refused.total()} samples refused ({table}); {source.samples} are usable"
+        usable = counted(source.samples, "is usable", "are usable")
+        yield f"source {source.name!r}: {counted(refused.total(), 'sample')} refused ({table}); {usable}"

@@ -22,6 +22,7 @@ import numpy as np
 from clipscale.data.shard.tar import list_members
 from clipscale.errors import UserError, require
 from clipscale.shardkit.inputs import Refusal, Row
+from clipscale.words import counted
 
 _PICTURE = re.compile(r".*\.(jpeg|jpg|png|webp)", re.I)
 _SYNSET = re.compile(r"n\d{8}")
@@ -153,7 +154,7 @@ def read_labels(labels: Labels, names: list[str]) -> tuple[list[str], list[str]]
     if all(len(line) == 1 for line in lines):
         require(
             len(lines) == len(names),
-            f"{labels.answers} has {len(lines)} labels for {len(names)} pictures: need one each",
+            f"{labels.answers} has {counted(len(lines), 'label')} for {counted(len(names), 'picture')}: need one each",
         )
         answers = [line[0] for line in lines]
     else:

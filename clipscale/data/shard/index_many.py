@@ -20,6 +20,7 @@ from clipscale.data.shard.index import Index, Shard
 from clipscale.data.shard.judge import looks_into_pictures
 from clipscale.errors import UserError
 from clipscale.pool import WorkerDied, cores, map_in_processes
+from clipscale.words import counted
 
 Track = Callable[[Iterable[str], str], Iterable[str]]
 
@@ -56,7 +57,7 @@ def index_shards(
                 raise UserError(f"{what} {died.how}; if memory is short, set fewer data.index_jobs (--jobs)") from died
     unreadable = [url for url in urls if isinstance(found[url], str)]
     if unreadable:
-        more = f" (and {len(unreadable) - 1} more of {len(urls)} shards)" if len(unreadable) > 1 else ""
+        more = f" (and {len(unreadable) - 1} more of {counted(len(urls), 'shard')})" if len(unreadable) > 1 else ""
         shown = masked(unreadable[0])
         why = found[unreadable[0]].removeprefix(f"{shown}: ")  # a failed download names its URL itself
         raise UserError(f"shard {shown!r}: {why}{more}; mend that, or take the shard out of the config")

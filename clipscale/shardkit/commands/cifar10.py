@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from clipscale.shardkit.commands.options import positive
+from clipscale.words import counted
 
 DESCRIPTION = """\
 Build captioned WebDataset shards from the public CIFAR-10 data set.
@@ -32,5 +33,5 @@ def run(arguments: argparse.Namespace) -> int:
     from clipscale.shardkit.cifar10 import convert
 
     counts = convert(arguments.source, arguments.output, arguments.samples_per_shard)
-    print(f"{arguments.output}: " + ", ".join(f"{count} {split} pictures" for split, count in counts.items()))
+    print(f"{arguments.output}: " + ", ".join(counted(count, f"{split} picture") for split, count in counts.items()))
     return 0

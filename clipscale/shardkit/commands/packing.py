@@ -20,6 +20,7 @@ from clipscale.errors import UserError
 from clipscale.shardkit.commands.options import add_jobs, add_max_pixels, natural, positive, quality
 from clipscale.shardkit.destination import Destination
 from clipscale.shardkit.text import printable
+from clipscale.words import counted
 
 if TYPE_CHECKING:
     from clipscale.shardkit.packing import Written
@@ -79,4 +80,4 @@ def print_written(written: Written, output: Path, source: Path, seconds: float) 
     names = paths[0].name if len(paths) == 1 else f"{len(paths)} shards, {paths[0].name} to {paths[-1].name}"
     mebibytes = sum(path.stat().st_size for path in paths) / 2**20
     speed = f"{seconds:.1f} s, {(written.samples + len(written.refusals)) / seconds:,.0f} a second"
-    print(f"{output}: {written.samples:,} samples in {names}, {mebibytes:,.1f} MiB ({speed})")
+    print(f"{output}: {counted(written.samples, 'sample')} in {names}, {mebibytes:,.1f} MiB ({speed})")
