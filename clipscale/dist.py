@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from clipscale.errors import SharedError, reason, require
+from clipscale.words import counted
 
 _TIMEOUT_SECONDS = 1800
 
@@ -127,7 +128,8 @@ def start_world(device: str = "auto") -> Iterator[World]:
     if on_gpu:
         require(
             gpu < gpus,
-            f"local rank {local_rank} has no GPU of its own on {socket.gethostname()}; start {gpus} ranks a node",
+            f"local rank {local_rank} has no GPU of its own on {socket.gethostname()}; start "
+            f"{counted(gpus, 'rank')} a node",
         )
         torch.cuda.set_device(gpu)
     where = torch.device("cuda", gpu) if on_gpu else torch.device("cpu")

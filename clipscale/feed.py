@@ -32,6 +32,7 @@ from clipscale.files import append_rows, keep_rows
 from clipscale.progress import progress_bar, track
 from clipscale.tell import tell
 from clipscale.towers import Towers
+from clipscale.words import counted
 
 _NAMED_SKIPS = 20  # masked samples with a log line of their own; skipped.jsonl has every one
 _BAD_FRACTION_AFTER = 1000  # samples seen before data.max_bad_fraction is applied
@@ -107,8 +108,8 @@ class Feed:
         )
         tell(
             "data: "
-            + ", ".join(f"{source.name} {source.samples:,} pairs" for source in self.pipeline.sources)
-            + f"; replay tier {plan.kind}, {plan.blocks} blocks of {shape.chunk} pictures a rank"
+            + ", ".join(f"{source.name} {counted(source.samples, 'pair')}" for source in self.pipeline.sources)
+            + f"; replay tier {plan.kind}, {counted(plan.blocks, 'block')} of {counted(shape.chunk, 'picture')} a rank"
         )
 
     def repeats(self, batch: StepBatch) -> dict[str, int]:
@@ -188,6 +189,6 @@ class Skips:
                 tell(f"{count:>12,}  {cause}")
             causes = ", ".join(f"{cause}: {count}" for cause, count in table)
             raise SharedError(
-                f"{bad} of {seen} samples could not be used ({causes}), more than data.max_bad_fraction={self._bound}; "
-                f"see {self._file}, mend the shards or raise the bound"
+                f"{bad} of {counted(seen, 'sample')} could not be used ({causes}), more than "
+                f"data.max_bad_fraction={self._bound}; see {self._file}, mend the shards or raise the bound"
             )

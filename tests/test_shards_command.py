@@ -58,7 +58,7 @@ def test_both_doors_check_and_show_alike(tmp_path, capsys):
     urls = write_pairs(tmp_path / "set", shards=1, per_shard=3, size=16)
     shard = tmp_path / "set" / "0000.tar"
     _, by_script = by_both(["check", urls, "--jobs=1"], 0, capsys)
-    assert "3 samples in 1 shards" in by_script
+    assert "3 samples in 1 shard, " in by_script
     by_both(["inspect", str(shard), "--output", f"{tmp_path}/OUT.png"], 0, capsys)
     assert (tmp_path / "out0.png").read_bytes() == (tmp_path / "out1.png").read_bytes()
     shard.write_bytes(shard.read_bytes()[:3000])

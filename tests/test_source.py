@@ -363,7 +363,7 @@ def test_fewer_or_more_than_declared(server, remote, tmp_path, told):
     assert told == []
     assert source.read(2, 2).key == "000010"
     assert len(told) == 1
-    assert "0002.tar: 3 samples were declared, the last 1 usable ones stay unused" in told[0]
+    assert "0002.tar: 3 samples were declared, the last 1 usable one stays unused" in told[0]
     assert source.samples == 13
     assert source.fingerprint() == before
 

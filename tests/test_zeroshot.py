@@ -239,7 +239,7 @@ def test_labels_that_are_no_number_are_left_out_and_told(places, tmp_path, told)
     write_shard(tmp_path / "0.tar", samples)
     task = load_task(settings(places, urls=str(tmp_path / "0.tar")), Data())
     assert [task.pictures.read(i)[1] for i in range(len(task.pictures))] == [b"2\n"]
-    assert told == ["source 'zeroshot': 5 samples refused (label is not a number: 5); 1 are usable"]
+    assert told == ["source 'zeroshot': 5 samples refused (label is not a number: 5); 1 is usable"]
 
 
 @pytest.mark.parametrize(

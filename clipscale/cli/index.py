@@ -14,6 +14,7 @@ from clipscale.config_data import Data, Select, SourceSettings
 from clipscale.errors import require
 from clipscale.tell import say
 from clipscale.text import escaped
+from clipscale.words import counted
 
 if TYPE_CHECKING:
     from clipscale.data import source
@@ -107,12 +108,12 @@ def print_report(found: source.Source) -> None:
     from clipscale.data.shard.report import damage
     from clipscale.data.source import repeated_shards
 
-    noun = "pairs" if found.need == "pairs" else "labelled pictures"
+    noun = "pair" if found.need == "pairs" else "labelled picture"
     for shard in found.shards:
         if shard.changed:
             say(f"{masked(shard.url)}: changed since it was indexed last: {shard.changed}")
         if shard.cut:
-            say(f"{masked(shard.url)}: {shard.samples} {noun} usable: {damage(shard)}")
+            say(f"{masked(shard.url)}: {counted(shard.samples, noun)} usable: {damage(shard)}")
     for line in repeated_shards([found]):
         say(line)
     refused, unread = found.refused(), found.not_read()
@@ -126,4 +127,5 @@ def print_report(found: source.Source) -> None:
             table.add_row(Text(escaped(f"not read, {suffix}")), f"{count}", f"{places}")
         table.columns[1].justify = table.columns[2].justify = "right"
         Console(width=100).print(table)
-    say(f"{len(found.shards)} shards, {found.samples} usable {noun}, fingerprint {found.fingerprint()}")
+    usable = counted(found.samples, f"usable {noun}")
+    say(f"{counted(len(found.shards), 'shard')}, {usable}, fingerprint {found.fingerprint()}")

@@ -29,6 +29,7 @@ from clipscale.data.source import Source, open_source, repeated_shards
 from clipscale.data.tokenize import Tokenize
 from clipscale.errors import UserError, require
 from clipscale.tell import tell
+from clipscale.words import counted
 
 _DECODERS = ("simplejpeg", "pillow", "torch", "open_clip_torch")
 _OF_EACH_SOURCE = ("streams", "epoch_length", "content", "caption")
@@ -193,8 +194,8 @@ def build_pipeline(
     pipeline = Pipeline(sources, orders, mixture, tokenize, image_size, context_length, seed, data, dropped)
     require(
         global_batch % pipeline.streams == 0,
-        f"train.global_batch={global_batch} is not divisible by the {pipeline.streams} streams of this run's order; "
-        f"choose a multiple of {pipeline.streams}",
+        f"train.global_batch={global_batch} is not divisible by the {counted(pipeline.streams, 'stream')} of this "
+        f"run's order; choose a multiple of {pipeline.streams}",
     )
     if recorded is not None and not data.accept_changes:
         _refuse_changes(recorded, pipeline.identity())
@@ -251,9 +252,9 @@ def _order(
     order = layout(epoch_length=_epoch_length(source, data, global_batch, recorded))
     require(
         order.epoch_length >= per_batch or data.allow_repeats,
-        f"source {source.name!r} has {order.epoch_length} usable samples an epoch, fewer than its {per_batch} of a "
-        "batch: pairs would repeat within a batch and be each other's negatives; lower train.global_batch, or set "
-        "data.allow_repeats=true",
+        f"source {source.name!r} has {counted(order.epoch_length, 'usable sample')} an epoch, fewer than its "
+        f"{per_batch} of a batch: pairs would repeat within a batch and be each other's negatives; "
+        "lower train.global_batch, or set data.allow_repeats=true",
     )
     return order
 
@@ -267,7 +268,7 @@ def _epoch_length(source: Source, data: Data, global_batch: int, recorded: dict[
     whole = source.samples // global_batch * global_batch
     require(
         whole > 0,
-        f"data.epoch_boundary=drop leaves nothing of source {source.name!r}: {source.samples} samples, "
+        f"data.epoch_boundary=drop leaves nothing of source {source.name!r}: {counted(source.samples, 'sample')}, "
         f"train.global_batch={global_batch}; use straddle, or a smaller batch",
     )
     return whole

@@ -35,6 +35,7 @@ from clipscale.data.shard.select import Need, Rules
 from clipscale.data.shard.shortage import Lost, refused_samples
 from clipscale.data.shard.sidecar import Records, Row
 from clipscale.tell import tell
+from clipscale.words import counted
 
 _MAX_OPEN_FILES = 32  # shards, and as many sidecars, of each source; a process may have 1,024 in all on many systems
 _NEIGHBOUR_BYTES = 4096  # a picture and its note no further apart than this are read at once
@@ -157,9 +158,9 @@ class Source:
         if wanted <= bound:
             return ""
         return (
-            f"source {self.name!r}: its order reads about {at_a_time:,} shards by turns, {wanted / 1e9:,.1f} GB, and "
-            f"data.cache_bytes allows {bound / 1e9:,.1f} GB: shards will be fetched over and over; set data.streams "
-            "and data.block_shards so that 1.5 x streams x block_shards shards fit, or raise the bound"
+            f"source {self.name!r}: its order reads about {counted(at_a_time, 'shard')} by turns, {wanted / 1e9:,.1f} "
+            f"GB, and data.cache_bytes allows {bound / 1e9:,.1f} GB: shards will be fetched over and over; set "
+            "data.streams and data.block_shards so that 1.5 x streams x block_shards shards fit, or raise the bound"
         )
 
     def prefetch(self, shards: Iterable[int]) -> None:
@@ -314,7 +315,8 @@ def _read_exactly(file: int, offset: int, size: int) -> bytes:
 def _surplus(shard: Shard, declared: Shard) -> str:
     more = shard.samples - declared.samples
     return (
-        f"shard {masked(shard.url)}: {declared.samples} samples were declared, the last {more} usable ones stay unused"
+        f"shard {masked(shard.url)}: {counted(declared.samples, 'sample was', 'samples were')} declared, the last "
+        f"{counted(more, 'usable one stays', 'usable ones stay')} unused"
     )
 
 

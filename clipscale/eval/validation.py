@@ -16,6 +16,7 @@ from clipscale.errors import require
 from clipscale.eval.pictures import ShardPictures, batches
 from clipscale.loss import ContrastiveGrads, contrastive_grads
 from clipscale.towers import Towers
+from clipscale.words import counted
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def evaluate_validation(
         if result.pairs > 0:
             results.append(result)
     towers.model.train(training)
-    require(bool(results), f"validation: none of the {slots} pictures of {source.name!r} can be decoded")
+    require(bool(results), f"validation: none of the {counted(slots, 'picture')} of {source.name!r} can be decoded")
     pairs = sum(result.pairs for result in results)
     return ValidationResult(
         loss=_mean(results, lambda result: result.loss.item()),

@@ -27,6 +27,7 @@ from clipscale.errors import UserError, require
 from clipscale.eval.pictures import EvalPictures, FolderPictures, ShardPictures, batches
 from clipscale.files import why_unreadable
 from clipscale.towers import Towers
+from clipscale.words import counted
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def load_task(config: ZeroShot, data: Data) -> ZeroShotTask:
         classes = len(pictures.folders)
         require(
             classes == len(names),
-            f"eval.zeroshot.folder {config.folder!r} has {classes} class folders, eval.zeroshot.classnames="
+            f"eval.zeroshot.folder {config.folder!r} has {counted(classes, 'class folder')}, eval.zeroshot.classnames="
             f"{config.classnames!r} names {len(names)}; line i names the i-th folder by name",
         )
         return ZeroShotTask(pictures, names, templates)
@@ -127,7 +128,7 @@ def evaluate_zeroshot(
     totals = world.sum([bad, *hits1.tolist(), *hits5.tolist(), *seen.tolist()])
     bad, counts = int(totals[0]), torch.tensor(totals[1:], dtype=torch.float64).view(3, classes)
     pictures = counts[2].sum().item()
-    require(pictures > 0, f"zero-shot evaluation: none of the {bad} pictures can be decoded")
+    require(pictures > 0, f"zero-shot evaluation: none of the {counted(bad, 'picture')} can be decoded")
     top1, top5 = (counts[:2].sum(1) / pictures).tolist()
     return ZeroShotResult(top1, top5, int(pictures), bad, (counts[0] / counts[2]).tolist())
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from clipscale.errors import require
 from clipscale.files import sync_folder
+from clipscale.words import counted
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Destination:
         old = sorted(path for path in found if path.name[len(start) : -len(".tar")].isdigit())
         require(
             not old or self.overwrite,
-            f"{self.output} already holds {len(old)} shards {start}*.tar: choose another --prefix or --overwrite",
+            f"{self.output} already holds {counted(len(old), 'shard')} {start}*.tar: choose another --prefix "
+            "or --overwrite",
         )
         return old
 

@@ -24,6 +24,7 @@ from clipscale.data.shard.tar import list_members
 from clipscale.errors import UserError, require
 from clipscale.shardkit.inputs import PassedOver, Refusal, Row, is_hidden, other_format
 from clipscale.tell import tell
+from clipscale.words import counted
 
 _PICTURE = re.compile(r".*\.(jpeg|jpg|png|webp)", re.I | re.S)
 _SYNSET = re.compile(r"n\d{8}")
@@ -227,12 +228,14 @@ def read_labels(labels: Labels, names: list[str]) -> tuple[list[str], list[str]]
     if all(len(line) == 1 for line in lines):
         require(
             len(lines) == len(names),
-            f"{labels.answers} has {len(lines)} labels for {len(names)} pictures: need one each",
+            f"{labels.answers} has {counted(len(lines), 'label')} for {counted(len(names), 'picture')}: need one each",
         )
-        counted = sorted(names, key=_by_numbers)
-        odd = next(((first, second) for first, second in zip(names, counted, strict=True) if first != second), ("", ""))
+        by_number = sorted(names, key=_by_numbers)
+        odd = next(
+            ((first, second) for first, second in zip(names, by_number, strict=True) if first != second), ("", "")
+        )
         require(
-            counted == names,
+            by_number == names,
             f"{labels.answers} has labels without names, and whether {odd[0]} or {odd[1]} comes first does not show "
             "(letters or numbers): write each picture's name before its label",
         )

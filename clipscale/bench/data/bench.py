@@ -32,6 +32,7 @@ from clipscale.data.pixels.decode import picture_size
 from clipscale.errors import require
 from clipscale.files import cache_folder
 from clipscale.pool import cores
+from clipscale.words import counted
 
 _PACKAGES = ("webdataset", "open_clip_torch", "pillow", "torchvision", "simplejpeg", "numpy")
 _LOOKED_AT = 256  # pictures whose sizes are told
@@ -156,7 +157,8 @@ def _document(options: DataBench, run: _Run, command: str) -> dict[str, Any]:
     kilobytes = sum(map(len, pictures)) / len(pictures) / 1e3
     short_side = sum(min(size[:2]) for size in sizes) / len(sizes)
     notes = [
-        f"{source.samples:,} {'samples' if options.urls else 'synthetic photos'} in {len(source.shards)} shards: "
+        f"{counted(source.samples, 'sample' if options.urls else 'synthetic photo')} in "
+        f"{counted(len(source.shards), 'shard')}: "
         f"{kilobytes:.1f} KB a picture, short side {short_side:.0f} on the average of {len(pictures)}; read before, so "
         "that they come from memory.",
         "Packages: " + ", ".join(f"{name} {package_version(name)}" for name in _PACKAGES) + ".",

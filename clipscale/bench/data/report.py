@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from clipscale.bench.common.results import LAST_LINE, heading, images
 from clipscale.bench.common.tables import aligned, markdown_table, short
 from clipscale.bench.data.stages import STAGES
+from clipscale.words import counted
 
 
 class Table(NamedTuple):
@@ -140,7 +141,7 @@ def _soak_table(soak: dict[str, Any]) -> Table:
         rows.append([f"{point['samples']:,}", *(_mib(size) for one in processes for size in point[one].values())])
     rows.append(["most above the first", *(_mib(size) for one in processes for size in soak["growth"][one].values())])
     verdict = "flat" if soak["flat"] else "not flat"
-    title = f"Memory over {soak['samples']:,} samples in {soak['shards']} shards"
+    title = f"Memory over {counted(soak['samples'], 'sample')} in {counted(soak['shards'], 'shard')}"
     return Table(f"{title}: {verdict} within {_mib(soak['bound_bytes'])} MiB", columns, rows)
 
 

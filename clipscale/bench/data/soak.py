@@ -17,6 +17,7 @@ from typing import Any
 from clipscale.bench.common.processes import Memory, descendants, memory
 from clipscale.bench.data.ours import open_loader, open_pipeline, receive
 from clipscale.bench.data.photos import tiny_shards
+from clipscale.words import counted
 
 BOUND_BYTES = 24 * 2**20
 POINTS = 10
@@ -39,7 +40,10 @@ def measure_soak(folder: Path, *, samples: int, threads: int, say: Callable[[str
                 (process,) = set(descendants()) - others
                 both = {"loader": memory(process)._asdict(), "training process": memory(os.getpid())._asdict()}
                 points.append({"samples": seen, **both})
-                say(f"{seen} samples: " + ", ".join(f"{k} {v['resident_bytes'] >> 20} MiB" for k, v in both.items()))
+                say(
+                    f"{counted(seen, 'sample')}: "
+                    + ", ".join(f"{k} {v['resident_bytes'] >> 20} MiB" for k, v in both.items())
+                )
     finally:
         loader.close()
     growth = {

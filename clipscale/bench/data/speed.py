@@ -19,6 +19,7 @@ from clipscale.bench.data.baseline import Baseline, baseline_loader
 from clipscale.bench.data.ours import MODES, STEP, Mode, open_loader, receive
 from clipscale.data.pipeline import Pipeline
 from clipscale.pool import cores
+from clipscale.words import counted
 
 BASELINE, BASELINE_UINT8 = "open_clip recipe", "open_clip recipe, uint8"
 OURS = {"process": "clipscale", "inline": "clipscale, inline"}
@@ -57,7 +58,8 @@ def _baseline(name: str, urls: list[str], settings: Baseline) -> Supplier:
     return Supplier(
         name,
         take=lambda: len(next(batches)[0]),
-        how=f"webdataset + PIL + {settings.pixels}, {settings.workers} DataLoader workers, batches of {settings.batch}",
+        how=f"webdataset + PIL + {settings.pixels}, {counted(settings.workers, 'DataLoader worker')}, "
+        f"batches of {settings.batch}",
         close=batches.close,  # its workers end with the last reference to their loader
         ahead=_READY_BATCHES * settings.workers,
         stride=settings.workers,
@@ -71,7 +73,7 @@ def _ours(pipeline: Pipeline, mode: Mode, threads: int) -> Supplier:
     return Supplier(
         OURS[mode],
         take=lambda: receive(next(loader)),
-        how=f"index + simplejpeg + uint8, {threads} threads in {where}, steps of {STEP}",
+        how=f"index + simplejpeg + uint8, {counted(threads, 'thread')} in {where}, steps of {STEP}",
         close=loader.close,
         ahead=2,
     )

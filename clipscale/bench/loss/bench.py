@@ -24,6 +24,7 @@ from clipscale.bench.loss.team import Team
 from clipscale.dist import start_world
 from clipscale.errors import SharedError, UserError, require
 from clipscale.loss.precision import resolve_precision
+from clipscale.words import counted
 
 _BATCHES = {"cuda": tuple(4096 * 4**i for i in range(5)), "cpu": (1024, 2048, 4096)}
 _ERROR_LIMIT = {"cuda": 2**18, "cpu": 2**14}
@@ -72,7 +73,8 @@ def _for_device(options: LossBench, team: Team) -> LossBench:
         raise SharedError(f"--precisions={','.join(options.precisions)}: {error}") from error
     batches = options.batches or _BATCHES[kind]
     require(
-        min(batches) >= team.ranks, f"--batches: {min(batches)} pairs for {team.ranks} ranks; give at least one a rank"
+        min(batches) >= team.ranks,
+        f"--batches: {counted(min(batches), 'pair')} for {counted(team.ranks, 'rank')}; give at least one a rank",
     )
     return replace(
         options,

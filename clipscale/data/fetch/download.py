@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from clipscale.config_data import Fetch
 from clipscale.data.fetch.streams import Body, Refused, TryAgain, open_body
 from clipscale.data.fetch.urls import masked
+from clipscale.words import counted
 
 MAX_RETRY_AFTER_SECONDS = 300.0  # a server that asks for a longer pause is asked again after this one
 _MAX_PAUSE_SECONDS = 60.0
@@ -163,7 +164,7 @@ class _Download:
         cause = " ".join(masked(str(error)).split())[:500]
         if not isinstance(error, _Mismatch) and (self.part.written_bytes or self.total_bytes):
             cause += f" at byte {self.part.written_bytes} of {self.total_bytes or 'an unknown number'}"
-        message = f"{masked(self.url)}: {cause} ({attempts} attempt{'s' if attempts > 1 else ''})"
+        message = f"{masked(self.url)}: {cause} ({counted(attempts, 'attempt')})"
         return FetchError(message, missing=isinstance(error, Refused) and error.missing)
 
 

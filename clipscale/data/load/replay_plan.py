@@ -21,6 +21,7 @@ from clipscale.config_data import Replay
 from clipscale.data.load.replay import Disk, Gpu, Host, Recompute
 from clipscale.data.load.shape import StepShape
 from clipscale.errors import UserError, reason
+from clipscale.words import counted
 
 _LEAST_AHEAD = 3  # chunks, whatever shape.ahead says: one is computed on, one is copied, one is filled
 Tier = Host | Gpu | Disk | Recompute
@@ -118,9 +119,9 @@ def choose_tier(replay: Replay, shape: StepShape, budget: Budgets, *, local_rank
         problems.append(f"{kind}: {plan}")
     raise UserError(
         f"replay.kind={replay.kind}: the pixels of a step have no place to wait for the second pass, "
-        f"{shape.slots:,} pictures of {shape.picture_bytes:,} bytes on each of {local_ranks} ranks of this node "
-        f"({'; '.join(problems)}). Raise a budget, use more ranks or a smaller train.global_batch, or set "
-        "replay.kind=recompute, which reads and decodes every picture twice"
+        f"{counted(shape.slots, 'picture')} of {counted(shape.picture_bytes, 'byte')} on each of "
+        f"{counted(local_ranks, 'rank')} of this node ({'; '.join(problems)}). Raise a budget, use more ranks or "
+        "a smaller train.global_batch, or set replay.kind=recompute, which reads and decodes every picture twice"
     )
 
 
@@ -139,8 +140,8 @@ def _try(kind: str, shape: StepShape, budget: Budgets, local_ranks: int) -> Plan
     if room < _LEAST_AHEAD:
         least = (held + _LEAST_AHEAD) * shape.chunk_bytes * local_ranks
         return (
-            f"{_gb(least)} of host memory needed ({held} blocks that wait and {_LEAST_AHEAD} being filled, of "
-            f"{shape.chunk} pictures, on each rank), replay.host_bytes allows {_gb(budget.host)}"
+            f"{_gb(least)} of host memory needed ({counted(held, 'block')} that wait and {_LEAST_AHEAD} being filled, "
+            f"of {counted(shape.chunk, 'picture')}, on each rank), replay.host_bytes allows {_gb(budget.host)}"
         )
     return Plan(kind, held + min(room, max(shape.ahead, _LEAST_AHEAD)))
 
@@ -165,4 +166,4 @@ def build_tier(plan: Plan, replay: Replay, shape: StepShape, device: torch.devic
 
 
 def _gb(count: int) -> str:
-    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count:,} bytes"
+    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else counted(count, "byte")

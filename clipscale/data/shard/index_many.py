@@ -27,6 +27,7 @@ from clipscale.data.shard.tar import list_members, mapped
 from clipscale.errors import UserError
 from clipscale.files import whole_file
 from clipscale.pool import WorkerDied, cores, map_in_processes
+from clipscale.words import counted
 
 Track = Callable[[Iterable[str], str], Iterable[str]]
 
@@ -66,7 +67,7 @@ def index_shards(
                 remember(found[url])
     unreadable = [url for url in urls if isinstance(found[url], str)]
     if unreadable:
-        more = f" (and {len(unreadable) - 1} more of {len(urls)} shards)" if len(unreadable) > 1 else ""
+        more = f" (and {len(unreadable) - 1} more of {counted(len(urls), 'shard')})" if len(unreadable) > 1 else ""
         shown = masked(unreadable[0])
         why = found[unreadable[0]].removeprefix(f"{shown}: ")  # a failed download names its URL itself
         raise UserError(f"shard {shown!r}: {why}{more}; mend that, or take the shard out of the config")

@@ -14,6 +14,7 @@ from clipscale.errors import require
 from clipscale.files import write_file
 from clipscale.shardkit.commands.options import add_jobs, add_reading
 from clipscale.text import shown
+from clipscale.words import counted
 
 WHAT = "verify shards to their last byte, and find duplicates"
 DESCRIPTION = "Verify WebDataset shards: every picture is decoded to its end with the loader's own decoder."
@@ -68,9 +69,9 @@ def print_report(report: dict) -> None:
     console = Console()
     mebibytes, seconds = report["bytes"] / 2**20, report["seconds"]
     console.print(
-        f"{report['samples']:,} samples in {report['shards']:,} shards, {mebibytes:,.1f} MiB; {report['usable']:,} "
-        f"without a finding ({seconds:.1f} s: {report['samples'] / seconds:,.0f} samples a second, "
-        f"{mebibytes / seconds:,.0f} MiB/s)",
+        f"{counted(report['samples'], 'sample')} in {counted(report['shards'], 'shard')}, {mebibytes:,.1f} MiB; "
+        f"{report['usable']:,} without a finding ({seconds:.1f} s: "
+        f"{report['samples'] / seconds:,.0f} samples a second, {mebibytes / seconds:,.0f} MiB/s)",
         highlight=False,
         soft_wrap=True,
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from clipscale.shardkit.commands.options import positive
 from clipscale.tell import say
+from clipscale.words import counted
 
 DESCRIPTION = """\
 Build captioned WebDataset shards from the public CIFAR-10 data set.
@@ -33,5 +34,5 @@ def run(arguments: argparse.Namespace) -> int:
     from clipscale.shardkit.cifar10 import convert
 
     counts = convert(arguments.source, arguments.output, arguments.samples_per_shard)
-    say(f"{arguments.output}: " + ", ".join(f"{count} {split} pictures" for split, count in counts.items()))
+    say(f"{arguments.output}: " + ", ".join(counted(count, f"{split} picture") for split, count in counts.items()))
     return 0

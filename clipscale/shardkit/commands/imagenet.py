@@ -19,6 +19,7 @@ from clipscale.shardkit.commands.packing import add_packing, destination_of, enc
 from clipscale.shardkit.imagenet import Labels, find_pictures
 from clipscale.shardkit.inputs import in_random_order
 from clipscale.tell import say
+from clipscale.words import counted
 
 WHAT = "pack ImageNet, or any folder or tar of classes"
 DESCRIPTION = "Pack ImageNet (ILSVRC2012), or any folder or tar of classes, into labelled WebDataset shards."
@@ -80,5 +81,5 @@ def run(arguments: argparse.Namespace) -> int:
     print_written(written, found.passed_over, arguments.output, arguments.source, time.perf_counter() - start)
     name = f"{arguments.prefix}-synsets.txt" if arguments.prefix else "synsets.txt"
     write_file(arguments.output / name, "".join(f"{synset}\n" for synset in found.classes))
-    say(f"{len(found.classes)} classes, listed in {arguments.output / name}")
+    say(f"{counted(len(found.classes), 'class', 'classes')}, listed in {arguments.output / name}")
     return 0

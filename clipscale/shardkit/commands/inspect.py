@@ -9,6 +9,7 @@ from clipscale.errors import require
 from clipscale.files import whole_file
 from clipscale.shardkit.commands.options import add_reading, natural, positive
 from clipscale.tell import say
+from clipscale.words import counted
 
 WHAT = "look into a shard: a contact sheet of its samples"
 DESCRIPTION = "A contact sheet of a shard's samples with their captions or labels."
@@ -45,14 +46,14 @@ def run(arguments: argparse.Namespace) -> int:
     from clipscale.data.fetch.urls import expand_urls, masked
 
     urls, name = expand_urls(arguments.shard), masked(arguments.shard)
-    require(len(urls) == 1, f"{name!r} names {len(urls)} shards: give one")
+    require(len(urls) == 1, f"{name!r} names {counted(len(urls), 'shard')}: give one")
     from clipscale.shardkit.sheet import Look, draw_sheet, read_tiles, write_page  # with torch
 
     look = Look(arguments.caption, arguments.max_pixels, arguments.tile)
     wanted = (arguments.start, arguments.samples, arguments.seed)
     tiles, samples = read_tiles(urls[0], look, *wanted, arguments.cache_dir)
     broken = sum(tile.picture is None for tile in tiles)
-    note = f"{len(tiles)} of {samples:,} samples" + (f", {broken} without a picture" if broken else "")
+    note = f"{len(tiles)} of {counted(samples, 'sample')}" + (f", {broken} without a picture" if broken else "")
     if kind == ".png":
         data = draw_sheet(tiles, arguments.columns, arguments.tile)
     else:

@@ -22,6 +22,7 @@ from clipscale.shardkit.destination import Destination
 from clipscale.shardkit.inputs import PassedOver
 from clipscale.tell import say
 from clipscale.text import escaped
+from clipscale.words import counted
 
 if TYPE_CHECKING:
     from clipscale.shardkit.packing import Written
@@ -82,4 +83,4 @@ def print_written(written: Written, passed_over: list[PassedOver], output: Path,
     names = paths[0].name if len(paths) == 1 else f"{len(paths)} shards, {paths[0].name} to {paths[-1].name}"
     mebibytes = sum(path.stat().st_size for path in paths) / 2**20
     speed = f"{seconds:.1f} s, {(written.samples + len(written.refusals)) / seconds:,.0f} a second"
-    say(f"{output}: {written.samples:,} samples in {names}, {mebibytes:,.1f} MiB ({speed})")
+    say(f"{output}: {counted(written.samples, 'sample')} in {names}, {mebibytes:,.1f} MiB ({speed})")

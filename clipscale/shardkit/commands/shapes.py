@@ -8,6 +8,7 @@ from pathlib import Path
 
 from clipscale.progress import progress_bar
 from clipscale.tell import say
+from clipscale.words import counted
 
 DESCRIPTION = """\
 Draw the shapes set: 64 (colour, shape) classes, 8 of which only the zero-shot test shows.
@@ -64,9 +65,11 @@ def summary(folder: Path, written: int, seconds: float) -> str:
     shards = sorted(folder.glob("*.tar"))
     classes, unseen = (len((folder / name).read_text().splitlines()) for name in ("classnames.txt", "unseen.txt"))
     if written:
-        work = f"{written:,} pictures in {seconds:.1f} s ({written / seconds:,.0f} a second)"
+        work = f"{counted(written, 'picture')} in {seconds:.1f} s ({written / seconds:,.0f} a second)"
     else:
         work = "already complete, nothing to do"
     mebibytes = sum(shard.stat().st_size for shard in shards) / 2**20
-    held = f"{classes} classes, {unseen} of them never in training; {len(shards)} shards, {mebibytes:.1f} MiB"
+    held = (
+        f"{classes} classes, {unseen} of them never in training; {counted(len(shards), 'shard')}, {mebibytes:.1f} MiB"
+    )
     return f"{folder}: {work}; {held}"
