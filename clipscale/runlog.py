@@ -42,7 +42,7 @@ class RunLog:
 
     def __init__(self, folder: str, *, rank: int = 0) -> None:
         self._rank, self._folder = rank, Path(folder)
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
         self._open = ExitStack()
         self._open.enter_context(listening(self._hear))
 

@@ -68,10 +68,11 @@ def test_a_tell_is_one_line_of_the_run_log_and_of_the_screen(tmp_path, capsys):
     with RunLog(str(tmp_path)):
         tell(EVIL)
         tell(NO_UTF8)
-    (first, second) = (tmp_path / "run.log").read_text(encoding="utf-8").splitlines()
+        tell(":skull: [red]")
+    first, second, _ = (tmp_path / "run.log").read_text(encoding="utf-8").splitlines()
     assert first.endswith(escaped(EVIL))
     assert second.endswith(r"caf\udce9\x1b[2J")
-    assert printed(capsys)[1] == [escaped(EVIL), escaped(NO_UTF8)]
+    assert printed(capsys)[1] == [escaped(EVIL), escaped(NO_UTF8), ":skull: [red]"]
 
 
 def test_errors_of_both_doors(tmp_path, capsys):
