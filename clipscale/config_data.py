@@ -132,7 +132,7 @@ class Data:
     augment: AugmentSettings = field(default_factory=AugmentSettings)
     max_pixels: int = 50_000_000  # a picture whose header promises more is refused: a bound on memory too
     max_bad_fraction: float = 0.05  # more masked samples than this end the run
-    max_refused_fraction: float | None = None  # of a source's samples, at indexing; null: as the one before
+    max_refused_fraction: float | None = None  # of a source's samples, at indexing; null: max_bad_fraction
     loader: Literal["process", "inline"] = "process"  # decode in a process of its own, or in threads of this one
     threads: int = 2  # decode threads per rank
     prefetch_steps: int = 1  # step batches decoded ahead of the one that is trained on

@@ -137,6 +137,8 @@ def test_refused_samples_are_named_on_request(shards, tmp_path, capsys):
             (str(path), "a", "no caption"),
             (str(path), "b", "caption is not UTF-8"),
         ]
+    assert main(["index", shards, f"--refused={tmp_path}/none/x.jsonl"]) == 2
+    assert f"{tmp_path}/none is no folder" in capsys.readouterr().err
     before = path.read_bytes()
     assert main(["index", "--refused", str(path), str(tmp_path / "0.tar")]) == 2  # the shard is not overwritten
     assert "must end in .jsonl" in capsys.readouterr().err

@@ -32,7 +32,9 @@ LEFT = "shards that were indexed stay so"
 
 def run(arguments: argparse.Namespace, words: list[str]) -> int:
     listed = arguments.refused
-    require(listed is None or listed == "" or listed.endswith(".jsonl"), f"--refused {listed!r} must end in .jsonl")
+    if listed:
+        require(listed.endswith(".jsonl"), f"--refused {listed!r} must end in .jsonl; shards come first, or after '--'")
+        require(Path(listed).parent.is_dir(), f"--refused {listed!r}: {Path(listed).parent} is no folder")
     settings, data, need = index_settings(arguments)
     from clipscale.data.source import open_source
     from clipscale.progress import track

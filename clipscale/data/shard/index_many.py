@@ -103,15 +103,17 @@ def write_refused(
     faulty one, or the sample's first where one is missing), offset, cause and detail. Gives back how many there are.
 
     Raises:
-        OSError: the file cannot be written, or a shard not read.
-        UserError: a worker that died.
+        UserError: the file cannot be written, a shard not read, or a worker died.
     """
-    jobs = 1 if _is_little(urls, index) else min(jobs or cores(), len(urls))
     count = 0
-    with whole_file(path) as file, closing(map_in_processes(_refused, urls, jobs, index, cache)) as found:
-        for rows in found:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-            count += len(rows)
+    try:
+        jobs = 1 if _is_little(urls, index) else min(jobs or cores(), len(urls))
+        with whole_file(path) as file, closing(map_in_processes(_refused, urls, jobs, index, cache)) as found:
+            for rows in found:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+                count += len(rows)
+    except OSError as error:
+        raise UserError(f"{path} was not written: {error}") from error
     return count
 
 

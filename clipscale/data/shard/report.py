@@ -88,6 +88,8 @@ def _hints(causes: Counter[str], unread: Counter[str]) -> Iterable[str]:
         yield f"a key ends at its name's first dot, so that {dotted!r} is one suffix: take the dots out of the names"
     if causes["no picture"] or causes["picture of another format"]:
         yield f"pictures are read from {' '.join(read[: len(IMAGE_SUFFIXES)])}"
+    if causes["no caption"]:
+        yield "data.sources.<name>.caption (--caption) names the suffix, or json:<field>, that holds the captions"
 
 
 def require_few_bad(name: str, shards: list[Shard], data: Data) -> None:
@@ -111,4 +113,5 @@ def require_few_bad(name: str, shards: list[Shard], data: Data) -> None:
 
 
 def _table(counts: Counter[str]) -> str:
-    return ", ".join(f"{what}: {count}" for what, count in counts.most_common())
+    """`what` may come from a hostile tar."""
+    return ", ".join(f"{what if what.isprintable() else repr(what)}: {count}" for what, count in counts.most_common())
