@@ -15,8 +15,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 GROUND = {
-    *("__init__", "errors", "counter", "tell", "files", "progress", "pool", "dist", "runlog"),
-    *("config_data", "config", "config_load", "config_help", "recipes"),
+    *("__init__", "errors", "counter", "tell", "files", "progress", "pool", "dist", "runlog", "paths"),
+    *("config_data", "config", "config_read", "config_load", "config_help", "recipes"),
 }
 STAGES = {"data", "towers", "loss"}
 ASSEMBLY = {"gradcache", "parallel", "optim", "checkpoint", "eval"}
@@ -28,6 +28,7 @@ LAWS: dict[str, set[str]] = {
     "counter": set(),
     "tell": set(),
     "files": set(),
+    "paths": {"errors"},
     "data": set(),
     "data.bad": set(),
     "data.order": {"counter", "errors"},
@@ -64,6 +65,7 @@ FORBIDDEN = {
     "data.bad": {"torch", "numpy", "open"},
     "progress": {"torch"},
     "files": {"torch"},
+    "paths": {"torch"},
     "pool": {"torch"},
     "tell": {"torch"},
 }

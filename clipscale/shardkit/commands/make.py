@@ -15,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from clipscale.shardkit.commands.options import path
 from clipscale.shardkit.commands.packing import add_packing, destination_of, encoding_of, print_written
 from clipscale.shardkit.inputs import Keys, Refusal, Row, in_random_order, read_source
 
@@ -47,7 +48,7 @@ LEFT = "no shard was added"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("source", type=Path, help="list ending in .csv, .tsv or .jsonl, or a folder of pictures with .txt beside them")
+    add("source", type=path, help="list ending in .csv, .tsv or .jsonl, or a folder of pictures with .txt beside them")
     add("--image-key", metavar="NAME", help="column of the picture path, default: filepath, else the first column")
     add("--caption-key", metavar="NAME", help="column of the caption, default: caption, else the second column")
     add("--label-key", metavar="NAME", help="column of an integer class label, which goes into .cls")
