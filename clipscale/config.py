@@ -13,13 +13,14 @@ from typing import Any, Literal
 
 from clipscale.config_data import Data, Replay
 from clipscale.errors import require
+from clipscale.paths import LocalFile, LocalPath, ShardUrls
 
 
 @dataclass(frozen=True)
 class Run:
     """Where a run lies, and how often it says something."""
 
-    dir: str = "runs/default"  # checkpoints, metrics.jsonl, TensorBoard and the resolved config go here
+    dir: LocalPath = "runs/default"  # checkpoints, metrics.jsonl, TensorBoard and the resolved config go here
     log_every_steps: int = 10  # one line in the log for so many steps; metrics.jsonl has every step
 
     def __post_init__(self) -> None:
@@ -151,10 +152,10 @@ class ZeroShot:
     """Labelled pictures (shards with .cls, or an ImageFolder tree), class names and templates."""
 
     every_steps: int = 0  # 0: at the end only
-    urls: str | None = None  # shards with .cls members: as in data.sources.<name>.urls
-    folder: str | None = None  # an ImageFolder tree instead: a folder a class
-    classnames: str = "imagenet"  # 'imagenet', or a text file with one name a line: line number = label
-    templates: str = "imagenet"  # 'imagenet', or a text file with one template a line: '{}' = class name
+    urls: ShardUrls | None = None  # shards with .cls members: as in data.sources.<name>.urls
+    folder: LocalPath | None = None  # an ImageFolder tree instead: a folder a class
+    classnames: LocalFile = "imagenet"  # 'imagenet', or a text file with one name a line: line number = label
+    templates: LocalFile = "imagenet"  # 'imagenet', or a text file with one template a line: '{}' = class name
     batch: int = 256  # pictures at once, on each rank
 
     def __post_init__(self) -> None:
@@ -175,7 +176,7 @@ class Validation:
     """Contrastive loss and in-batch accuracy on held-out shards."""
 
     every_steps: int = 0  # 0: at the end only
-    urls: str | None = None  # as in data.sources.<name>.urls; null: no validation
+    urls: ShardUrls | None = None  # as in data.sources.<name>.urls; null: no validation
     samples: int = 4096  # at most so many pairs of the shards, in their order
     batch: int = 1024  # pairs per loss, over all ranks: loss and accuracy depend on it
 
@@ -195,7 +196,7 @@ class Eval:
 class Config:
     run: Run = field(default_factory=Run)
     seed: int = 0  # of the weights, the order of samples and everything drawn
-    resume: str = "auto"  # auto: from run.dir's newest good checkpoint; fresh: refuse one; a path: start from there
+    resume: LocalPath = "auto"  # auto: from run.dir's newest good checkpoint; fresh: refuse one; a path: from there
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is a GPU
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)

@@ -8,6 +8,7 @@ from typing import Literal
 from omegaconf import MISSING
 
 from clipscale.errors import require
+from clipscale.paths import LocalFile, LocalPath, ShardUrls
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Select:
     check: Literal["fast", "decode"] = "fast"  # decode: every picture is decoded to its end, once
     min_side: int = 0  # pixels of a picture's shorter side
     max_aspect: float | None = None  # longer side over shorter side
-    uids: str | None = None  # file of the samples to keep: one uid a line, or DataComp's .npy
+    uids: LocalFile | None = None  # file of the samples to keep: one uid a line, or DataComp's .npy
     uid_field: str = "uid"  # where a sample's JSON holds its uid; __key__: its key
     score_field: str | None = None  # a number in a sample's JSON, such as clip_b32_similarity_score
     min_score: float | None = None  # of score_field, at least
@@ -41,11 +42,11 @@ class Select:
 class SourceSettings:
     """A set of shards, under a name of one's own; several are mixed by their weights."""
 
-    urls: str = MISSING  # shards: braces, globs, several joined by '::'
+    urls: ShardUrls = MISSING  # shards: braces, globs, several joined by '::'
     weight: float = 1.0  # share of the samples, relative to the other sources
     caption: str = "txt"  # the member that holds the caption, by its suffix; 'json:<field>' for a field of the JSON
     captions: Literal["whole", "first", "random"] = "whole"  # of a text with several lines, or a JSON list
-    counts: str | None = None  # usable samples of each remote shard, a JSON file: sizes.json or {shard name: number}
+    counts: LocalFile | None = None  # usable samples of each remote shard, JSON: sizes.json or {shard name: number}
     select: Select = field(default_factory=Select)
 
     def __post_init__(self) -> None:
@@ -60,7 +61,7 @@ class SourceSettings:
 class Shapes:
     """The procedural picture set that the quickstart trains on; built before training where absent."""
 
-    dir: str = "runs/shapes"  # where its shards, class names and templates go
+    dir: LocalPath = "runs/shapes"  # where its shards, class names and templates go
     train_samples: int = 20_000  # pairs of the 56 classes that are trained on
     validation_samples: int = 1_024  # held-out pairs of the same classes
     test_samples: int = 2_560  # labelled pictures of all 64 classes
@@ -112,10 +113,10 @@ class Data:
 
     sources: dict[str, SourceSettings] = field(default_factory=dict)  # each under a name of one's own
     shapes: Shapes | None = None  # null: no picture set is drawn
-    index_dir: str | None = None  # where index sidecars go; default: beside each shard, else the cache folder
+    index_dir: LocalPath | None = None  # where index sidecars go; default: beside each shard, else the cache folder
     index_jobs: int | None = None  # processes that index shards; default: the cores
     hash: Literal["crc32", "sha256"] = "crc32"  # of a shard's bytes, in its index
-    cache_dir: str | None = None  # copies of remote shards; default: the user's cache folder
+    cache_dir: LocalPath | None = None  # copies of remote shards; default: the user's cache folder
     cache_bytes: int | None = None  # bound of those copies; default: 80 % of the disk's free space and what they take
     fetch: Fetch = field(default_factory=Fetch)
     allow_pipe: bool = False  # let 'pipe:' URLs run shell commands
@@ -171,7 +172,7 @@ class Replay:
     gpu_bytes: int | None = None  # of this rank's GPU; default: 5 % of its memory
     host_bytes: int | None = None  # of this node's memory, over its ranks; default: half of what is available
     disk_bytes: int | None = None  # of this node's replay.dir, over its ranks; default: 80 % of what is free
-    dir: str | None = None  # folder on a fast local disk, for kind=disk
+    dir: LocalPath | None = None  # folder on a fast local disk, for kind=disk
 
     def __post_init__(self) -> None:
         for name in ("gpu_bytes", "host_bytes", "disk_bytes"):

@@ -1,4 +1,4 @@
-"""From YAML files and command-line words to a `Config` and back, and the only place that reads YAML. No torch import.
+"""From YAML files and command-line words (read by config_read.py) to a `Config` and back. No torch import.
 
     config = load_config(["quickstart", "train.global_batch=4096"])      # a recipe's name, or a YAML file's path
     config.train.global_batch                      # 4096
@@ -14,15 +14,16 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple
 
 import yaml
-from omegaconf import DictConfig, OmegaConf, read_write
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from clipscale.config import Config, flat
+from clipscale.config_read import escaped, read_file, read_word, read_yaml, write_yaml
 from clipscale.errors import UserError, require
 from clipscale.open_clip_flags import explain
 from clipscale.recipes import find_config
@@ -30,8 +31,7 @@ from clipscale.recipes import find_config
 
 class Layer(NamedTuple):
     origin: str  # what an error calls it
-    read: Callable[[], Any]
-    folder: str | None = None  # of a YAML: where the files it names may lie
+    read: Callable[[], dict[str, Any]]
 
 
 def load_config(arguments: list[str]) -> Config:
@@ -42,38 +42,34 @@ def load_config(arguments: list[str]) -> Config:
     """
     words = [word for word in arguments if "=" in word and not os.path.isfile(word)]
     files = [find_config(word) for word in arguments if word not in words]
-    return _merge([_file_layer(path) for path in files] + _layers(words))
+    return _merge([Layer(f"config {path!r}", partial(read_file, path)) for path in files] + _layers(words))
 
 
 def apply_overrides(config: Config, words: list[str]) -> Config:
     """A copy of `config` with `key.path=value` words on top."""
     bad = [word for word in words if "=" not in word]
     require(not bad, f"{bad[0] if bad else ''!r} is no key.path=value")
-    return _merge([Layer("config", partial(OmegaConf.structured, config)), *_layers(words)])
+    return _merge([Layer("config", lambda: escaped(dataclasses.asdict(config))), *_layers(words)])
 
 
 def config_from_yaml(text: str) -> Config:
-    """The inverse of `dump_config`, for the config stored in a checkpoint."""
-    return _merge([Layer("the stored config", partial(OmegaConf.create, text))])
-
-
-def _file_layer(path: str) -> Layer:
-    return Layer(f"config {path!r}", partial(_read_yaml, path), os.path.dirname(os.path.abspath(path)))
+    """The inverse of `dump_config`, for the config stored in a checkpoint: its paths are taken as they stand."""
+    return _merge([Layer("the stored config", lambda: escaped(read_yaml(text)))])
 
 
 def _layers(words: list[str]) -> list[Layer]:
-    return [Layer(word, partial(OmegaConf.from_dotlist, [word])) for word in words]
+    return [Layer(word, partial(read_word, word)) for word in words]
 
 
 def _merge(layers: list[Layer]) -> Config:
     merged = _defaults()
-    for origin, read, folder in layers:
+    for origin, read in layers:
+        key = origin.partition("=")[0]
         try:
             merged = OmegaConf.merge(merged, read())
-            if folder is not None:
-                _look_beside(merged, folder)
+        except UserError as error:
+            raise UserError(str(error) if str(error).startswith(f"{key}: ") else f"{origin}: {error}") from error
         except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
-            key = origin.partition("=")[0]
             raise UserError(f"{origin}: {_one_line(error).removeprefix(f'{key}: ')}") from error
     try:
         return OmegaConf.to_object(merged)
@@ -87,26 +83,9 @@ def _defaults() -> DictConfig:
     return OmegaConf.structured(Config)
 
 
-def _look_beside(settings: DictConfig, folder: str) -> None:
-    """Those files that are not where their setting says, from the current folder, but so from `folder`."""
-    for holder, name in _named_files(settings):
-        path = holder[name]
-        if path in (None, "imagenet") or os.path.isfile(path) or not os.path.isfile(os.path.join(folder, path)):
-            continue
-        with read_write(holder):
-            holder[name] = os.path.join(folder, path)
-
-
-def _named_files(settings: DictConfig) -> Iterator[tuple[DictConfig, str]]:
-    """Each setting that holds the path of a single file: the section it stands in, and its name there."""
-    yield from ((settings.eval.zeroshot, name) for name in ("classnames", "templates"))
-    for source in settings.data.sources.values():
-        yield from ((source, "counts"), (source.select, "uids"))
-
-
 def dump_config(config: Config) -> str:
     """The whole resolved configuration as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+    return write_yaml(dataclasses.asdict(config))
 
 
 def changed_keys(old: Config, new: Config) -> list[str]:
@@ -114,12 +93,6 @@ def changed_keys(old: Config, new: Config) -> list[str]:
     before, after = flat(dataclasses.asdict(old)), flat(dataclasses.asdict(new))
     keys = sorted(before.keys() | after.keys())
     return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key)]
-
-
-def _read_yaml(path: str) -> DictConfig:
-    settings = OmegaConf.load(path)
-    require(isinstance(settings, DictConfig), f"config {path!r}: a list; a config is a mapping of keys to values")
-    return settings
 
 
 def _one_line(error: Exception) -> str:

@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 
 from clipscale.errors import UserError
+from clipscale.paths import local_path
 
 FOLDER = Path(__file__).with_name("configs").resolve()  # in a checkout a link to configs/ at its top
 
@@ -26,14 +27,18 @@ def find_config(argument: str) -> str:
     """The path of the YAML file that an argument means: the file of that name, else the recipe of that name.
 
     Raises:
-        UserError: neither is there; with the nearest recipes.
+        UserError: neither is there, with the nearest recipes; or no path of this machine.
     """
-    if os.path.isfile(argument):
-        return argument
+    try:
+        path = local_path(argument)
+    except UserError as error:
+        raise UserError(f"config {argument!r}: {error}") from error
+    if os.path.isfile(path):
+        return path
     recipes = {path.stem: str(path) for path in FOLDER.glob("*.yaml")}
     if argument in recipes:
         return recipes[argument]
-    kind = "a folder" if os.path.isdir(argument) else "no such file"
+    kind = "a folder" if os.path.isdir(path) else "no such file"
     name = Path(argument).stem
     near = [name] if name in recipes else difflib.get_close_matches(name, recipes, n=2)
     hint = f"did you mean the recipe {' or '.join(near)}? " if near else ""

@@ -9,6 +9,7 @@ import shlex
 from clipscale.bench.data.options import add_data_arguments, data_options
 from clipscale.bench.loss.options import add_loss_arguments, loss_options
 from clipscale.cli import add_command
+from clipscale.paths import path_option
 
 _LOSS = """\
   clipscale bench loss
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_loss_arguments(subject("loss", "the contrastive loss alone, beside its peers", _LOSS))
     add_data_arguments(subject("data", "the way of pictures to the training process", _DATA))
     plot = subject("plot", "draw the pictures of a result again", _PLOT)
-    plot.add_argument("result", metavar="RESULT.json", help="what clipscale bench loss or data wrote")
+    plot.add_argument("result", type=path_option, metavar="RESULT.json", help="what clipscale bench loss or data wrote")
 
 
 def run(arguments: argparse.Namespace, words: list[str]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from clipscale.cli import add_command, rank
+from clipscale.paths import path_option
 
 EXAMPLES = """\
 examples:
@@ -19,7 +20,9 @@ LEFT = "nothing was written"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     zeroshot = add_command(kinds, "zeroshot", "zero-shot classification, top-1 and top-5", EXAMPLES)
-    zeroshot.add_argument("checkpoint", help="a run's folder (its newest checkpoint) or a checkpoint's")
+    zeroshot.add_argument(
+        "checkpoint", type=path_option, help="a run's folder (its newest checkpoint) or a checkpoint's"
+    )
     zeroshot.add_argument("settings", nargs="*", metavar="key=value", help="changes to the checkpoint's own config")
 
 

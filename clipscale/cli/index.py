@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -12,6 +13,7 @@ from rich.text import Text
 
 from clipscale.config_data import Data, Select, SourceSettings
 from clipscale.errors import require
+from clipscale.paths import path_option, shards_option
 from clipscale.tell import say
 from clipscale.text import escaped
 from clipscale.words import counted
@@ -49,15 +51,18 @@ def run(arguments: argparse.Namespace, words: list[str]) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     usual, select = SourceSettings(urls=""), Select()
-    parser.add_argument("shards", nargs="+", metavar="SHARDS", help="paths, globs, braces or URLs")
+    add_path = partial(parser.add_argument, type=path_option)
+    parser.add_argument("shards", nargs="+", type=shards_option, metavar="SHARDS", help="paths, globs, braces or URLs")
     parser.add_argument("--need", choices=("pairs", "labelled"), default="pairs", help="captions, or labels (.cls)")
     parser.add_argument(
         "--check", choices=("fast", "decode"), default=select.check, help="decode: decode every picture, once"
     )
     parser.add_argument("--hash", choices=("crc32", "sha256"), default="crc32", help="of each shard; default: crc32")
     parser.add_argument("--jobs", type=int, metavar="N", help="processes; default: the cores")
-    parser.add_argument("--index-dir", help="where the sidecars go; default: beside each shard, or the cache folder")
-    parser.add_argument(
+    add_path(
+        "--index-dir", metavar="DIR", help="where the sidecars go; default: beside each shard, or the cache folder"
+    )
+    add_path(
         "--refused",
         nargs="?",
         const="",
@@ -65,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="name every refused sample and its cause there, a line of JSON each; without FILE: refused.jsonl beside "
         "the index",
     )
-    parser.add_argument("--cache-dir", help="where copies of remote shards go; default: the user's cache folder")
+    add_path("--cache-dir", metavar="DIR", help="where copies of remote shards go; default: the user's cache folder")
     parser.add_argument("--allow-pipe", action="store_true", help="let 'pipe:' URLs run shell commands")
     rules = parser.add_argument_group("selection", "the same as in the config: a run finds only the index of its rules")
     rules.add_argument("--caption", default=usual.caption, help="a member's suffix, or json:<field>; default: txt")
@@ -74,7 +79,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rules.add_argument(
         "--max-pixels", type=int, default=Data.max_pixels, metavar="N", help="of a picture, with --check decode"
     )
-    rules.add_argument("--uids", metavar="FILE", help="samples to keep: one uid a line, or DataComp's .npy")
+    rules.add_argument(
+        "--uids", type=path_option, metavar="FILE", help="samples to keep: one uid a line, or DataComp's .npy"
+    )
     rules.add_argument("--uid-field", default=select.uid_field, help="of a sample's JSON; __key__: its key")
     rules.add_argument("--score-field", help="a number in a sample's JSON")
     rules.add_argument("--min-score", type=float)

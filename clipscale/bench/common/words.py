@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from clipscale.errors import UserError, require
+from clipscale.paths import path_option
 
 RESULTS = "bench-results"  # where results go if nothing else is said: a folder where one stands, made when needed
 _UNITS = {"": 1, "k": 2**10, "m": 2**20}
@@ -25,6 +26,7 @@ def add_output_arguments(parser: argparse.ArgumentParser, subject: str) -> None:
     parser.add_argument(
         "--output",
         default=RESULTS,
+        type=path_option,
         help=f"folder of the results; default: {RESULTS}",
         metavar="FOLDER",
     )

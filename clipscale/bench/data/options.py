@@ -6,10 +6,12 @@ options = data_options(arguments)        # UserError: which word, the rule, and 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from clipscale.bench.common.words import add_output_arguments, file_name, one_of, parse_size, positive, several, whole
 from clipscale.errors import UserError, require
+from clipscale.paths import path_option, shards_option
 
 PARTS = ("speed", "stages", "transport", "index", "order")
 _MODEL_RATES = "500,1000,2000,4000"
@@ -34,12 +36,18 @@ class DataBench:
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Every word is taken as text and checked by `data_options`, so that a mistake is answered in one line."""
+    """Every word but a path is taken as text and checked by `data_options`, so that a mistake is one line."""
 
-    def add(option: str, default: str | None, what: str, metavar: str) -> None:
-        parser.add_argument(option, default=default, help=what, metavar=metavar)
+    def add(option: str, default: str | None, what: str, metavar: str, read: Callable[[str], str] = str) -> None:
+        parser.add_argument(option, default=default, help=what, metavar=metavar, type=read)
 
-    add("--urls", None, "shards to read; default: synthetic photos, made once in the cache folder", "SHARDS")
+    add(
+        "--urls",
+        None,
+        "shards to read; default: synthetic photos, made once in the cache folder",
+        "SHARDS",
+        shards_option,
+    )
     add("--samples", "8k", "how many synthetic photos; default: 8k, 350 MB", "N")
     add("--parts", ",".join(PARTS), f"of {', '.join(PARTS)}, or none; default: all", "P,...")
     add("--image-size", "224", "side of a training picture; default: 224", "S")
@@ -50,7 +58,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model-rate", _MODEL_RATES, f"images/s that a GPU takes, or name=images/s; default: {_MODEL_RATES}", "R,...")
     add("--soak", "0", "also pass so many tiny samples through the loader and watch its memory, e.g. 2m", "N")
     parser.add_argument("--check", action="store_true", help="exit with status 1 if a bar is not reached")
-    add("--cache-dir", None, "where synthetic shards go; default: the user's cache folder for clipscale", "FOLDER")
+    where = "where synthetic shards go; default: the user's cache folder for clipscale"
+    add("--cache-dir", None, where, "FOLDER", path_option)
     add_output_arguments(parser, "data")
 
 

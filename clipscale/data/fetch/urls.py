@@ -17,6 +17,7 @@ from typing import NamedTuple
 from braceexpand import braceexpand
 
 from clipscale.errors import UserError, require
+from clipscale.paths import is_local, scheme_of, without_file_scheme
 
 
 class Opener(NamedTuple):
@@ -60,7 +61,7 @@ def expand_urls(urls: str, allow_pipe: bool = False) -> list[str]:
         if not is_local(pattern):
             expanded.append(pattern)
             continue
-        path = _without_scheme(pattern)
+        path = without_file_scheme(pattern)
         if not os.path.isfile(path) and any(sign in path for sign in "*?["):
             matches = sorted(found for found in glob.glob(path, recursive=True) if not found.endswith(_INDEX_SUFFIX))
             require(bool(matches), f"shards {pattern!r}: no file matches the pattern")
@@ -92,16 +93,6 @@ def _one_file_twice(paths: list[str]) -> tuple[str, str] | None:
     return None
 
 
-def is_local(url: str) -> bool:
-    return scheme_of(url) in ("", "file")
-
-
-def scheme_of(url: str) -> str:
-    """What stands before the first colon, unless a slash comes first: '' for a plain path."""
-    before, colon, _ = url.partition(":")
-    return before.lower() if colon and "/" not in before else ""
-
-
 def masked(text: str) -> str:
     """`text` without what may be secret in it: user and password of a URL, every value of a query, and what follows
     such words as `Authorization:` or `secret=` in a pipe's command."""
@@ -111,12 +102,6 @@ def masked(text: str) -> str:
 def _mask_url(match: re.Match[str]) -> str:
     place, query, values = re.fullmatch(r"([^?]*)(\??)(.*)", match[0], re.DOTALL).groups()
     return re.sub(r"^[^/]*@", "***@", place) + query + _QUERY_VALUE.sub(r"\1***\2", values)
-
-
-def _without_scheme(url: str) -> str:
-    """file:a.tar -> a.tar, file:///a.tar -> /a.tar, a.tar -> a.tar"""
-    path = url[len("file:") :] if scheme_of(url) == "file" else url
-    return path[2:] if path.startswith("///") else path
 
 
 def check_scheme(url: str, allow_pipe: bool) -> None:

@@ -12,7 +12,8 @@ from rich.text import Text
 
 from clipscale.errors import require
 from clipscale.files import write_file
-from clipscale.shardkit.commands.options import add_jobs, add_reading
+from clipscale.paths import path_option, shards_option
+from clipscale.shardkit.commands.options import add_jobs, add_reading, path
 from clipscale.text import shown
 from clipscale.words import counted
 
@@ -38,18 +39,29 @@ LEFT = "nothing was written"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("urls", nargs="+", metavar="URLS", help="shards: paths, globs, braces, URLs (through the cache)")
+    add(
+        "urls",
+        nargs="+",
+        type=shards_option,
+        metavar="URLS",
+        help="shards: paths, globs, braces, URLs (through the cache)",
+    )
     add("--need", choices=("any", "pairs", "labelled"), default="any", help="captions, labels, or either (default)")
-    add("--json", type=Path, metavar="FILE", help="write the report")
-    add("--broken", type=Path, metavar="FILE", help="write every finding, a line of JSON each")
-    add("--scratch", metavar="DIR", help="for hashes and sizes, 112 bytes a sample; default: the system's")
+    add("--json", type=path, metavar="FILE", help="write the report")
+    add("--broken", type=path, metavar="FILE", help="write every finding, a line of JSON each")
+    add(
+        "--scratch",
+        type=path_option,
+        metavar="DIR",
+        help="for hashes and sizes, 112 bytes a sample; default: the system's",
+    )
     add_reading(parser)
     add_jobs(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    for path in filter(None, (arguments.json, arguments.broken)):  # before the work, not after it
-        require(path.parent.is_dir(), f"cannot write {path}: {path.parent} is no folder")
+    for file in filter(None, (arguments.json, arguments.broken)):  # before the work, not after it
+        require(file.parent.is_dir(), f"cannot write {file}: {file.parent} is no folder")
     from clipscale.data.fetch.urls import expand_urls
 
     urls = expand_urls("::".join(arguments.urls))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from clipscale.shardkit.commands.options import positive
+from clipscale.shardkit.commands.options import path, positive
 from clipscale.tell import say
 from clipscale.words import counted
 
@@ -25,8 +24,8 @@ LEFT = "no shard was added"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("source", type=Path, help="the folder with data_batch_1.bin")
-    add("--output", type=Path, required=True, help="where the shards go")
+    add("source", type=path, help="the folder with data_batch_1.bin")
+    add("--output", type=path, required=True, help="where the shards go")
     add("--samples-per-shard", type=positive, default=5_000, metavar="N", help="default: 5000")
 
 

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 
 from clipscale.errors import require
 from clipscale.files import write_file
 from clipscale.progress import track
-from clipscale.shardkit.commands.options import natural
+from clipscale.shardkit.commands.options import natural, path
 from clipscale.shardkit.commands.packing import add_packing, destination_of, encoding_of, print_written
 from clipscale.shardkit.imagenet import Labels, find_pictures
 from clipscale.shardkit.inputs import in_random_order
@@ -51,9 +50,9 @@ LEFT = "no shard was added"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("source", type=Path, help="folder of class folders, tar of class tars; with --val-labels a flat folder or tar")
-    add("--val-labels", type=Path, metavar="FILE", help="the classes of a flat set, a line a picture")
-    add("--synsets", type=Path, metavar="FILE", help="synset ids, a line each, in the order that numbers in FILE count")
+    add("source", type=path, help="folder of class folders, tar of class tars; with --val-labels a flat folder or tar")
+    add("--val-labels", type=path, metavar="FILE", help="the classes of a flat set, a line a picture")
+    add("--synsets", type=path, metavar="FILE", help="synset ids, a line each, in the order that numbers in FILE count")
     add(
         "--first-label",
         type=natural,

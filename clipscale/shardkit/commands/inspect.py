@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from clipscale.errors import require
 from clipscale.files import whole_file
-from clipscale.shardkit.commands.options import add_reading, natural, positive
+from clipscale.paths import shards_option
+from clipscale.shardkit.commands.options import add_reading, natural, path, positive
 from clipscale.tell import say
 from clipscale.words import counted
 
@@ -30,8 +30,8 @@ LEFT = "nothing was written"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("shard", metavar="SHARD", help="path or URL (through the cache)")
-    add("--output", type=Path, required=True, metavar="FILE", help="ends in .png or .html")
+    add("shard", type=shards_option, metavar="SHARD", help="path or URL (through the cache)")
+    add("--output", type=path, required=True, metavar="FILE", help="ends in .png or .html")
     add("--samples", type=positive, default=24, metavar="N", help="default: 24")
     add("--start", type=natural, default=0, metavar="N", help="number of the first sample, default: 0")
     add("--seed", type=natural, metavar="N", help="draw samples at random, from --start on")

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from clipscale.shardkit.columns import Keys
+from clipscale.shardkit.commands.options import path
 from clipscale.shardkit.commands.packing import add_packing, destination_of, encoding_of, print_written
 from clipscale.shardkit.inputs import PassedOver, Refusal, Row, in_random_order, read_source
 from clipscale.text import escaped
@@ -53,7 +54,7 @@ LEFT = "no shard was added"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("source", type=Path, help="list ending in .csv, .tsv or .jsonl, or a folder of pictures with .txt beside them")
+    add("source", type=path, help="list ending in .csv, .tsv or .jsonl, or a folder of pictures with .txt beside them")
     add("--image-key", metavar="NAME", help="column of the picture path, default: the one known name")
     add("--caption-key", metavar="NAME", help="column of the caption, default: caption, title or text")
     add("--label-key", metavar="NAME", help="column of an integer class label, which goes into .cls")

@@ -1,5 +1,6 @@
-"""Options that several commands have, and the numbers they take.
+"""Options that several commands have, and the paths and numbers they take.
 
+parser.add_argument("--output", type=path)            # '~/shards' -> Path("/home/me/shards")
 parser.add_argument("--samples", type=positive)       # '0' is a mistake that argparse tells
 add_jobs(parser)                                      # --jobs
 add_reading(parser)                                   # --caption, --max-pixels, --cache-dir
@@ -8,9 +9,15 @@ add_reading(parser)                                   # --caption, --max-pixels,
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from clipscale.config_data import Data
+from clipscale.paths import path_option
 from clipscale.pool import cores
+
+
+def path(text: str) -> Path:
+    return Path(path_option(text))
 
 
 def positive(text: str) -> int:
@@ -48,4 +55,6 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--caption", default="txt", metavar="WHERE", help="a member's suffix, or json:<field>; default: txt")
     add_max_pixels(parser)
-    add("--cache-dir", metavar="DIR", help="copies of remote shards; default: the user's cache folder")
+    add(
+        "--cache-dir", type=path_option, metavar="DIR", help="copies of remote shards; default: the user's cache folder"
+    )

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from clipscale.errors import UserError
-from clipscale.shardkit.commands.options import add_jobs, add_max_pixels, natural, positive, quality
+from clipscale.shardkit.commands.options import add_jobs, add_max_pixels, natural, path, positive, quality
 from clipscale.shardkit.destination import Destination
 from clipscale.shardkit.inputs import PassedOver
 from clipscale.tell import say
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 def add_packing(parser: argparse.ArgumentParser, prefix: str) -> None:
     add = parser.add_argument
-    add("--output", type=Path, required=True, metavar="DIR", help="folder for the shards (made if absent)")
+    add("--output", type=path, required=True, metavar="DIR", help="folder for the shards (made if absent)")
     add(
         "--prefix", default=prefix, help="of PREFIX-0000.tar, ...; '' for img2dataset's 00000.tar; default: %(default)s"
     )

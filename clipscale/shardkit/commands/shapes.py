@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from clipscale.progress import progress_bar
+from clipscale.shardkit.commands.options import path
 from clipscale.tell import say
 from clipscale.words import counted
 
@@ -28,7 +29,7 @@ LEFT = "nothing was left behind"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, help="where the set goes (made if absent)")
+    parser.add_argument("folder", type=path, help="where the set goes (made if absent)")
     parser.add_argument("--train-samples", type=int, default=20_000, metavar="N", help="default: 20000")
     parser.add_argument("--validation-samples", type=int, default=1_024, metavar="N", help="default: 1024")
     parser.add_argument("--test-samples", type=int, default=2_560, metavar="N", help="default: 2560, 40 per class")
