@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from http_server import serve
 from shards import picture, write_shard
 
 from clipscale.cli import main, parse
@@ -110,6 +111,24 @@ def test_a_changed_shard_is_named(shards, tmp_path, capsys):
     told = rf"{path}: changed since it was indexed last: {size} bytes, crc32 \w{{8}} -> {size} bytes, crc32 \w{{8}}"
     assert re.fullmatch(told, lines[0])
     assert lines[-1] != first
+
+
+def test_remote_shards_are_compared_with_their_server_and_fetched_anew_on_request(shards, tmp_path, capsys):
+    with serve(tmp_path) as server:
+        words = [f"{server.url}/1.tar", "--cache-dir", str(tmp_path / "cache")]
+        _, first = run(capsys, *words)
+        path = tmp_path / "1.tar"
+        path.write_bytes(path.read_bytes().replace(b"number 7", b"number x"))
+        _, changed = run(capsys, *words)
+        assert changed != first
+        server.log.clear()
+        assert run(capsys, *words, "--refresh")[1] == changed
+        assert [headers.get("if-none-match") for _, headers in server.log] == [None]
+        path.write_bytes(path.read_bytes()[:-12_000])  # no end marker any more
+        assert main(["index", *words]) == 0
+        told = capsys.readouterr().out.splitlines()
+    (copy,) = (tmp_path / "cache" / "shards").glob("*.tar")
+    assert re.fullmatch(rf"{server.url}/1.tar: \d pairs usable: cut short .* \(its copy: {copy}\)", told[1])
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,8 @@ def run(arguments: argparse.Namespace, words: list[str]) -> int:
     from clipscale.data.source import open_source
     from clipscale.progress import track
 
-    print_report(open_source("index", settings, data, need=need, track=track, ahead=True))
+    renew = "all" if arguments.refresh else "changed"
+    print_report(open_source("index", settings, data, need=need, track=track, ahead=True, renew=renew))
     return 0
 
 
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jobs", type=int, metavar="N", help="processes; default: the cores")
     parser.add_argument("--index-dir", help="where the sidecars go; default: beside each shard, or the cache folder")
     parser.add_argument("--cache-dir", help="where copies of remote shards go; default: the user's cache folder")
+    parser.add_argument("--refresh", action="store_true", help="fetch and index all anew, whatever is there already")
     parser.add_argument("--allow-pipe", action="store_true", help="let 'pipe:' URLs run shell commands")
     rules = parser.add_argument_group("selection", "the same as in the config: a run finds only the index of its rules")
     rules.add_argument("--caption", default=usual.caption, help="a member's suffix, or json:<field>; default: txt")
@@ -90,7 +92,7 @@ def print_report(found: source.Source) -> None:
         if shard.changed:
             print(f"{masked(shard.url)}: changed since it was indexed last: {shard.changed}")
         if shard.cut:
-            print(f"{masked(shard.url)}: {shard.samples} {noun} usable: {shard.cut}")
+            print(f"{masked(shard.url)}: {shard.samples} {noun} usable: {found.damage(shard)}")
     refused, unread = found.refused(), found.not_read()
     if refused or unread:
         table = Table("what was left out", "count", "shards")

@@ -23,15 +23,17 @@ import numpy as np
 
 from clipscale.config_data import Data, SourceSettings
 from clipscale.data.bad import MASK_CAUSES, BadSample
-from clipscale.data.fetch.cache import Expected, ShardCache
+from clipscale.data.fetch.cache import Expected, FetchError, ShardCache
 from clipscale.data.fetch.urls import expand_urls, is_local, masked
 from clipscale.data.shard.captions import MAX_JSON_BYTES, CaptionError, CaptionRule
 from clipscale.data.shard.counts import declared_counts
 from clipscale.data.shard.index import Index, Shard
-from clipscale.data.shard.index_many import Track, index_shards
+from clipscale.data.shard.index_many import Renew, Track, index_shards
 from clipscale.data.shard.judge import MAX_PICTURE_BYTES
+from clipscale.data.shard.outages import Outages
 from clipscale.data.shard.select import Need, Rules
 from clipscale.data.shard.sidecar import Records, Row
+from clipscale.data.shard.whole import check_copy
 from clipscale.errors import UserError
 from clipscale.tell import tell
 
@@ -62,9 +64,11 @@ class Source:
         self._tars = _OpenFiles(self._open_tar)
         self._sidecars = _OpenFiles(self._open_sidecar)
         self._indexing = threading.Lock()
+        self._outages = Outages(self.name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_tars", "_sidecars", "_indexing")}
+        own = ("_tars", "_sidecars", "_indexing", "_outages")
+        return {name: value for name, value in vars(self).items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -78,7 +82,8 @@ class Source:
         return hashlib.sha256(repr((facts, caption)).encode()).hexdigest()[:16]
 
     def read(self, shard: int, index: int) -> Sample:
-        """One sample's bytes.
+        """One sample's bytes. A shard that cannot be read is tried again with each sample (a remote one after a pause,
+        see `data.fetch.again_seconds`); that it fails, and that it is back, is told once.
 
         Raises:
             OSError: the file is gone, shorter than its index says or another one, the index is damaged, or fewer
@@ -89,9 +94,16 @@ class Source:
             row = self._sidecars.get(shard).row(index, self.shards[shard].samples)
             key = row.key
             tar = self._tars.get(shard)  # held while it is read, so that another thread cannot make it close
-            return Sample(key, *_read_pair(tar.number, row))
+            sample = Sample(key, *_read_pair(tar.number, row))
         except OSError as error:
-            raise OSError(f"shard {masked(self.shards[shard].url)}, {key}: {error}") from error
+            shown = masked(self.shards[shard].url)
+            if error.errno is not None or isinstance(error, FetchError):  # not of this sample alone
+                self._tars.drop(shard)  # a handle that went stale stays so
+                self._sidecars.drop(shard)
+                self._outages.failed(shard, shown, error)
+            raise OSError(f"shard {shown}, {key}: {error}{self._copy(self.shards[shard].url)}") from error
+        self._outages.worked(shard)
+        return sample
 
     def where(self, shard: int, index: int) -> tuple[str, str]:
         """(shard path or URL, key), for messages. A number stands for the key where the index cannot be read or is not
@@ -121,6 +133,10 @@ class Source:
     def not_read(self) -> Counter[str]:
         """Members whose suffix is not on the allow-list, by suffix."""
         return sum((Counter(shard.not_read) for shard in self.shards), Counter())
+
+    def damage(self, shard: Shard) -> str:
+        """Why the archive ends early, and where its copy lies if it is remote."""
+        return shard.cut + self._copy(shard.url)
 
     def changes(self) -> list[str]:
         """One line for each shard that holds other bytes than its index said until now."""
@@ -155,7 +171,7 @@ class Source:
         """Start to fetch those of the shards that are remote; returns at once."""
         urls = [url for shard in shards if not is_local(url := self.shards[shard].url)]
         if urls:
-            self._cache.prefetch(urls)
+            self._cache.prefetch(urls, check_copy)
 
     def close(self) -> None:
         """Let go of the open files; a later read opens them again."""
@@ -164,13 +180,20 @@ class Source:
         if self._cache is not None:
             self._cache.close()
 
+    def _copy(self, url: str) -> str:
+        """For messages: where the copy of a remote shard lies, if there is one."""
+        path = None if is_local(url) else self._cache.path(url)
+        return f" (its copy: {path})" if path else ""
+
     def _shard(self, shard: int) -> Shard:
         return self._found.get(shard, self.shards[shard])
 
     def _open_tar(self, shard: int) -> _File:
         known = self._shard(shard)
         if not is_local(known.url):
-            return _File(self._cache.open(known.url, expect=Expected(known.bytes, known.crc32, known.sha256)))
+            return _File(
+                self._cache.open(known.url, expect=Expected(known.bytes, known.crc32, known.sha256), check=check_copy)
+            )
         file = _File(os.open(known.url, os.O_RDONLY | os.O_CLOEXEC))
         stat = os.fstat(file.number)
         if (stat.st_size, stat.st_mtime_ns) != (known.bytes, known.mtime_ns):
@@ -191,7 +214,7 @@ class Source:
         url, lazily = declared.url, dataclasses.replace(self._index, lazily=True)
         shard = self._index.known(url) or lazily.known(url)
         if shard is None:
-            file = _File(self._cache.open(url))
+            file = _File(self._cache.open(url, check=check_copy))
             with self._indexing:
                 shard = lazily.known(url) or lazily.build(url, file.number)
         if shard.samples > declared.samples:
@@ -239,6 +262,10 @@ class _OpenFiles:
                 self._files.popitem(last=False)
         return file
 
+    def drop(self, shard: int) -> None:
+        with self._lock:
+            self._files.pop(shard, None)
+
     def clear(self) -> None:
         with self._lock:
             self._files.clear()
@@ -279,6 +306,7 @@ def open_source(
     track: Track | None = None,
     findings: bool = False,
     ahead: bool = False,
+    renew: Renew = "no",
 ) -> Source:
     """Expand, fetch and index the shards of one source.
 
@@ -287,6 +315,7 @@ def open_source(
         track: wraps a list of shards for a progress bar: track(shards, label) -> the same shards.
         findings: tell of each shard that is cut short or changed, and of refused samples by cause.
         ahead: index remote shards now although their numbers of samples are declared.
+        renew: whether remote shards that are known are compared with their servers, or everything is indexed anew.
 
     Raises:
         UserError: a shard that is not there or cannot be read, or no usable sample in any.
@@ -297,7 +326,9 @@ def open_source(
     cache = ShardCache(data.cache_dir, data.cache_bytes, data.fetch, data.allow_pipe) if remote else None
     declared = {} if ahead else declared_counts(urls, source.counts, index, cache)
     wanted = [url for url in urls if url not in declared]
-    indexed = index_shards(wanted, index, cache, jobs=data.index_jobs, track=track, label=f"indexing {name}")
+    indexed = index_shards(
+        wanted, index, cache, jobs=data.index_jobs, track=track, label=f"indexing {name}", renew=renew
+    )
     shards = {shard.url: shard for shard in indexed}
     shards |= {url: Shard.declared(url, count) for url, count in declared.items()}
     opened = Source(name, [shards[url] for url in urls], index, CaptionRule.of(source.caption, source.captions), cache)
@@ -313,7 +344,9 @@ def _require_samples(opened: Source, source: SourceSettings) -> None:
     place = source.caption if source.caption.startswith("json:") else f".{source.caption}"
     wanted = f"a caption ({place})" if opened.need == "pairs" else "a label (.cls)"
     table = ", ".join(f"{cause}: {count}" for cause, count in opened.refused().most_common())
-    causes = "; ".join(filter(None, [table, *(f"{masked(s.url)} {s.cut}" for s in opened.shards if s.cut)][:4]))
+    causes = "; ".join(
+        filter(None, [table, *(f"{masked(s.url)} {opened.damage(s)}" for s in opened.shards if s.cut)][:4])
+    )
     raise UserError(
         f"source {opened.name!r}: none of its {len(opened.shards)} shards ({masked(source.urls)}) holds a sample with "
         f"a picture and {wanted}; found: {causes or 'empty archives'}"
@@ -325,7 +358,7 @@ def _findings(source: Source) -> Iterable[str]:
     for shard in source.shards:
         if shard.cut:
             about = f"source {source.name!r}: {masked(shard.url)}"
-            yield f"{about} is damaged, {shard.samples} samples are usable: {shard.cut}"
+            yield f"{about} is damaged, {shard.samples} samples are usable: {source.damage(shard)}"
     refused = source.refused()
     if refused:
         table = ", ".join(f"{cause}: {count}" for cause, count in refused.most_common())

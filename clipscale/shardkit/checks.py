@@ -29,6 +29,7 @@ from clipscale.data.shard.captions import CaptionError, CaptionRule
 from clipscale.data.shard.judge import IMAGE_SUFFIXES, Judge, picture_of
 from clipscale.data.shard.select import group
 from clipscale.data.shard.tar import list_members, mapped
+from clipscale.data.shard.whole import check_copy
 
 DIGEST_BYTES = 16
 
@@ -77,7 +78,7 @@ def opened(url: str, cache: ShardCache | None) -> Iterator[bytes]:
         with mapped(url) as tar:
             yield tar
         return
-    file = cache.open(url)
+    file = cache.open(url, check=check_copy)
     try:
         with mapped(file) as tar:
             yield tar

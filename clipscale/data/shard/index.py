@@ -47,6 +47,7 @@ class Shard:
     not_read: dict[str, int] = field(default_factory=dict)  # members whose suffix is not on the allow-list, by suffix
     cut: str = ""  # why the archive ends early; empty: it does not
     changed: str = ""  # how its bytes differ from those indexed before; empty: they do not
+    etag: str | None = None  # of a remote shard, as its server named it when these bytes came
 
     @classmethod
     def declared(cls, url: str, samples: int) -> Shard:
@@ -72,12 +73,15 @@ class Index:
         stamp = _stamp(url, url) if is_local(url) else {}
         for place in self._places(url, self._tag):
             facts = sidecar.read_facts(place)
+            if not stamp and facts.get("cut") and "etag" not in facts:
+                continue  # of a time when any answer of a server was taken for the shard
             if stamp.items() <= facts.items() and facts.keys() >= _FACTS and (self.hash == "crc32" or facts["sha256"]):
                 return _shard(url, place, facts)
         return None
 
-    def build(self, url: str, file: str | int | None = None) -> Shard:
-        """Index the shard and write its sidecar. `file`: path or descriptor of its bytes, where `url` is remote.
+    def build(self, url: str, file: str | int | None = None, told: dict[str, Any] | None = None) -> Shard:
+        """Index the shard and write its sidecar. `file`: path or descriptor of its bytes, where `url` is remote, and
+        `told`: what the cache knows of its copy.
 
         Raises:
             OSError: the shard cannot be read, or changes meanwhile, or there is no place for the sidecar.
@@ -93,6 +97,8 @@ class Index:
         if _stamp(url, file) != stamp:
             raise OSError("it was written to while it was indexed")
         facts = stamp | hashes | {"refused": chosen.refused, "not_read": chosen.not_read, "cut": listing.cut}
+        if not is_local(url):  # unless another copy has come meanwhile
+            facts["etag"] = told.get("etag") if told and told.get("crc32") == hashes["crc32"] else None
         places = self._places(url, self._tag)
         for place in places:
             try:
@@ -145,4 +151,4 @@ def _change(before: list[dict[str, Any]], now: dict[str, Any]) -> str:
 
 def _shard(url: str, place: Path, facts: dict[str, Any], changed: str = "") -> Shard:
     known = {name: facts[name] for name in _FACTS}
-    return Shard(url, str(place), mtime_ns=facts.get("mtime_ns"), changed=changed, **known)
+    return Shard(url, str(place), mtime_ns=facts.get("mtime_ns"), changed=changed, etag=facts.get("etag"), **known)
