@@ -605,6 +605,15 @@ def test_found_files_of_another_form_are_passed_over(server, remote, content):
     assert opened(f"{server.url}/0000.tar", data=remote).counts.tolist() == [4]
 
 
+def test_a_page_instead_of_counts_does_not_stick(server, remote):
+    write_pairs(server.folder, 1, 4, size=8)
+    (server.folder / "sizes.json").write_text('{"0000.tar": 9}')
+    server.faults["/sizes.json"] = [Fault(body=b"<html>")]
+    assert opened(f"{server.url}/0000.tar", data=remote).counts.tolist() == [4]
+    shutil.rmtree(Path(remote.cache_dir, "index"))
+    assert opened(f"{server.url}/0000.tar", data=remote).counts.tolist() == [9]
+
+
 def test_a_server_that_fails_says_nothing_about_counts(server, remote):
     """Else a node that reaches it and one that does not would disagree about the order."""
     (server.folder / "Permission").mkdir()  # a name that could be taken for what went wrong

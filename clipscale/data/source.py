@@ -182,8 +182,7 @@ class Source:
 
     def _copy(self, url: str) -> str:
         """For messages: where the copy of a remote shard lies, if there is one."""
-        path = None if is_local(url) else self._cache.path(url)
-        return f" (its copy: {path})" if path else ""
+        return "" if is_local(url) else self._cache.shown(url)
 
     def _shard(self, shard: int) -> Shard:
         return self._found.get(shard, self.shards[shard])

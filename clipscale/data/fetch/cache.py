@@ -111,6 +111,15 @@ class ShardCache:
         path = self._copies.copy(_key(url))
         return str(path) if path.exists() else None
 
+    def shown(self, url: str) -> str:
+        """For the end of a message: where the copy lies, if it is there."""
+        path = self.path(url)
+        return f" (its copy: {path})" if path else ""
+
+    def forget(self, url: str) -> None:
+        """Remove the copy, such as one that turned out to be something else; descriptors of it stay good."""
+        self._copies.remove(_key(url))
+
     def prefetch(self, urls: Iterable[str], check: Check | None = None) -> None:
         """Begin to fetch these shards in the background, after those wanted before. A failure is told by `open`."""
         with self._lock:

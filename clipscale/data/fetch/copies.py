@@ -132,11 +132,15 @@ class Copies:
         if unfit or expect.differs(found):
             os.close(file)
             if unfit and holder:
-                self.copy(key).unlink(missing_ok=True)
+                self.remove(key)
             return None
         with suppress(PermissionError):  # another user's copy
             os.utime(file, ns=(time.time_ns(), state.st_mtime_ns))
         return file
+
+    def remove(self, key: str) -> None:
+        for path in (self.copy(key), self.folder / f"{key}.json"):
+            path.unlink(missing_ok=True)
 
     def facts(self, key: str) -> Facts:
         """Of the copy, as far as they are known; those of an earlier version lack `etag` and `vouched`."""
