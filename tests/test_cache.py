@@ -29,7 +29,7 @@ from clipscale.data.fetch.cache import Expected, FetchError, ShardCache
 from clipscale.data.shard.whole import check_copy
 from clipscale.errors import UserError
 
-FAST = Fetch(stall_seconds=5.0, retries=2, backoff_seconds=0.01)
+FAST = Fetch(stall_seconds=5.0, retries=2, backoff_seconds=0.01, again_seconds=100.0)
 CHILD = multiprocessing.get_context("spawn")
 
 
@@ -326,7 +326,7 @@ def test_a_prefetch_asks_again_too(served, cache, wait):
     url = f"{served.url}/0.tar"
     served.faults["/0.tar"] = [Fault(status=404)]
     assert fails(cache, url)
-    wait(10)
+    wait(FAST.again_seconds)
     cache.prefetch([url])
     wait_until(lambda: cache.path(url))
 
@@ -395,6 +395,16 @@ def test_an_answer_that_is_no_tar_is_never_kept(served, cache, tar, body, shown,
     assert cache.path(url) is None
     os.close(ShardCache(cache.folder, 10**8, FAST, False).open(url, check=check_copy))  # another run
     assert Path(cache.path(url)).read_bytes() == tar
+
+
+def test_an_error_page_is_told_as_such_where_a_shard_of_known_bytes_is_expected(served, cache, tar):
+    served.faults["/t.tar"] = [Fault(body=PAGE)] * 3
+    expect = Expected(len(tar), zlib.crc32(tar))
+    with pytest.raises(FetchError, match="it is no tar: it begins with b'<!DOCTYPE html>"):
+        cache.open(f"{served.url}/t.tar", expect=expect, check=check_copy)
+    served.faults["/t.tar"] = [Fault(body=PAGE)]
+    again = ShardCache(cache.folder, 10**8, FAST, False)
+    os.close(again.open(f"{served.url}/t.tar", expect=expect, check=check_copy))
 
 
 def test_a_body_cut_at_a_boundary_without_a_length_is_never_kept(served, cache, tar):

@@ -30,7 +30,7 @@ from clipscale.data.source import Source, open_source
 from clipscale.errors import UserError
 
 JPEG = picture(0, 16, 16)
-QUICK = Fetch(stall_seconds=2, retries=1, backoff_seconds=0.05)
+QUICK = Fetch(stall_seconds=2, retries=1, backoff_seconds=0.05, again_seconds=100.0)
 
 
 def pair(caption: bytes = b"a caption") -> dict[str, bytes]:
@@ -393,13 +393,15 @@ def test_refresh_fetches_and_indexes_anew_whatever_is_said(server, remote):
 
 
 def test_a_server_that_does_not_answer_leaves_the_index_as_it_is(server, remote, told):
-    write_pairs(server.folder, 1, 4, size=8)
-    url = f"{server.url}/0000.tar"
-    index(remote, url)
-    server.faults["/0000.tar"] = [Fault(status=503)]
-    assert index(remote, url).counts.tolist() == [4]
+    data, urls = replace(remote, index_jobs=1), f"{server.url}/{{0000..0029}}.tar"
+    write_pairs(server.folder, 30, 1, size=8)
+    index(data, urls)
+    server.log.clear()
+    server.faults = {f"/{i:04d}.tar": [Fault(status=503)] for i in range(30)}
+    assert index(data, urls).samples == 30
     assert len(told) == 1
-    assert re.search(r"could not be compared .* taken as they were: 1 \(http.*0000\.tar: HTTP 503", told[0])
+    assert re.search(r"could not be compared .* taken as they were: 30 \(http.*00..\.tar: HTTP 503", told[0])
+    assert server.requests.total() < 16  # no more once it is clear
 
 
 # --- outages ----------------------------------------------------------------------------------------------------------

@@ -97,9 +97,10 @@ class Source:
             sample = Sample(key, *_read_pair(tar.number, row))
         except OSError as error:
             shown = masked(self.shards[shard].url)
-            if error.errno is not None or isinstance(error, FetchError):  # not of this sample alone
-                self._tars.drop(shard)  # a handle that went stale stays so
+            if error.errno is not None:  # the system's: a handle that went stale stays so
+                self._tars.drop(shard)
                 self._sidecars.drop(shard)
+            if error.errno is not None or isinstance(error, FetchError):  # not of this sample alone
                 self._outages.failed(shard, shown, error)
             raise OSError(f"shard {shown}, {key}: {error}{self._copy(self.shards[shard].url)}") from error
         self._outages.worked(shard)

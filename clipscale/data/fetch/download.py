@@ -26,6 +26,7 @@ from clipscale.data.fetch.urls import masked
 MAX_RETRY_AFTER_SECONDS = 300.0  # a server that asks for a longer pause is asked again after this one
 _MAX_PAUSE_SECONDS = 60.0
 _FLOOR_BYTES_PER_SECOND = 1000  # less than this, over `stall_seconds`, is a stall too
+_PAGE_BYTES = 2**20  # a body of another size than is expected is read if it is no larger: it may say what is wrong
 _WAITING_BLOCKS = 4  # read ahead of the disk
 _POLL_SECONDS = 0.05
 
@@ -138,7 +139,7 @@ class _Download:
         self, url: str, part: Part, fetch: Fetch, expect: Expected, check: Check | None, stop: threading.Event
     ) -> None:
         self.url, self.part, self.fetch, self.expect, self.stop = url, part, fetch, expect, stop
-        self.check = check if expect.crc32 is None else None
+        self.check = check
         self.version: str | None = None
         self.total_bytes: int | None = None  # as the server says in this attempt
 
@@ -156,15 +157,11 @@ class _Download:
             stream.give_up()
         if self.total_bytes not in (None, part.written_bytes):
             raise TryAgain("the body ended")
-        wrong = self.expect.differs(part.facts())
-        if wrong:
+        vouched, wrong = self.total_bytes is not None, self.expect.differs(part.facts())
+        unfit = part.look_over(self.check, vouched) if self.check and (wrong or self.expect.crc32 is None) else ""
+        if unfit or wrong:
             self.version = None
-            raise _Mismatch(wrong)
-        vouched = self.total_bytes is not None
-        wrong = part.look_over(self.check, vouched) if self.check else ""
-        if wrong:
-            self.version = None
-            raise _Unfit(f"{wrong} ({body.said}); it may be another time: try again")
+            raise _Unfit(f"{unfit} ({body.said}); it may be another time: try again") if unfit else _Mismatch(wrong)
         return {"etag": body.etag, "vouched": vouched}
 
     def _line_up(self, body: Body) -> None:
@@ -180,7 +177,7 @@ class _Download:
         if body.total_bytes is None:
             return
         wrong = Expected(self.expect.bytes).differs({"bytes": body.total_bytes})
-        if wrong:
+        if wrong and not (self.check and body.total_bytes <= _PAGE_BYTES):
             self.version = None
             raise _Mismatch(wrong)
         part.reserve(body.total_bytes)
