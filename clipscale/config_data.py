@@ -77,10 +77,11 @@ class Fetch:
     stall_seconds: float = 30.0  # without a byte for so long, an attempt is given up
     retries: int = 6  # further attempts, each after a longer pause
     backoff_seconds: float = 1.0  # the first pause; each next one is twice as long, up to a minute
+    again_seconds: float = 10.0  # before a failed shard is asked for again; doubled, up to 5 minutes
     parallel: int = 4  # downloads ahead at a time, of each remote source on each rank
 
     def __post_init__(self) -> None:
-        for name in ("stall_seconds", "backoff_seconds"):
+        for name in ("stall_seconds", "backoff_seconds", "again_seconds"):
             value = getattr(self, name)
             require(value > 0, f"data.fetch.{name}={value} must be above 0")
         require(self.retries >= 0, f"data.fetch.retries={self.retries} must not be negative")

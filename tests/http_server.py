@@ -7,6 +7,7 @@ with serve(folder) as server:
     assert server.requests["/00.tar"] == 4
 """
 
+import email.utils
 import hashlib
 import os
 import re
@@ -35,10 +36,14 @@ class Fault:
     then: Literal["close", "stall"] = "close"
     drip_seconds: float | None = None  # a byte of the body every so often; what is late is made up for
     chunked: bool = False  # no Content-Length
+    body: bytes | None = None  # instead of the file
 
 
 class Server(ThreadingHTTPServer):
-    """`ranges`, `etags`, `if_range`: what it can do. `log`: (path with query, headers) of each request in turn."""
+    """`ranges`, `etags`, `if_range`, `dates`: what it can do (`dates`: Last-Modified).
+
+    `log`: (path with query, headers) of each request in turn.
+    """
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -46,6 +51,7 @@ class Server(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.faults: dict[str, Iterable[Fault]] = {}
         self.ranges = self.etags = self.if_range = True
+        self.dates = False
         self.log: list[tuple[str, dict[str, str]]] = []
         self.ended = threading.Event()
         self._lock = threading.Lock()
@@ -84,11 +90,16 @@ class _Handler(BaseHTTPRequestHandler):
         if fault.status != 200 or not file.is_file():
             self._say(fault.status if fault.status != 200 else 404, {"Content-Length": "0"} | fault.headers)
             return
-        data = file.read_bytes()
+        data = file.read_bytes() if fault.body is None else fault.body
         headers = {"Content-Length": str(len(data)), "Connection": "close"}
         status, etag = 200, f'"{hashlib.md5(data).hexdigest()}"'
         if server.etags:
             headers["ETag"] = etag
+            if self.headers.get("If-None-Match") == etag:
+                self._say(304, {"ETag": etag})
+                return
+        if server.dates:
+            headers["Last-Modified"] = email.utils.formatdate(file.stat().st_mtime, usegmt=True)
         if server.ranges:
             headers["Accept-Ranges"] = "bytes"
             span = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))

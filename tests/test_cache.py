@@ -1,5 +1,6 @@
 import errno
 import hashlib
+import json
 import multiprocessing
 import os
 import pickle
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import repeat
@@ -18,14 +20,16 @@ from pathlib import Path
 import pytest
 from http_server import Fault, serve
 from processes import wait_until
+from shards import write_tar
 
 from clipscale.config_data import Fetch
 from clipscale.data.fetch import cache as cache_module
 from clipscale.data.fetch import copies
 from clipscale.data.fetch.cache import Expected, FetchError, ShardCache
+from clipscale.data.shard.whole import check_copy
 from clipscale.errors import UserError
 
-FAST = Fetch(stall_seconds=5.0, retries=2, backoff_seconds=0.01)
+FAST = Fetch(stall_seconds=5.0, retries=2, backoff_seconds=0.01, again_seconds=100.0)
 CHILD = multiprocessing.get_context("spawn")
 
 
@@ -170,7 +174,7 @@ def test_ten_thousand_samples_of_a_dead_shard_ask_once(served, cache, monkeypatc
     assert messages == {f"{url}: HTTP 404 Not Found (1 attempt)"}
     assert served.requests["/none.tar"] == 1
     (served.folder / "none.tar").write_bytes(b"here now")
-    later = time.monotonic() + cache_module._FAILED_SECONDS
+    later = time.monotonic() + FAST.again_seconds
     monkeypatch.setattr(time, "monotonic", lambda: later)
     assert read(cache, url) == b"here now"
 
@@ -271,6 +275,228 @@ def test_pipes_where_they_are_allowed(served, tmp_path):
     assert read(piped, url) == data("0.tar") == read(piped, url)
     with pytest.raises(FetchError, match="ended with status 3"):
         piped.open("pipe:head -c 5000 /dev/zero; exit 3")
+
+
+# --- outages ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def wait(monkeypatch) -> Callable[[float], None]:
+    """Lets so many seconds pass."""
+    real, passed = time.monotonic, [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: real() + passed[0])
+    return lambda seconds: passed.append(passed.pop() + seconds)
+
+
+def fails(cache: ShardCache, url: str) -> bool:
+    try:
+        os.close(cache.open(url))
+        return False
+    except FetchError:
+        return True
+
+
+@pytest.mark.parametrize("status", [404, 503])
+def test_a_shard_that_failed_is_asked_for_again_after_pauses_that_grow(served, tmp_path, wait, status):
+    """By one attempt each, whatever number of samples wants it; once it is back, all is as in the beginning."""
+    patient = ShardCache(str(tmp_path / "cache"), 10**8, Fetch(retries=2, backoff_seconds=0.01), False)
+    url = f"{served.url}/0.tar"
+    served.faults["/0.tar"] = repeat(Fault(status=status))
+    assert fails(patient, url)
+    requests = 1 if status == 404 else 3
+    for pause in (10, 20, 40, 80, 160, 300, 300):
+        wait(pause - 5)
+        assert all(fails(patient, url) for _ in range(100))
+        assert served.requests["/0.tar"] == requests
+        wait(5)
+        assert all(fails(patient, url) for _ in range(100))
+        requests += 1
+        assert served.requests["/0.tar"] == requests
+    served.faults["/0.tar"] = ()
+    wait(299)
+    assert fails(patient, url)
+    wait(1)
+    assert read(patient, url) == data("0.tar")
+    os.unlink(patient.path(url))
+    served.faults["/0.tar"] = [Fault(status=503)] * 2
+    assert read(patient, url) == data("0.tar")  # three attempts again
+
+
+def test_a_prefetch_asks_again_too(served, cache, wait):
+    url = f"{served.url}/0.tar"
+    served.faults["/0.tar"] = [Fault(status=404)]
+    assert fails(cache, url)
+    wait(FAST.again_seconds)
+    cache.prefetch([url])
+    wait_until(lambda: cache.path(url))
+
+
+def test_the_processes_of_a_node_ask_by_turns(served, tmp_path, wait):
+    """One request a pause for all of them, by whoever comes first; and when one ends, another one asks."""
+    url, quick = f"{served.url}/0.tar", Fetch(retries=0)
+    first, second = (ShardCache(str(tmp_path / "cache"), 10**8, quick, False) for _ in range(2))
+    served.faults["/0.tar"] = repeat(Fault(status=503))
+
+    def ask(*caches: ShardCache) -> int:
+        before = served.requests["/0.tar"]
+        for one in caches:
+            assert fails(one, url)
+            time.sleep(0.02)  # so that the times of two notes differ
+        return served.requests["/0.tar"] - before
+
+    assert ask(first, second) == 2  # each on its own, as in two runs one after the other
+    for pause in (10, 20, 40):
+        wait(pause)
+        assert ask(first, second) == 1
+    wait(300)
+    assert ask(first) <= 1
+    wait(300)
+    assert ask(first) == 1  # alone
+    served.faults["/0.tar"] = ()
+    wait(300)
+    assert read(first, url) == data("0.tar") == read(second, url)
+
+
+# --- what is no shard -------------------------------------------------------------------------------------------------
+
+PAGE = b"<!DOCTYPE html>\n<title>503</title>"
+
+
+@pytest.fixture
+def tar(served) -> bytes:
+    """/t.tar, of three members."""
+    members = [(f"{i}.txt", b"text") for i in range(3)]
+    return write_tar(served.folder / "t.tar", members).read_bytes()
+
+
+def boundary(tar: bytes) -> int:
+    """Where the third member begins."""
+    return tar.index(b"2.txt")
+
+
+@pytest.mark.parametrize("length", ["with its length", "without"])
+@pytest.mark.parametrize(
+    ("body", "shown"),
+    [
+        (PAGE, r"it is no tar: it begins with b'<!DOCTYPE html>\\n<title>503</title>' \(HTTP 200 OK, text/html\)"),
+        (b'<?xml version="1.0"?><Error/>' + b" " * 1000, r"it is no tar: it begins with b'<\?xml version=.* text/html"),
+        (b'{"error": "slow down"}', r"it is no tar: it begins with b'{\"error\": \"slow down\"}'"),
+        (b"\x1b[2J" + b"x" * 999, r"it is no tar: it begins with b'\\x1b\[2Jxxx"),
+        (b"", r"it is empty \(HTTP 200 OK, text/html\)"),
+    ],
+    ids=["html", "xml", "json", "bytes", "empty"],
+)
+def test_an_answer_that_is_no_tar_is_never_kept(served, cache, tar, body, shown, length):
+    url = f"{served.url}/t.tar"
+    headers = {"Content-Type": "text/html"} | ({"Content-Length": ""} if length == "without" else {})
+    served.faults["/t.tar"] = [Fault(body=body, headers=headers)] * 3
+    with pytest.raises(FetchError, match=rf"t\.tar: {shown}.*: try again \(3 attempts\)"):
+        cache.open(url, check=check_copy)
+    assert cache.path(url) is None
+    os.close(ShardCache(cache.folder, 10**8, FAST, False).open(url, check=check_copy))  # another run
+    assert Path(cache.path(url)).read_bytes() == tar
+
+
+def test_an_error_page_is_told_as_such_where_a_shard_of_known_bytes_is_expected(served, cache, tar):
+    served.faults["/t.tar"] = [Fault(body=PAGE)] * 3
+    expect = Expected(len(tar), zlib.crc32(tar))
+    with pytest.raises(FetchError, match="it is no tar: it begins with b'<!DOCTYPE html>"):
+        cache.open(f"{served.url}/t.tar", expect=expect, check=check_copy)
+    served.faults["/t.tar"] = [Fault(body=PAGE)]
+    again = ShardCache(cache.folder, 10**8, FAST, False)
+    os.close(again.open(f"{served.url}/t.tar", expect=expect, check=check_copy))
+
+
+def test_a_body_cut_at_a_boundary_without_a_length_is_never_kept(served, cache, tar):
+    url = f"{served.url}/t.tar"
+    cut = Fault(send_bytes=boundary(tar), headers={"Content-Length": ""})
+    served.faults["/t.tar"] = [cut] * 3
+    with pytest.raises(FetchError, match=rf"cut short at byte {boundary(tar)}: .* no Content-Length says .*3 attempts"):
+        cache.open(url, check=check_copy)
+    assert cache.path(url) is None
+    served.faults["/t.tar"] = [cut, cut, Fault(chunked=True)]  # whole, but no length vouches for it
+    for _ in range(2):
+        again = ShardCache(cache.folder, 10**8, FAST, False)
+        os.close(again.open(url, check=check_copy))
+    assert Path(cache.path(url)).read_bytes() == tar
+    assert served.requests["/t.tar"] == 6
+
+
+def test_a_shard_that_lies_cut_on_its_server_is_kept_and_fetched_once(served, cache, tar):
+    (served.folder / "t.tar").write_bytes(tar[: boundary(tar)])
+    for _ in range(3):
+        again = ShardCache(cache.folder, 10**8, FAST, False)
+        os.close(again.open(f"{served.url}/t.tar", check=check_copy))
+    assert served.requests["/t.tar"] == 1
+
+
+@pytest.mark.parametrize(("bad", "requests"), [("page", 1), ("cut", 1), ("whole", 0)])
+def test_copies_of_an_earlier_version_are_checked(served, cache, tar, bad, requests):
+    """Their facts say neither an etag nor whether a length came with them. Once is enough."""
+    url = f"{served.url}/t.tar"
+    os.close(cache.open(url))
+    served.log.clear()
+    old = {"page": PAGE, "cut": tar[: boundary(tar)], "whole": tar}[bad]
+    Path(cache.path(url)).write_bytes(old)
+    facts = {"url": url, "bytes": len(old), "crc32": zlib.crc32(old), "sha256": None}
+    Path(cache.path(url)).with_suffix(".json").write_text(json.dumps(facts))
+    assert read(cache, url, Expected(crc32=zlib.crc32(old))) == old  # what an index was made of is what it wants
+    for _ in range(2):
+        os.close(cache.open(url, check=check_copy))
+    assert Path(cache.path(url)).read_bytes() == tar
+    assert served.requests["/t.tar"] == requests
+
+
+def test_a_bad_copy_goes_although_no_better_one_comes(served, cache, tar):
+    url = f"{served.url}/t.tar"
+    os.close(cache.open(url))
+    Path(cache.path(url)).write_bytes(PAGE)
+    served.faults["/t.tar"] = repeat(Fault(status=503))
+    with pytest.raises(FetchError, match="HTTP 503"):
+        cache.open(url, check=check_copy)
+    assert cache.path(url) is None
+
+
+def test_a_prefetch_keeps_no_page(served, cache, tar):
+    served.faults["/t.tar"] = repeat(Fault(body=PAGE))
+    cache.prefetch([f"{served.url}/t.tar"], check_copy)
+    wait_until(lambda: not cache._workers)
+    assert cache.path(f"{served.url}/t.tar") is None
+
+
+# --- what changes on its server ---------------------------------------------------------------------------------------
+
+
+def test_what_a_server_says_of_a_copy(served, cache):
+    url = f"{served.url}/0.tar"
+    assert cache.facts(url) == {}
+    read(cache, url)
+    facts = cache.facts(url)
+    assert facts["bytes"] == 100_000
+    known = facts["etag"], facts["bytes"]
+    assert not cache.changed(url, *known)
+    (served.folder / "0.tar").write_bytes(data("other"))
+    assert cache.changed(url, *known)
+    assert not cache.changed(url, None, 100_000)  # all that facts without an etag can tell
+    assert cache.changed(url, None, 99_999)
+    served.faults["/0.tar"] = repeat(Fault(status=503))
+    with pytest.raises(FetchError, match=r"0\.tar: HTTP 503"):
+        cache.changed(url, *known)
+    with pytest.raises(UserError):
+        cache.changed("pipe:cat x", None, None)
+
+
+def test_anew(served, cache):
+    url = f"{served.url}/0.tar"
+    read(cache, url)
+    (served.folder / "0.tar").write_bytes(data("other"))
+    served.faults["/0.tar"] = [Fault(status=404)]
+    with pytest.raises(FetchError, match="HTTP 404"):
+        cache.open(url, anew=True)
+    assert read(cache, url) == data("0.tar")  # what was there stays until a better one has come
+    file = cache.open(url, anew=True)
+    assert os.pread(file, 200_000, 0) == data("other") == read(cache, url)
+    os.close(file)
 
 
 # --- bound and order --------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -223,10 +224,13 @@ def test_processes_and_remote_shards_find_the_same(check, tmp_path, capsys):
         urls = f"{server.url}/{{0000..0003}}.tar"
         status, remote, found, _ = check(urls, "--cache-dir", tmp_path / "cache", "--jobs=3")
         lost, _, more, _ = check(urls.replace("0003", "0004"), "--cache-dir", tmp_path / "cache")
+        (tmp_path / "set/0005.tar").write_bytes((tmp_path / "set/0000.tar").read_bytes()[:-12_000])
+        _, _, cut, _ = check(f"{server.url}/0005.tar", "--cache-dir", tmp_path / "cache")
     assert status == lost == 1
     assert [row | {"shard": Path(row["shard"]).name} for row in found] == [
         row | {"shard": Path(row["shard"]).name} for row in findings
     ]
+    assert Path(re.search(r"\(its copy: (.*)\)", cut[-1]["detail"])[1]).parent == tmp_path / "cache" / "shards"
     assert remote["sizes"] == report["sizes"]
     assert more[-1]["cause"] == "shard cannot be read"
     assert "404" in more[-1]["detail"]

@@ -1,4 +1,4 @@
-"""clipscale/data/shard/counts.py and shortage.py: what files beside remote shards count, against what is usable."""
+"""clipscale/data/shard/counts.py and source.py: what files beside remote shards count, against what is usable."""
 
 import json
 import os

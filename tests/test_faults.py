@@ -7,6 +7,7 @@ import re
 from itertools import repeat
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from http_server import Fault, serve
@@ -20,15 +21,15 @@ from clipscale.errors import UserError
 from clipscale.train import train
 
 pytestmark = pytest.mark.timeout(120)
-FETCH = Fetch(stall_seconds=0.5, retries=3, backoff_seconds=0.01)
+FETCH = Fetch(stall_seconds=0.5, retries=3, backoff_seconds=0.01, again_seconds=100.0)
 
 
-def pipe_of(source: SourceSettings, batch: int, folder: Path) -> Pipeline:
+def pipe_of(source: SourceSettings, batch: int, folder: Path, fetch: Fetch = FETCH) -> Pipeline:
     """Whole pictures, so that a sample looks the same at any position."""
     data = Data(
         sources={"mine": source},
         cache_dir=str(folder / "cache"),
-        fetch=FETCH,
+        fetch=fetch,
         crop_scale=(1.0, 1.0),
         crop_ratio=(1.0, 1.0),
         epoch_boundary="drop",
@@ -174,6 +175,34 @@ def test_a_run_over_remote_shards_stops_with_the_table_when_too_much_is_lost(tmp
     log = (tmp_path / "again" / "run.log").read_text()
     assert "8  mine: cannot be read" in log
     assert f"{server.url}/0002.tar" in log
+
+
+def test_an_outage_costs_what_is_read_meanwhile_and_no_more(tmp_path, told):
+    """A server that fails, then serves error pages, then heals: each sample masked meanwhile is counted, and after the
+    first one that could be read none is."""
+    write_pairs(tmp_path / "data", 4, 8, size=16)
+    outage = [Fault(status=503)] * 5 + [Fault(body=b"<html>busy</html>")] * 4
+    fetch = Fetch(retries=1, backoff_seconds=0.01, again_seconds=0.001)
+    with serve(tmp_path / "data") as server:
+        pipe = pipe_of(declared(tmp_path, server.url, 4, 8), 8, tmp_path, fetch)
+        server.faults["/0002.tar"] = outage
+        loader, batches = open_loader(pipe, 8, threads=1), []
+        while len(told) < 2:  # it fails, it is back
+            batches.append(take(loader))
+        batches += [take(loader) for _ in range(12)]
+        loader.close()
+        assert server.requests["/0002.tar"] == len(outage) + 1
+    skips = [skip for batch in batches for skip in batch.skips]
+    assert {(skip.shard, skip.cause) for skip in skips} == {(f"{server.url}/0002.tar", "cannot be read")}
+    for cause in ("HTTP 503 Service Unavailable", "it is no tar: it begins with b'<html>busy"):
+        assert any(cause in skip.detail for skip in skips)
+    begin, end = told
+    assert "0002.tar fails, its samples are masked until it is back: HTTP 503" in begin
+    assert re.search(rf"0002\.tar is read again after \d+ s; samples masked meanwhile: {len(skips)}$", end)
+    positions = np.arange(len(batches) * 8)
+    of_the_shard = positions[pipe.locate(positions)[2] == 2]
+    assert sorted(skip.position for skip in skips) == of_the_shard[: len(skips)].tolist()
+    assert 0 < len(skips) < len(of_the_shard)
 
 
 def test_the_loader_process_reads_remote_shards(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from http_server import serve
 from shards import picture, write_shard
 
 from clipscale.cli import main, parse
@@ -143,6 +144,24 @@ def test_refused_samples_are_named_on_request(shards, tmp_path, capsys):
     assert main(["index", "--refused", str(path), str(tmp_path / "0.tar")]) == 2  # the shard is not overwritten
     assert "must end in .jsonl" in capsys.readouterr().err
     assert path.read_bytes() == before
+
+
+def test_remote_shards_are_compared_with_their_server_and_fetched_anew_on_request(shards, tmp_path, capsys):
+    with serve(tmp_path) as server:
+        words = [f"{server.url}/1.tar", "--cache-dir", str(tmp_path / "cache")]
+        _, first = run(capsys, *words)
+        path = tmp_path / "1.tar"
+        path.write_bytes(path.read_bytes().replace(b"number 7", b"number x"))
+        _, changed = run(capsys, *words)
+        assert changed != first
+        server.log.clear()
+        assert run(capsys, *words, "--refresh")[1] == changed
+        assert [headers.get("if-none-match") for _, headers in server.log] == [None]
+        path.write_bytes(path.read_bytes()[:-12_000])  # no end marker any more
+        assert main(["index", *words]) == 0
+        told = capsys.readouterr().out.splitlines()
+    (copy,) = (tmp_path / "cache" / "shards").glob("*.tar")
+    assert re.fullmatch(rf"{server.url}/1.tar: \d pairs usable: cut short .* \(its copy: {copy}\)", told[1])
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import repeat
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from processes import wait_until
 from clipscale.config_data import Fetch
 from clipscale.data.fetch import open_fsspec, open_http
 from clipscale.data.fetch.download import Expected, FetchError, Stopped, download
-from clipscale.data.fetch.streams import open_body
+from clipscale.data.fetch.streams import Refused, Seen, TryAgain, look, open_body
 from clipscale.data.fetch.urls import OPENERS
 
 DATA = bytes(hashlib.shake_256(b"shard").digest(300_000))
@@ -60,6 +60,9 @@ class Memory:
             "sha256": hashlib.sha256(self.data).hexdigest(),
         }
 
+    def look_over(self, check: Callable[[bytes, bool], str], vouched: bool) -> str:
+        return check(bytes(self.data), vouched)
+
 
 @pytest.fixture
 def server(tmp_path):
@@ -89,6 +92,7 @@ def refused(url: str, fetch: Fetch = FAST, expect: Expected | None = None) -> st
 def test_every_scheme_has_its_opener(scheme):
     module = importlib.import_module(f"clipscale.data.fetch.open_{OPENERS[scheme].kind}")
     assert inspect.signature(module.open_body) == inspect.signature(open_body)
+    assert inspect.signature(module.look) == inspect.signature(look)
 
 
 # --- http -------------------------------------------------------------------------------------------------------------
@@ -375,6 +379,83 @@ def test_a_mismatch_that_passes(server, tmp_path):
     assert fetched(f"{server.url}/00.tar", expect=Expected(crc32=zlib.crc32(DATA))) == DATA
 
 
+def page(data: bytes, vouched: bool) -> str:
+    """The check of these tests: what begins with '<' is an error page, and what is short and unvouched was cut."""
+    if data.startswith(b"<"):
+        return "a page"
+    return "" if vouched or len(data) == len(DATA) else "cut"
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        [Fault(body=b"<html>")],
+        [Fault(body=b"<html>", chunked=True)],
+        [Fault(send_bytes=100_000, headers={"Content-Length": ""})],
+        [Fault(body=DATA[:100_000], chunked=True)],
+        [Fault(body=b"<html>"), Fault(status=503), Fault(send_bytes=9, headers={"Content-Length": ""})],
+    ],
+    ids=["page", "chunked page", "cut without a length", "cut where it came from", "one after the other"],
+)
+def test_what_is_no_shard_is_tried_again(server, faults):
+    server.faults["/00.tar"] = faults
+    part = Memory()
+    said = download(f"{server.url}/00.tar", part, FAST, check=page)
+    assert part.data == DATA
+    assert said == {"etag": f'ETag: "{hashlib.md5(DATA).hexdigest()}"', "vouched": True}
+    assert server.requests["/00.tar"] == len(faults) + 1
+    assert not any("range" in headers for _, headers in server.log)  # nothing of it is gone on with
+
+
+def test_what_is_no_shard_is_told_with_what_came(server):
+    server.faults["/00.tar"] = repeat(Fault(body=b"<html>", headers={"Content-Type": "text/html"}))
+    with pytest.raises(FetchError) as error:
+        download(f"{server.url}/00.tar", Memory(), FAST, check=page)
+    assert str(error.value) == (
+        f"{server.url}/00.tar: a page (HTTP 200 OK, text/html); it may be another time: try again (5 attempts)"
+    )
+    assert not error.value.missing
+
+
+def test_what_has_the_expected_hash_is_not_checked(server):
+    server.faults["/00.tar"] = [Fault(body=b"<html>")]
+    part = Memory()
+    download(f"{server.url}/00.tar", part, FAST, expect=Expected(crc32=zlib.crc32(b"<html>")), check=page)
+    assert part.data == b"<html>"
+
+
+# --- looks ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_look_takes_no_bytes(server):
+    url, etag = f"{server.url}/00.tar", f'ETag: "{hashlib.md5(DATA).hexdigest()}"'
+    assert look(url, None, 5.0) == Seen(etag, len(DATA))
+    assert look(url, etag, 5.0) == Seen(etag)  # not modified
+    assert look(url, 'ETag: "other"', 5.0) == Seen(etag, len(DATA))
+    server.etags = False
+    assert look(url, etag, 5.0) == Seen(None, len(DATA))
+    server.dates = True
+    assert look(url, None, 5.0).etag.startswith("Last-Modified: ")
+    server.faults["/00.tar"] = [
+        Fault(chunked=True, headers={"Last-Modified": ""}),
+        Fault(status=404),
+        Fault(status=503),
+    ]
+    assert look(url, None, 5.0) == Seen()
+    for kind in (Refused, TryAgain):
+        with pytest.raises(kind, match="HTTP "):
+            look(url, None, 5.0)
+
+
+@pytest.mark.parametrize(
+    ("etag", "size", "differs"),
+    [("a", 5, False), ("b", 5, True), ("a", 6, True), (None, 5, False), (None, 6, True), ("b", None, True)],
+)
+def test_what_differs(etag, size, differs):
+    assert Seen("a", 5).differs(etag, size) == differs
+    assert not Seen().differs(etag, size)  # who says nothing says nothing new
+
+
 # --- redirects, credentials, certificates -----------------------------------------------------------------------------
 
 
@@ -557,6 +638,17 @@ def test_objects_that_cannot_be_had(bucket):
     assert "PermissionError: Access Denied" in refused("s3://bucket/00.tar")
     Bucket.plan = [fail(OSError("slow down"))] * 99
     assert "slow down at byte 0 of 300000 (5 attempts)" in refused("s3://bucket/00.tar")
+
+
+def test_a_look_at_an_object(bucket):
+    before = look("s3://bucket/00.tar", None, 5.0)
+    assert before.total_bytes == len(DATA)
+    assert look("s3://bucket/00.tar", before.etag, 5.0) == before
+    bucket.pipe("/bucket/00.tar", DATA[::-1])
+    assert look("s3://bucket/00.tar", before.etag, 5.0).differs(before.etag, before.total_bytes)
+    assert bucket.reads == []
+    with pytest.raises(Refused, match="FileNotFoundError"):
+        look("s3://bucket/none.tar", None, 5.0)
 
 
 def test_which_objects_are_missing(bucket):

@@ -1,15 +1,20 @@
 """clipscale/data/source.py and counts.py: samples by number, local and remote, with known and with declared counts."""
 
+import errno
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import webdataset
 from http_server import Fault, Server, serve
@@ -18,11 +23,14 @@ from shards import picture, write_pairs, write_shard
 from clipscale.config_data import Data, Fetch, Select, SourceSettings
 from clipscale.data import source as source_module
 from clipscale.data.bad import BadSample
+from clipscale.data.fetch.cache import ShardCache
+from clipscale.data.shard.index import Index
+from clipscale.data.shard.sidecar import read_facts, write
 from clipscale.data.source import Source, open_source
 from clipscale.errors import UserError
 
 JPEG = picture(0, 16, 16)
-QUICK = Fetch(stall_seconds=2, retries=1, backoff_seconds=0.05)
+QUICK = Fetch(stall_seconds=2, retries=1, backoff_seconds=0.05, again_seconds=100.0)
 
 
 def pair(caption: bytes = b"a caption") -> dict[str, bytes]:
@@ -311,6 +319,233 @@ def test_prefetch_is_for_remote_shards(server, remote, tmp_path):
     assert server.requests["/0001.tar"] == 1
 
 
+# --- what a server sends instead of a shard, and what changes there ---------------------------------------------------
+
+
+def index(data: Data, urls: str, renew: str = "changed") -> Source:
+    """As `clipscale index` does."""
+    return open_source("mine", SourceSettings(urls), data, need="pairs", ahead=True, renew=renew, findings=True)
+
+
+@pytest.mark.parametrize("body", [b"<!DOCTYPE html><title>503</title>", b""])
+def test_an_error_page_is_no_shard(server, remote, body):
+    """It was indexed as a damaged tar without samples, for ever."""
+    write_pairs(server.folder, 1, 4, size=8)
+    url = f"{server.url}/0000.tar"
+    server.faults["/0000.tar"] = [Fault(body=body, headers={"Content-Type": "text/html"})] * 2
+    with pytest.raises(UserError, match=r"shard 'http.*/0000\.tar': it is .*text/html.*try again \(2 attempts\)"):
+        opened(url, data=remote)
+    assert opened(url, data=remote).counts.tolist() == [4]
+
+
+def test_a_shard_cut_on_its_server_is_used_as_a_local_one(server, remote, told):
+    """And is not fetched again each time. Its copy is named, that one may look at it."""
+    whole = Path(write_pairs(server.folder, 1, 4, size=8).replace("{0000..0000}", "0000"))
+    whole.write_bytes(whole.read_bytes()[: whole.read_bytes().index(b"000002.jpg")])
+    here = opened(whole)
+    url = f"{server.url}/0000.tar"
+    for _ in range(3):
+        there = index(remote, url)
+        assert (there.counts.tolist(), read_all(there)) == ([2], read_all(here))
+        assert there.fingerprint() == here.fingerprint()
+    (copy,) = Path(remote.cache_dir, "shards").glob("*.tar")
+    assert [line for line in told if "damaged" in line] == [
+        f"source 'mine': {url} is damaged, 2 samples are usable: {here.shards[0].cut} (its copy: {copy})"
+    ] * 3
+    assert [headers.get("if-none-match") is None for _, headers in server.log] == [True, False, False]
+
+
+def test_an_index_of_an_error_page_from_an_earlier_version_is_made_again(server, remote):
+    write_pairs(server.folder, 1, 4, size=8)
+    url, page = f"{server.url}/0000.tar", b"<html>" * 500
+    cache = ShardCache(remote.cache_dir, 10**8, QUICK, False)
+    server.faults["/0000.tar"] = [Fault(body=page)]
+    file = cache.open(url)  # unchecked, as it was
+    shard = Index(cache_dir=remote.cache_dir).build(url, file)
+    os.close(file)
+    assert shard.samples == 0
+    facts = read_facts(Path(shard.sidecar))
+    del facts["etag"]
+    write(Path(shard.sidecar), facts, np.empty((0, 4), np.int64), [])
+    assert opened(url, data=remote).counts.tolist() == [4]
+
+
+@pytest.mark.parametrize("by", ["etags", "dates", "size"])
+@pytest.mark.parametrize("evicted", [False, True])
+def test_content_that_changed_since_it_was_indexed_is_noticed(server, remote, told, by, evicted):
+    server.etags, server.dates = by == "etags", by == "dates"
+    url, shard, now = f"{server.url}/0000.tar", server.folder / "0000.tar", 3 if by == "size" else 4
+    write_pairs(server.folder, 1, 4, size=8)
+    os.utime(shard, (10**9, 10**9))
+    before = index(remote, url)
+    if evicted:
+        evict(remote)
+    write_pairs(server.folder, 1, now, size=8, seed=9)
+    assert opened(url, data=remote).fingerprint() == before.fingerprint()  # a run does not ask
+    server.log.clear()
+    after = index(remote, url)
+    assert server.requests["/0000.tar"] == 2  # asked, and fetched
+    assert after.counts.tolist() == [now]
+    assert read_all(after) == read_all(opened(shard))
+    assert [line for line in told if "0000.tar changed since it was indexed last: " in line]
+    assert index(remote, url).fingerprint() == after.fingerprint() != before.fingerprint()
+
+
+def test_what_did_not_change_is_asked_for_once_and_not_sent(server, remote):
+    write_pairs(server.folder, 1, 4, size=8)
+    url = f"{server.url}/0000.tar"
+    index(remote, url)
+    server.log.clear()
+    index(remote, url)
+    assert [headers["if-none-match"][:1] for _, headers in server.log] == ['"']
+    opened(url, data=remote)
+    assert server.requests["/0000.tar"] == 1
+
+
+def test_a_copy_without_an_index_is_compared_too(server, remote):
+    """Such as one that other rules were applied to."""
+    write_pairs(server.folder, 1, 4, size=8)
+    url = f"{server.url}/0000.tar"
+    index(remote, url)
+    write_pairs(server.folder, 1, 5, size=8)
+    shutil.rmtree(Path(remote.cache_dir, "index"))
+    assert index(remote, url).counts.tolist() == [5]
+
+
+def test_refresh_fetches_and_indexes_anew_whatever_is_said(server, remote):
+    server.etags = False
+    write_pairs(server.folder, 1, 4, size=8)
+    url = f"{server.url}/0000.tar"
+    before = index(remote, url)
+    path = server.folder / "0000.tar"
+    path.write_bytes(path.read_bytes().replace(b"number 1", b"number x"))
+    assert index(remote, url).fingerprint() == before.fingerprint()  # nothing tells it: no etag, no date, the same size
+    assert index(remote, url, "all").fingerprint() != before.fingerprint()
+    assert index(remote, url, "all").read(0, 1).note == b"number x of shard 0"
+
+
+def test_a_server_that_does_not_answer_leaves_the_index_as_it_is(server, remote, told):
+    data, urls = replace(remote, index_jobs=1), f"{server.url}/{{0000..0029}}.tar"
+    write_pairs(server.folder, 30, 1, size=8)
+    index(data, urls)
+    server.log.clear()
+    server.faults = {f"/{i:04d}.tar": [Fault(status=503)] for i in range(30)}
+    assert index(data, urls).samples == 30
+    assert len(told) == 1
+    assert re.search(r"could not be compared .* taken as they were: 30 \(http.*00..\.tar: HTTP 503", told[0])
+    assert server.requests.total() < 16  # no more once it is clear
+
+
+# --- outages ----------------------------------------------------------------------------------------------------------
+
+
+def masked_reads(source: Source, shard: int, more: int = 0) -> int:
+    """Reads the shard until it can be read; how often it could not."""
+    failed = 0
+    while True:
+        try:
+            source.read(shard, failed % int(source.counts[shard]))
+            return failed
+        except OSError:
+            failed += 1
+
+
+def outage_of(told: list[str], masked: int) -> str:
+    """What was told of one shard that failed for so many reads, and of nothing else: why it failed."""
+    begin, end = told
+    where, _, why = begin.partition(" fails, its samples are masked until it is back: ")
+    assert re.fullmatch(rf"{re.escape(where)} is read again after \d+ s; samples masked meanwhile: {masked:,}", end)
+    return why
+
+
+def test_a_remote_shard_is_read_again_when_its_server_is_back(server, remote, told, tmp_path):
+    """Errors, then error pages, then nothing at all."""
+    write_pairs(server.folder, 2, 4, size=8)
+    quick = replace(remote, fetch=Fetch(retries=1, backoff_seconds=0.01, again_seconds=0.02))
+    source = opened(f"{server.url}/{{0000..0001}}.tar", data=quick, counts=declare(server, "file", [4, 4], tmp_path))
+    faults = [Fault(status=503)] * 3 + [Fault(body=b"<html>")] * 2 + [Fault(before="close")] + [Fault(status=404)]
+    server.faults["/0001.tar"] = faults
+    masked = masked_reads(source, 1)
+    assert "HTTP 503 Service Unavailable (2 attempts)" in outage_of(told, masked)
+    assert masked >= 6
+    assert server.requests["/0001.tar"] == len(faults) + 1
+    assert [source.read(1, i).key for i in range(4)] == ["000004", "000005", "000006", "000007"]
+
+
+def test_a_command_that_failed_is_run_again(told, tmp_path):
+    write_pairs(tmp_path / "served", 1, 4, size=8)
+    fetch = Fetch(retries=0, again_seconds=0.02)
+    data = Data(cache_dir=str(tmp_path / "cache"), allow_pipe=True, fetch=fetch)
+    (tmp_path / "counts.json").write_text('{"0000.tar": 4}')
+    url = f"pipe:echo >> {tmp_path}/runs; test $(wc -l < {tmp_path}/runs) -gt 2 && cat {tmp_path}/served/0000.tar"
+    source = opened(url, data=data, counts=str(tmp_path / "counts.json"))
+    masked = masked_reads(source, 0)
+    assert "ended with status 1" in outage_of(told, masked)
+    assert len((tmp_path / "runs").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("which", ["0000.tar", "0000.tar.index"])
+def test_a_handle_that_went_stale_is_opened_again(told, tmp_path, which):
+    """As on a network mount whose server was away: the old handle fails for ever (here it becomes a folder's)."""
+    source = opened(write_pairs(tmp_path, 1, 4, size=8))
+    source.read(0, 0)
+    (handle,) = (int(link.name) for link in Path("/proc/self/fd").iterdir() if leads_to(link, tmp_path / which))
+    folder = os.open(tmp_path, os.O_RDONLY)
+    os.dup2(folder, handle)
+    os.close(folder)
+    assert masked_reads(source, 0) == 1
+    assert "Is a directory" in outage_of(told, 1)
+
+
+def leads_to(link: Path, path: Path) -> bool:
+    with suppress(FileNotFoundError):  # of the listing itself
+        return link.samefile(path)
+    return False
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOENT])
+def test_a_mount_that_fails_for_a_while(monkeypatch, told, tmp_path, number):
+    source = opened(write_pairs(tmp_path, 1, 4, size=8))
+    real, left = os.open, [5]
+
+    def fail(path, *flags):
+        if left[0]:
+            left[0] -= 1
+            raise OSError(number, os.strerror(number), path)
+        return real(path, *flags)
+
+    monkeypatch.setattr(os, "open", fail)
+    assert masked_reads(source, 0) == 5
+    assert os.strerror(number) in outage_of(told, 5)
+
+
+def test_many_shards_that_fail_at_once_are_not_all_named(tmp_path, told):
+    source = opened(write_pairs(tmp_path, 12, 2, size=8))
+    for shard in range(12):
+        (tmp_path / f"{shard:04d}.tar").rename(tmp_path / f"{shard:04d}.away")
+    for shard in range(12):
+        with pytest.raises(OSError, match="No such file"):
+            source.read(shard, 1)
+    assert len(told) == 8 + 1
+    assert "more than 8 shards fail" in told[-1]
+    for shard in range(12):
+        (tmp_path / f"{shard:04d}.away").rename(tmp_path / f"{shard:04d}.tar")
+    read_all(source)
+    assert len(told) == 9 + 8 + 1
+    assert told[-1].startswith("source 'mine': the shards that were not named are read again")
+    assert told[-1].endswith("samples masked meanwhile: 4")
+    read_all(source)
+    assert len(told) == 18
+
+
+def test_a_sample_that_cannot_be_read_is_no_outage(server, remote, tmp_path, told):
+    write_pairs(server.folder, 1, 4, size=8)
+    source = opened(f"{server.url}/0000.tar", data=remote, counts=declare(server, "file", [5], tmp_path))
+    with pytest.raises(OSError, match="4 are usable"):
+        source.read(0, 4)
+    assert told == []
+
+
 # --- declared counts --------------------------------------------------------------------------------------------------
 
 
@@ -405,6 +640,15 @@ def test_found_files_of_another_form_are_passed_over(server, remote, content):
     write_pairs(server.folder, 1, 4, size=8)
     (server.folder / "sizes.json").write_text(content)
     assert opened(f"{server.url}/0000.tar", data=remote).counts.tolist() == [4]
+
+
+def test_a_page_instead_of_counts_does_not_stick(server, remote):
+    write_pairs(server.folder, 1, 4, size=8)
+    (server.folder / "sizes.json").write_text('{"0000.tar": 9}')
+    server.faults["/sizes.json"] = [Fault(body=b"<html>")]
+    assert opened(f"{server.url}/0000.tar", data=remote).counts.tolist() == [4]
+    shutil.rmtree(Path(remote.cache_dir, "index"))
+    assert opened(f"{server.url}/0000.tar", data=remote).counts.tolist() == [9]
 
 
 def test_a_server_that_fails_says_nothing_about_counts(server, remote):

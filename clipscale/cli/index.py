@@ -41,7 +41,8 @@ def run(arguments: argparse.Namespace, words: list[str]) -> int:
     from clipscale.data.source import open_source
     from clipscale.progress import track
 
-    found = open_source("index", settings, data, need=need, track=track, ahead=True)
+    renew = "all" if arguments.refresh else "changed"
+    found = open_source("index", settings, data, need=need, track=track, ahead=True, renew=renew)
     if listed is not None:
         listed = listed or str(Path(found.shards[0].sidecar).with_name("refused.jsonl"))
         say(f"{found.write_refused(listed, data.index_jobs)} refused samples are listed in {listed}")
@@ -71,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the index",
     )
     add_path("--cache-dir", metavar="DIR", help="where copies of remote shards go; default: the user's cache folder")
+    parser.add_argument("--refresh", action="store_true", help="fetch and index all anew, whatever is there already")
     parser.add_argument("--allow-pipe", action="store_true", help="let 'pipe:' URLs run shell commands")
     rules = parser.add_argument_group("selection", "the same as in the config: a run finds only the index of its rules")
     rules.add_argument("--caption", default=usual.caption, help="a member's suffix, or json:<field>; default: txt")
@@ -114,7 +116,6 @@ def index_settings(arguments: argparse.Namespace) -> tuple[SourceSettings, Data,
 def print_report(found: source.Source) -> None:
     """Which shards are damaged or changed, and what was refused, and why."""
     from clipscale.data.fetch.urls import masked
-    from clipscale.data.shard.report import damage
     from clipscale.data.source import repeated_shards
 
     noun = "pair" if found.need == "pairs" else "labelled picture"
@@ -122,7 +123,7 @@ def print_report(found: source.Source) -> None:
         if shard.changed:
             say(f"{masked(shard.url)}: changed since it was indexed last: {shard.changed}")
         if shard.cut:
-            say(f"{masked(shard.url)}: {counted(shard.samples, noun)} usable: {damage(shard)}")
+            say(f"{masked(shard.url)}: {counted(shard.samples, noun)} usable: {found.damage(shard)}")
     for line in repeated_shards([found]):
         say(line)
     refused, unread = found.refused(), found.not_read()

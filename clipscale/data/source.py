@@ -14,37 +14,44 @@ import dataclasses
 import hashlib
 import os
 import threading
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from clipscale.config_data import Data, SourceSettings
 from clipscale.data.bad import MASK_CAUSES, BadSample, RefusedSample
-from clipscale.data.fetch.cache import Expected, ShardCache
+from clipscale.data.fetch.cache import Expected, FetchError, ShardCache
 from clipscale.data.fetch.urls import expand_urls, is_local, masked
 from clipscale.data.shard import report
-from clipscale.data.shard.captions import MAX_JSON_BYTES, CaptionError, CaptionRule
+from clipscale.data.shard.captions import CaptionError, CaptionRule
 from clipscale.data.shard.counts import declared_counts, doubts, usable
+from clipscale.data.shard.handles import OpenFile, OpenFiles, OpenSidecar, read_pair
 from clipscale.data.shard.index import Index, Shard
-from clipscale.data.shard.index_many import Track, index_shards, write_refused
-from clipscale.data.shard.judge import MAX_PICTURE_BYTES
-from clipscale.data.shard.select import Need, Rules
-from clipscale.data.shard.shortage import Lost, refused_samples
-from clipscale.data.shard.sidecar import Records, Row
+from clipscale.data.shard.index_many import Renew, Track, index_shards, write_refused
+from clipscale.data.shard.outages import Outages
+from clipscale.data.shard.select import Need, Rules, refused_samples
+from clipscale.data.shard.sidecar import Records
+from clipscale.data.shard.tar import list_members, mapped
+from clipscale.data.shard.whole import check_copy
 from clipscale.tell import tell
 from clipscale.words import counted
-
-_MAX_OPEN_FILES = 32  # shards, and as many sidecars, of each source; a process may have 1,024 in all on many systems
-_NEIGHBOUR_BYTES = 4096  # a picture and its note no further apart than this are read at once
 
 
 class Sample(NamedTuple):
     key: str
     image: bytes
     note: bytes  # the member that holds the caption, or the label
+
+
+class Lost(NamedTuple):
+    """A refused sample of a declared shard that has fewer usable ones than declared: a slot stands for it."""
+
+    key: str
+    cause: str  # as it is counted when the shard is indexed
 
 
 class Source:
@@ -61,13 +68,14 @@ class Source:
         self._prepare()
 
     def _prepare(self) -> None:
-        self._tars = _OpenFiles(self._open_tar)
-        self._sidecars = _OpenFiles(self._open_sidecar)
-        self._lost = _OpenFiles(self._list_lost)  # of declared shards with fewer usable samples than declared
+        self._tars = OpenFiles(self._open_tar)
+        self._sidecars = OpenFiles(self._open_sidecar)
+        self._lost = OpenFiles(self._list_lost)  # of declared shards with fewer usable samples than declared
         self._indexing = threading.Lock()
+        self._outages = Outages(self.name)
 
     def __getstate__(self) -> dict[str, Any]:
-        made_anew = ("_tars", "_sidecars", "_lost", "_indexing")
+        made_anew = ("_tars", "_sidecars", "_lost", "_indexing", "_outages")
         return {name: value for name, value in vars(self).items() if name not in made_anew}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -82,7 +90,8 @@ class Source:
         return hashlib.sha256(repr((facts, caption)).encode()).hexdigest()[:16]
 
     def read(self, shard: int, index: int) -> Sample:
-        """One sample's bytes.
+        """One sample's bytes. A shard that cannot be read is tried again with each sample (a remote one after a pause,
+        see `data.fetch.again_seconds`); that it fails, and that it is back, is told once.
 
         Raises:
             OSError: the file is gone, shorter than its index says or another one, or the index is damaged. The
@@ -97,9 +106,17 @@ class Source:
             row = sidecar.records.read(index)
             key = row.key
             tar = self._tars.get(shard)  # held while it is read, so that another thread cannot make it close
-            return Sample(key, *_read_pair(tar.number, row))
+            sample = Sample(key, *read_pair(tar.number, row))
         except OSError as error:
-            raise OSError(f"shard {masked(self.shards[shard].url)}, {key}: {error}") from error
+            shown = masked(self.shards[shard].url)
+            if error.errno is not None:  # the system's: a handle that went stale stays so
+                self._tars.drop(shard)
+                self._sidecars.drop(shard)
+            if error.errno is not None or isinstance(error, FetchError):  # not of this sample alone
+                self._outages.failed(shard, shown, error)
+            raise OSError(f"shard {shown}, {key}: {error}{self.copy_of(self.shards[shard].url)}") from error
+        self._outages.worked(shard)
+        return sample
 
     def where(self, shard: int, index: int) -> tuple[str, str]:
         """(shard path or URL, key), for messages. A number stands for the key where the index cannot be read or is not
@@ -132,6 +149,10 @@ class Source:
     def not_read(self) -> Counter[str]:
         """Members that nothing looks at: by suffix, or why they belong to no sample."""
         return report.not_read(self.shards)
+
+    def damage(self, shard: Shard) -> str:
+        """Why the archive ends early, how much is lost, and where its copy lies if it is remote."""
+        return report.damage(shard) + self.copy_of(shard.url)
 
     def changes(self) -> list[str]:
         """One line for each shard that holds other bytes than its index said until now."""
@@ -167,7 +188,7 @@ class Source:
         """Start to fetch those of the shards that are remote; returns at once."""
         urls = [url for shard in shards if not is_local(url := self.shards[shard].url)]
         if urls:
-            self._cache.prefetch(urls)
+            self._cache.prefetch(urls, check_copy)
 
     def close(self) -> None:
         """Let go of the open files; a later read opens them again."""
@@ -177,26 +198,32 @@ class Source:
         if self._cache is not None:
             self._cache.close()
 
+    def copy_of(self, url: str) -> str:
+        """For messages: where the copy of a remote shard lies, if there is one."""
+        return "" if is_local(url) else self._cache.shown(url)
+
     def _shard(self, shard: int) -> Shard:
         return self._found.get(shard, self.shards[shard])
 
-    def _open_tar(self, shard: int) -> _File:
+    def _open_tar(self, shard: int) -> OpenFile:
         known = self._shard(shard)
         if not is_local(known.url):
-            return _File(self._cache.open(known.url, expect=Expected(known.bytes, known.crc32, known.sha256)))
-        file = _File(os.open(known.url, os.O_RDONLY | os.O_CLOEXEC))
+            return OpenFile(
+                self._cache.open(known.url, expect=Expected(known.bytes, known.crc32, known.sha256), check=check_copy)
+            )
+        file = OpenFile(os.open(known.url, os.O_RDONLY | os.O_CLOEXEC))
         stat = os.fstat(file.number)
         if (stat.st_size, stat.st_mtime_ns) != (known.bytes, known.mtime_ns):
             raise OSError("the shard changed since this run began (its size or time)")
         return file
 
-    def _open_sidecar(self, shard: int) -> _OpenSidecar:
+    def _open_sidecar(self, shard: int) -> OpenSidecar:
         known = self._shard(shard)
         if not known.sidecar:
             known = self._found[shard] = self._index_declared(known)
-        file = _File(os.open(known.sidecar, os.O_RDONLY | os.O_CLOEXEC))
+        file = OpenFile(os.open(known.sidecar, os.O_RDONLY | os.O_CLOEXEC))
         try:
-            return _OpenSidecar(file, Records.of(file.number, known.identity))
+            return OpenSidecar(file, Records.of(file.number, known.identity))
         except OSError as error:
             raise OSError(f"{error} ({known.sidecar})") from error
 
@@ -204,7 +231,7 @@ class Source:
         url, lazily = declared.url, dataclasses.replace(self._index, lazily=True)
         shard = self._index.known(url) or lazily.known(url)
         if shard is None:
-            file = _File(self._cache.open(url))
+            file = OpenFile(self._cache.open(url, check=check_copy))
             with self._indexing:
                 shard = lazily.known(url) or lazily.build(url, file.number)
         if shard.samples > declared.samples:
@@ -225,7 +252,9 @@ class Source:
 
     def _list_lost(self, shard: int) -> list[Lost]:
         most = self.shards[shard].samples - self._shard(shard).samples
-        return refused_samples(self._tars.get(shard).number, self._index.rules, most=most)
+        with mapped(self._tars.get(shard).number) as tar:
+            found = islice(refused_samples(tar, list_members(tar), self._index.rules), most)
+            return [Lost(key, fault.cause) for key, _, fault in found]
 
 
 def repeated_shards(sources: Iterable[Source]) -> Iterator[str]:
@@ -248,70 +277,6 @@ def repeated_shards(sources: Iterable[Source]) -> Iterator[str]:
         )
 
 
-class _File:
-    """A descriptor that is closed with its last user."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def __del__(self) -> None:
-        os.close(self.number)
-
-
-class _OpenSidecar(NamedTuple):
-    file: _File
-    records: Records
-
-
-class _OpenFiles:
-    """The files (or what was found in them) used last, by shard. One that is dropped while a thread reads it stays open
-    until it has done so."""
-
-    def __init__(self, open_one: Callable[[int], Any]) -> None:
-        self._open_one = open_one
-        self._files: OrderedDict[int, Any] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, shard: int) -> Any:
-        with self._lock:
-            if shard in self._files:
-                self._files.move_to_end(shard)
-                return self._files[shard]
-        file = self._open_one(shard)  # may wait for a download
-        with self._lock:
-            self._files[shard] = file
-            while len(self._files) > _MAX_OPEN_FILES:
-                self._files.popitem(last=False)
-        return file
-
-    def peek(self, shard: int) -> Any:
-        """None where it is not open."""
-        return self._files.get(shard)
-
-    def clear(self) -> None:
-        with self._lock:
-            self._files.clear()
-
-
-def _read_pair(file: int, row: Row) -> tuple[bytes, bytes]:
-    """Picture and note, by one read where they are neighbours."""
-    _, image, image_size, note, note_size = row
-    start, end = min(image, note), max(image + image_size, note + note_size)
-    if image_size > MAX_PICTURE_BYTES or note_size > MAX_JSON_BYTES or end >= 2**63:
-        raise OSError(f"its index claims a picture of {image_size} bytes at {image}, a note of {note_size} at {note}")
-    if end - start - image_size - note_size > _NEIGHBOUR_BYTES:
-        return _read_exactly(file, image, image_size), _read_exactly(file, note, note_size)
-    both = _read_exactly(file, start, end - start)
-    return both[image - start :][:image_size], both[note - start :][:note_size]
-
-
-def _read_exactly(file: int, offset: int, size: int) -> bytes:
-    data = os.pread(file, size, offset)
-    if len(data) < size:
-        raise OSError(f"{size} bytes at {offset} were expected, {len(data)} are there: the shard changed or shrank")
-    return data
-
-
 def _surplus(shard: Shard, declared: Shard) -> str:
     more = shard.samples - declared.samples
     return (
@@ -330,6 +295,7 @@ def open_source(
     findings: bool = False,
     ahead: bool = False,
     recorded: str | None = None,
+    renew: Renew = "no",
 ) -> Source:
     """Expand, fetch and index the shards of one source.
 
@@ -340,6 +306,7 @@ def open_source(
         ahead: index remote shards now although their numbers of samples are declared.
         recorded: the source's fingerprint in the run that is resumed: if it began with declared numbers, it keeps to
             them.
+        renew: whether remote shards that are known are compared with their servers, or everything is indexed anew.
 
     Raises:
         UserError: a shard that is not there or cannot be read, or no usable sample in any.
@@ -350,10 +317,11 @@ def open_source(
     cache = ShardCache(data.cache_dir, data.cache_bytes, data.fetch, data.allow_pipe) if remote else None
 
     indexed: dict[str, Shard] = {}  # kept, for a second look at a shard that changed finds it current
+    indexing = {"jobs": data.index_jobs, "track": track}
 
     def with_declared(declared: dict[str, int]) -> Source:
         wanted = [url for url in urls if url not in declared and url not in indexed]
-        found = index_shards(wanted, index, cache, jobs=data.index_jobs, track=track, label=f"indexing {name}")
+        found = index_shards(wanted, index, cache, label=f"indexing {name}", renew=renew, **indexing)
         indexed.update((shard.url, shard) for shard in found)
         shards = indexed | {url: Shard.declared(url, count) for url, count in declared.items()}
         caption = CaptionRule.of(source.caption, source.captions)
@@ -365,11 +333,10 @@ def open_source(
     declared = {}
     if not ahead:
         resumed = None if recorded is None else began_with
-        indexing = {"jobs": data.index_jobs, "track": track}
         declared = declared_counts(name, urls, source.counts, index, cache, **indexing, began_with=resumed)
     opened = with_declared(declared)
-    report.require_samples(name, opened.shards, need, source)
+    report.require_samples(name, opened.shards, need, source, opened.copy_of)
     doubted = doubts(name, source.counts, declared, index.rules)
-    for line in (*report.findings(name, opened.shards), *doubted) if findings else ():
+    for line in (*report.findings(name, opened.shards, opened.copy_of), *doubted) if findings else ():
         tell(line)
     return opened

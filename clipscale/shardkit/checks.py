@@ -22,6 +22,7 @@ import numpy as np
 
 from clipscale.config_data import Select
 from clipscale.data.fetch.cache import ShardCache
+from clipscale.data.fetch.urls import is_local
 from clipscale.data.pixels.decode import picture_size
 from clipscale.data.shard.captions import CaptionError, CaptionRule
 from clipscale.data.shard.group import group, why_passed
@@ -73,14 +74,14 @@ def check_shard(url: str, wanted: Wanted, cache: ShardCache | None) -> Checked:
     try:
         with opened(url, cache) as tar, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow on odd metadata of pictures that decode well
-            return _Check(url, tar, wanted).run()
+            return _Check(url, tar, wanted, copy="" if is_local(url) else cache.shown(url)).run()
     except OSError as error:
         return Checked(url, problems=[Problem("", "", 0, "shard cannot be read", str(error))])
 
 
 class _Check:
-    def __init__(self, url: str, tar: bytes, wanted: Wanted) -> None:
-        self.tar, self.listing = tar, list_members(tar)
+    def __init__(self, url: str, tar: bytes, wanted: Wanted, copy: str) -> None:
+        self.tar, self.listing, self.copy = tar, list_members(tar), copy
         self.rule = CaptionRule.of(wanted.caption)
         self.caption_suffix = None if wanted.need == "labelled" else self.rule.suffix
         self.judge = Judge(
@@ -120,7 +121,7 @@ class _Check:
         for kind in self._passed_over(passed):
             not_read[kind] += 1
         if self.listing.cut:
-            found.problems.append(Problem("", "", len(self.tar), "damaged archive", self.listing.cut))
+            found.problems.append(Problem("", "", len(self.tar), "damaged archive", self.listing.cut + self.copy))
         found.not_read, found.kinds = dict(not_read), dict(kinds)
         found.pictures = np.array(self.pictures, np.int64).reshape(-1, 4)
         found.captions = np.array(self.captions, np.int64).reshape(-1, 2)

@@ -17,20 +17,40 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import replace
+from typing import NamedTuple
 
 from clipscale.config_data import Fetch
 from clipscale.data.fetch.copies import Copies, Lock, PartFile
-from clipscale.data.fetch.download import MAX_RETRY_AFTER_SECONDS, Expected, FetchError, Stopped, download
+from clipscale.data.fetch.download import (
+    MAX_RETRY_AFTER_SECONDS,
+    Check,
+    Expected,
+    Facts,
+    FetchError,
+    Stopped,
+    download,
+)
+from clipscale.data.fetch.streams import Refused, TryAgain, look
 from clipscale.data.fetch.urls import check_scheme, is_local, masked
 from clipscale.errors import UserError
 from clipscale.files import cache_folder
 from clipscale.text import escaped
 
-__all__ = ["Expected", "FetchError", "ShardCache"]  # the whole of what others need
+__all__ = ["Check", "Expected", "Facts", "FetchError", "ShardCache"]  # the whole of what others need
 
-_FAILED_SECONDS = 60.0  # a shard that could not be fetched fails at once for so long
+_MAX_AGAIN_SECONDS = 300.0  # the longest pause before a shard that could not be fetched is asked for again
 _POLL_SECONDS = 0.02
 _MISSING = "\nmissing"  # ends the note of a failure
+
+
+class _Failure(NamedTuple):
+    """A shard that could not be fetched fails at once, without a request, while the pause lasts."""
+
+    until: float  # of the monotonic clock
+    pause_seconds: float
+    note: str  # of why
+    at: float  # when the note was written
 
 
 class ShardCache:
@@ -47,35 +67,67 @@ class ShardCache:
         self.bound_bytes = self._copies.bound_bytes
         self._lock = threading.Lock()  # of what follows
         self._stop = threading.Event()
-        self._failed: dict[str, tuple[float, str]] = {}  # URL -> until when, the note of why
-        self._wanted: deque[str] = deque()
+        self._failed: dict[str, _Failure] = {}  # by URL
+        self._wanted: deque[tuple[str, Check | None]] = deque()
         self._pending: set[str] = set()  # wanted, or being fetched for it
         self._workers: list[threading.Thread] = []
 
     def __reduce__(self) -> tuple:
         return ShardCache, (self.folder, self.bound_bytes, self.fetch, self.allow_pipe)
 
-    def open(self, url: str, *, expect: Expected | None = None) -> int:
+    def open(self, url: str, *, expect: Expected | None = None, check: Check | None = None, anew: bool = False) -> int:
         """A file descriptor of the whole copy, the caller's to close. Waits while it is fetched, by whomever.
 
+        Args:
+            expect: what it must be; what does not have the expected hash is fetched again.
+            check: says what is wrong with a file that is no such shard; not asked where the hash is as expected.
+            anew: fetch it although there is a copy, which stays until the new one is whole.
+
         Raises:
-            FetchError: it cannot be had, or is not as expected; the same again at once for a minute.
+            FetchError: it cannot be had, or is not as expected; the same again at once until `fetch.again_seconds`
+                have passed, then after one more attempt, and twice as long from time to time.
             UserError: the URL's scheme is not read here, or the folder cannot be used.
         """
-        return self._open(url, expect or Expected(), self._stop)
+        return self._open(url, expect or Expected(), check, self._stop, anew)
+
+    def facts(self, url: str) -> Facts:
+        """What is known of the copy: `bytes`, `crc32`, `etag`; empty while it is not there."""
+        return self._copies.facts(_key(url)) if self.path(url) else {}
+
+    def changed(self, url: str, etag: str | None, size: int | None) -> bool:
+        """Whether the server says that the shard no longer is the one of this etag and size (bytes); one request.
+
+        Raises:
+            FetchError: it does not answer.
+            UserError: the URL's scheme is not read here.
+        """
+        check_scheme(url, self.allow_pipe)
+        try:
+            return look(url, etag, self.fetch.stall_seconds).differs(etag, size)
+        except (TryAgain, Refused) as error:
+            raise FetchError(f"{masked(url)}: {masked(str(error))}") from error
 
     def path(self, url: str) -> str | None:
         """Where the copy lies; None while it is not there."""
         path = self._copies.copy(_key(url))
         return str(path) if path.exists() else None
 
-    def prefetch(self, urls: Iterable[str]) -> None:
+    def shown(self, url: str) -> str:
+        """For the end of a message: where the copy lies, if it is there."""
+        path = self.path(url)
+        return f" (its copy: {path})" if path else ""
+
+    def forget(self, url: str) -> None:
+        """Remove the copy, such as one that turned out to be something else; descriptors of it stay good."""
+        self._copies.remove(_key(url))
+
+    def prefetch(self, urls: Iterable[str], check: Check | None = None) -> None:
         """Begin to fetch these shards in the background, after those wanted before. A failure is told by `open`."""
         with self._lock:
             for url in urls:
                 if url not in self._pending:
                     self._pending.add(url)
-                    self._wanted.append(url)
+                    self._wanted.append((url, check))
             while self._wanted and len(self._workers) < min(self.fetch.parallel, len(self._pending)):
                 worker = threading.Thread(target=self._work, args=(self._stop,), name="clipscale-prefetch", daemon=True)
                 self._workers.append(worker)
@@ -100,62 +152,88 @@ class ShardCache:
                 if not self._wanted:
                     self._workers.remove(threading.current_thread())
                     return
-                url = self._wanted.popleft()
+                url, check = self._wanted.popleft()
             with suppress(FetchError, UserError):  # told by `open`
-                os.close(self._open(url, Expected(), stop))
+                os.close(self._open(url, Expected(), check, stop))
             with self._lock:
                 self._pending.discard(url)
 
-    def _open(self, url: str, expect: Expected, stop: threading.Event) -> int:
+    def _open(self, url: str, expect: Expected, check: Check | None, stop: threading.Event, anew: bool = False) -> int:
         assert not is_local(url), url
         key, began = _key(url), time.time()
         watch = None
         while True:
-            file = self._copies.open(key, expect)
+            file = None if anew else self._copies.open(key, expect, check)
             if file is not None:
+                self._forget_failure(url)
                 return file
             self._raise_if_failed(url)
             check_scheme(url, self.allow_pipe)
             self._copies.make()
             lock = Lock.take(self._copies.locks / key)
             if lock:
-                return self._fetch(url, key, expect, stop, lock, began)
+                return self._fetch(_Wanted(url, key, expect, check, anew, began), stop, lock)
             watch = watch or _Watch(self._copies, key, url, self.fetch)
             watch.look()
             if stop.wait(_POLL_SECONDS):
                 raise FetchError(f"{masked(url)}: the cache was closed")
 
-    def _fetch(self, url: str, key: str, expect: Expected, stop: threading.Event, lock: Lock, began: float) -> int:
-        note = ""
+    def _fetch(self, wanted: _Wanted, stop: threading.Event, lock: Lock) -> int:
+        url, key, expect, check, anew, began = wanted
+        before, noted = self._failed.get(url), False
         try:
-            file = self._copies.open(key, expect, hash_it=True)
+            file = None if anew else self._copies.open(key, expect, check, holder=True)
             if file is not None:
                 return file
-            told = lock.note(since=began)  # by a process that failed while this one waited for it
+            told = lock.note(since=before.at if before else began)  # by one that failed since this one asked or waited
             if told:
-                raise _noted(told)
+                noted = True
+                raise self._failing(url, told, lock.written())
+            fetch = replace(self.fetch, retries=0) if before else self.fetch
             part = PartFile(self._copies, key, url, stop, sha256=expect.sha256 is not None)
             try:
-                download(url, part, self.fetch, expect=expect, stop=stop)
-                return part.finish()
+                file = part.finish(download(url, part, fetch, expect=expect, check=check, stop=stop))
             finally:
                 part.discard()
+            self._forget_failure(url)
+            return file
         except Stopped:
             raise FetchError(f"{masked(url)}: the cache was closed") from None
         except FetchError as error:
-            note = _note(error)
-            with self._lock:
-                self._failed[url] = time.monotonic() + _FAILED_SECONDS, note
+            if not noted:
+                noted = True
+                lock.write_note(_note(error))
+                self._failing(url, _note(error), lock.written())
             raise
         finally:
-            lock.release(note)
+            lock.release(keep_note=noted)
+
+    def _failing(self, url: str, note: str, at: float) -> FetchError:
+        """The error of this note, which was written then; it is remembered."""
+        with self._lock:
+            before = self._failed.get(url)
+            pause = min(2 * before.pause_seconds, _MAX_AGAIN_SECONDS) if before else self.fetch.again_seconds
+            left = pause - min(max(time.time() - at, 0.0), pause)
+            self._failed[url] = _Failure(time.monotonic() + left, pause, note, at)
+        return _noted(note)
+
+    def _forget_failure(self, url: str) -> None:
+        with self._lock:
+            self._failed.pop(url, None)
 
     def _raise_if_failed(self, url: str) -> None:
-        with self._lock:
-            until, note = self._failed.get(url, (0.0, ""))
-            if time.monotonic() < until:
-                raise _noted(note)
-            self._failed.pop(url, None)
+        failure = self._failed.get(url)
+        if failure and time.monotonic() < failure.until:
+            raise _noted(failure.note)
+
+
+class _Wanted(NamedTuple):
+    url: str
+    key: str
+    expect: Expected
+    check: Check | None
+    anew: bool
+    began: float  # when it was asked for
 
 
 class _Watch:

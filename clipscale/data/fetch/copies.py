@@ -1,7 +1,7 @@
 """The folder that holds copies of remote shards: names, locks, room and eviction.
 
     <folder>/<key>.tar                      a whole copy; its access time says when it was opened last
-             <key>.json                     its facts: size, hashes, the URL without secrets
+             <key>.json                     its facts: size, hashes, etag, the URL without secrets
              parts/<key>.<random>.<host>    a copy under way, as long from the start as it will be
              locks/<key>                    locked (flock) by whoever fetches this shard; after a failure it says why
 
@@ -27,7 +27,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from clipscale.data.fetch.download import Expected, Facts, FetchError, Stopped
+from clipscale.data.fetch.download import Check, Expected, Facts, FetchError, Stopped
 from clipscale.data.fetch.urls import masked
 from clipscale.errors import UserError
 from clipscale.files import hash_file, write_file
@@ -40,7 +40,7 @@ _HASH_BYTES = 2**20
 
 
 class Lock:
-    """An flock on a file of its own. The file goes away when it is released, unless it has something to say."""
+    """An flock on a file of its own. The file goes away when it is released, unless it is to say something."""
 
     def __init__(self, path: Path, file: int) -> None:
         self._path, self._file = path, file
@@ -70,16 +70,20 @@ class Lock:
             os.close(file)
 
     def note(self, since: float) -> str:
-        """What a holder that released it after this time had to say."""
-        state = os.fstat(self._file)
-        return os.pread(self._file, state.st_size, 0).decode() if state.st_mtime >= since else ""
+        """What a holder wrote after this time."""
+        return os.pread(self._file, os.fstat(self._file).st_size, 0).decode() if self.written() > since else ""
 
-    def release(self, note: str = "") -> None:
-        if note:
-            with suppress(OSError):  # such as on a full disk
-                os.ftruncate(self._file, 0)
-                os.pwrite(self._file, note.encode(), 0)
-        else:
+    def written(self) -> float:
+        """When the note was."""
+        return os.fstat(self._file).st_mtime
+
+    def write_note(self, note: str) -> None:
+        with suppress(OSError):  # such as on a full disk
+            os.ftruncate(self._file, 0)
+            os.pwrite(self._file, note.encode(), 0)
+
+    def release(self, *, keep_note: bool = False) -> None:
+        if not keep_note:
             self._path.unlink(missing_ok=True)
         os.close(self._file)
 
@@ -109,29 +113,37 @@ class Copies:
     def copy(self, key: str) -> Path:
         return self.folder / f"{key}.tar"
 
-    def open(self, key: str, expect: Expected, *, hash_it: bool = False) -> int | None:
-        """A descriptor of the copy, None where there is none that is as expected. `hash_it`: compute what is expected
-        and not known of it; for the holder of its lock."""
+    def open(self, key: str, expect: Expected, check: Check | None, *, holder: bool = False) -> int | None:
+        """A descriptor of the copy, None where there is none that is as expected and passes the check. The `holder` of
+        its lock computes what is expected and not known of it, and removes one that fails."""
         try:
             file = os.open(self.copy(key), os.O_RDONLY | os.O_CLOEXEC)
         except (FileNotFoundError, NotADirectoryError):
             return None
         state = os.fstat(file)
         found: Facts = {"bytes": state.st_size}
-        if expect.crc32 is not None or expect.sha256 is not None:
-            found = self._read_facts(key) | found
+        if expect.crc32 is not None or expect.sha256 is not None or check:
+            found = self.facts(key) | found
             missing = (expect.crc32 is not None and "crc32" not in found) or (expect.sha256 and not found.get("sha256"))
-            if missing and hash_it:
+            if missing and holder:
                 found |= hash_file(file, crc32=True, sha256=True)
                 self.write_facts(key, found)
-        if expect.differs(found):
+        unfit = check and expect.crc32 is None and check(file, bool(found.get("vouched")))
+        if unfit or expect.differs(found):
             os.close(file)
+            if unfit and holder:
+                self.remove(key)
             return None
         with suppress(PermissionError):  # another user's copy
             os.utime(file, ns=(time.time_ns(), state.st_mtime_ns))
         return file
 
-    def _read_facts(self, key: str) -> Facts:
+    def remove(self, key: str) -> None:
+        for path in (self.copy(key), self.folder / f"{key}.json"):
+            path.unlink(missing_ok=True)
+
+    def facts(self, key: str) -> Facts:
+        """Of the copy, as far as they are known; those of an earlier version lack `etag` and `vouched`."""
         try:
             return json.loads((self.folder / f"{key}.json").read_bytes())
         except (FileNotFoundError, ValueError):
@@ -313,12 +325,17 @@ class PartFile:
         sha256 = self._sha256.hexdigest() if self._sha256 else None
         return {"bytes": self.written_bytes, "crc32": self._crc32, "sha256": sha256}
 
-    def finish(self) -> int:
-        """Put the copy in its place, and return a descriptor that reads it."""
+    def look_over(self, check: Check, vouched: bool) -> str:
+        os.ftruncate(self.file, self.written_bytes)
+        self._reserved_bytes = self.written_bytes
+        return check(self.file, vouched)
+
+    def finish(self, said: Facts) -> int:
+        """Put the copy in its place, and return a descriptor that reads it. `said`: what the server told of it."""
         try:
             os.ftruncate(self.file, self.written_bytes)
             os.fsync(self.file)  # else a copy can have its name and size, and zeros, after a power cut
-            self._copies.write_facts(self.key, {"url": self.shown} | self.facts())
+            self._copies.write_facts(self.key, {"url": self.shown} | self.facts() | said)
             with self._copies.room_lock(self._stop):
                 file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
                 self.path.rename(self._copies.copy(self.key))

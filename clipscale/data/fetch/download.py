@@ -14,6 +14,7 @@ import random
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -26,11 +27,13 @@ from clipscale.words import counted
 MAX_RETRY_AFTER_SECONDS = 300.0  # a server that asks for a longer pause is asked again after this one
 _MAX_PAUSE_SECONDS = 60.0
 _FLOOR_BYTES_PER_SECOND = 1000  # less than this, over `stall_seconds`, is a stall too
+_PAGE_BYTES = 2**20  # a body of another size than is expected is read if it is no larger: it may say what is wrong
 _WAITING_BLOCKS = 4  # read ahead of the disk
 _POLL_SECONDS = 0.05
 
 
 Facts = dict[str, int | str | None]
+Check = Callable[[int, bool], str]  # (descriptor, whether the server named its length) -> what is wrong with it, or ''
 
 
 class FetchError(OSError):
@@ -80,15 +83,30 @@ class Part(Protocol):
     def facts(self) -> Facts:
         """`bytes`, `crc32` and, where one is expected, `sha256` of what was written."""
 
+    def look_over(self, check: Check, vouched: bool) -> str:
+        """What `check` says of what was written."""
+
 
 class _Mismatch(TryAgain):
     """A whole shard, but not the one expected: tried a second time and no more."""
 
 
+class _Unfit(TryAgain):
+    """What came whole, as far as the connection tells, is no shard: an error page, or a part."""
+
+
 def download(
-    url: str, part: Part, fetch: Fetch, *, expect: Expected | None = None, stop: threading.Event | None = None
-) -> None:
-    """Write the whole shard to `part`.
+    url: str,
+    part: Part,
+    fetch: Fetch,
+    *,
+    expect: Expected | None = None,
+    check: Check | None = None,
+    stop: threading.Event | None = None,
+) -> Facts:
+    """Write the whole shard to `part`; returns its `etag`, and `vouched`: whether the server named its length.
+
+    What `check` finds wrong is tried again like any other failure; what has the expected hash is not checked.
 
     Raises:
         FetchError: refused by the server, or still failing after `fetch.retries` further attempts, or not as expected
@@ -96,16 +114,15 @@ def download(
         Stopped: `stop` was set.
     """
     stop = stop or threading.Event()
-    run = _Download(url, part, fetch, expect or Expected(), stop)
-    failures: Counter[type] = Counter()
+    run = _Download(url, part, fetch, expect or Expected(), check, stop)
+    failures: Counter[bool] = Counter()  # by whether they were mismatches
     while True:
         try:
-            run.attempt()
-            return
+            return run.attempt()
         except TryAgain as error:
-            failures[type(error)] += 1
-            limit = 1 if isinstance(error, _Mismatch) else fetch.retries
-            if failures[type(error)] > limit:
+            mismatch = isinstance(error, _Mismatch)
+            failures[mismatch] += 1
+            if failures[mismatch] > (1 if mismatch else fetch.retries):
                 raise run.failed(error, failures.total()) from error
             asked = min(error.after_seconds, MAX_RETRY_AFTER_SECONDS)
         except Refused as error:
@@ -119,28 +136,34 @@ def download(
 class _Download:
     """One shard's attempts. `version` names the content that `part` has begun to hold; None: it cannot be resumed."""
 
-    def __init__(self, url: str, part: Part, fetch: Fetch, expect: Expected, stop: threading.Event) -> None:
+    def __init__(
+        self, url: str, part: Part, fetch: Fetch, expect: Expected, check: Check | None, stop: threading.Event
+    ) -> None:
         self.url, self.part, self.fetch, self.expect, self.stop = url, part, fetch, expect, stop
+        self.check = check
         self.version: str | None = None
         self.total_bytes: int | None = None  # as the server says in this attempt
 
-    def attempt(self) -> None:
+    def attempt(self) -> Facts:
         part, self.total_bytes = self.part, None
         if self.version is None:
             part.restart()
         stream = _Stream(self.url, part.written_bytes, self.version, self.fetch.stall_seconds, self.stop)
         try:
-            self._line_up(stream.body())
+            body = stream.body()
+            self._line_up(body)
             while block := stream.block():
                 part.write(block)
         finally:
             stream.give_up()
         if self.total_bytes not in (None, part.written_bytes):
             raise TryAgain("the body ended")
-        wrong = self.expect.differs(part.facts())
-        if wrong:
+        vouched, wrong = self.total_bytes is not None, self.expect.differs(part.facts())
+        unfit = part.look_over(self.check, vouched) if self.check and (wrong or self.expect.crc32 is None) else ""
+        if unfit or wrong:
             self.version = None
-            raise _Mismatch(wrong)
+            raise _Unfit(f"{unfit} ({body.said}); it may be another time: try again") if unfit else _Mismatch(wrong)
+        return {"etag": body.etag, "vouched": vouched}
 
     def _line_up(self, body: Body) -> None:
         """Bring the part to where the body begins."""
@@ -155,14 +178,14 @@ class _Download:
         if body.total_bytes is None:
             return
         wrong = Expected(self.expect.bytes).differs({"bytes": body.total_bytes})
-        if wrong:
+        if wrong and not (self.check and body.total_bytes <= _PAGE_BYTES):
             self.version = None
             raise _Mismatch(wrong)
         part.reserve(body.total_bytes)
 
     def failed(self, error: TryAgain | Refused, attempts: int) -> FetchError:
         cause = " ".join(masked(str(error)).split())[:500]
-        if not isinstance(error, _Mismatch) and (self.part.written_bytes or self.total_bytes):
+        if not isinstance(error, _Mismatch | _Unfit) and (self.part.written_bytes or self.total_bytes):
             cause += f" at byte {self.part.written_bytes} of {self.total_bytes or 'an unknown number'}"
         message = f"{masked(self.url)}: {cause} ({counted(attempts, 'attempt')})"
         return FetchError(message, missing=isinstance(error, Refused) and error.missing)

@@ -23,14 +23,45 @@ from collections.abc import Iterator
 from urllib.parse import quote, unquote, urlsplit
 
 from clipscale import __version__
-from clipscale.data.fetch.streams import BLOCK_BYTES, Body, Refused, TryAgain
+from clipscale.data.fetch.streams import BLOCK_BYTES, Body, Refused, Seen, TryAgain
 from clipscale.data.fetch.urls import scheme_of
 
 _PASSING = (408, 425, 429)  # and 5xx: statuses that may change by themselves
+_ETAGS = ("ETag", "Last-Modified")
 _NEVER = (PermissionError, ssl.SSLCertVerificationError, http.client.InvalidURL)
 
 
 def open_body(url: str, start: int, version: str | None, stall_seconds: float) -> Body:
+    request = _request(url)
+    if start:
+        assert version is not None
+        request.add_header("Range", f"bytes={start}-")
+        request.add_header("If-Range", version)
+    try:
+        response = _answer(request, stall_seconds)
+    except urllib.error.HTTPError as error:
+        if start and error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+            return open_body(url, 0, None, stall_seconds)
+        raise _refusal(error.code, error.reason, error.headers) from error
+    return _body(response)
+
+
+def look(url: str, etag: str | None, stall_seconds: float) -> Seen:
+    """By a GET for anything but what is known, given up after the headers: signed URLs are often good for no HEAD."""
+    request = _request(url)
+    name, _, value = (etag or "").partition(": ")
+    if name == "ETag":  # an older file would pass as not modified since
+        request.add_header("If-None-Match", value)
+    try:
+        with _answer(request, stall_seconds) as response:
+            return Seen(_etag(response.headers), response.length)
+    except urllib.error.HTTPError as error:
+        if error.code == http.HTTPStatus.NOT_MODIFIED:
+            return Seen(etag)
+        raise _refusal(error.code, error.reason, error.headers) from error
+
+
+def _request(url: str) -> urllib.request.Request:
     parts = urlsplit(url)
     user, _, host = parts.netloc.rpartition("@")
     place = parts._replace(netloc=host, fragment="").geturl()
@@ -40,20 +71,18 @@ def open_body(url: str, start: int, version: str | None, stall_seconds: float) -
     if user:  # not sent on to where the server redirects
         token = base64.b64encode(unquote(user).encode()).decode()
         request.add_unredirected_header("Authorization", f"Basic {token}")
-    if start:
-        assert version is not None
-        request.add_header("Range", f"bytes={start}-")
-        request.add_header("If-Range", version)
+    return request
+
+
+def _answer(request: urllib.request.Request, stall_seconds: float) -> http.client.HTTPResponse:
+    """Raises HTTPError, closed, for a status above 299."""
     try:
-        response = _opener().open(request, timeout=stall_seconds + 1)  # ends a thread that was given up
+        return _opener().open(request, timeout=stall_seconds + 1)  # ends a thread that was given up
     except urllib.error.HTTPError as error:
         error.close()
-        if start and error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-            return open_body(url, 0, None, stall_seconds)
-        raise _refusal(error.code, error.reason, error.headers) from error
+        raise
     except (urllib.error.URLError, http.client.InvalidURL) as error:
         raise _failure(getattr(error, "reason", error)) from error
-    return _body(response)
 
 
 def _refusal(status: int, reason: str, headers: email.message.Message) -> TryAgain | Refused:
@@ -95,7 +124,13 @@ def _body(response: http.client.HTTPResponse) -> Body:
         raise Refused(f"HTTP {status} {response.reason}")
     etag = headers.get("ETag", "W/")
     resumable = "bytes" in (headers.get("Accept-Ranges"), "bytes" if start else None) and not etag.startswith("W/")
-    return Body(start, total, etag if resumable else None, _blocks(response))
+    said = f"HTTP {status} {response.reason}, {headers.get('Content-Type', 'no Content-Type')}"
+    version = etag if resumable else None
+    return Body(start, total, version, _blocks(response), etag=_etag(headers), said=said)
+
+
+def _etag(headers: email.message.Message) -> str | None:
+    return next((f"{name}: {headers[name]}" for name in _ETAGS if headers[name]), None)
 
 
 def _blocks(response: http.client.HTTPResponse) -> Iterator[bytes]:

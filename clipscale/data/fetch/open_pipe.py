@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 
-from clipscale.data.fetch.streams import BLOCK_BYTES, Body, Refused, TryAgain
+from clipscale.data.fetch.streams import BLOCK_BYTES, Body, Refused, Seen, TryAgain
 
 
 def open_body(url: str, start: int, version: str | None, stall_seconds: float) -> Body:
@@ -53,4 +53,9 @@ def open_body(url: str, start: int, version: str | None, stall_seconds: float) -
             kind = Refused if status in (126, 127) else TryAgain  # not to be run, not found
             raise kind(f"{cause}: {last}" if last else cause)
 
-    return Body(0, None, None, blocks(), cancel)
+    return Body(0, None, None, blocks(), cancel, said="the output of a command")
+
+
+def look(url: str, etag: str | None, stall_seconds: float) -> Seen:
+    """Nothing: what a command would write is known once it has."""
+    return Seen()

@@ -195,6 +195,7 @@ def _fetch_json(url: str, cache: ShardCache) -> dict[str, Any] | None:
     try:
         facts = json.loads(os.pread(file, _MAX_BYTES, 0))
     except (ValueError, RecursionError):
+        cache.forget(url)  # it may be an error page: the next start asks again
         return None
     finally:
         os.close(file)

@@ -59,6 +59,7 @@ class Shard:
     lost: int = 0  # samples that it held before it was cut, where that is known
     changed: str = ""  # how its bytes differ from those indexed before; empty: they do not
     seen: dict[str, Any] = field(default_factory=dict, compare=False)  # of a local shard's inode, and by which host
+    etag: str | None = None  # of a remote shard, as its server named it when these bytes came
 
     @classmethod
     def declared(cls, url: str, samples: int) -> Shard:
@@ -88,8 +89,9 @@ class Index:
                 return _shard(url, place, facts)
         return None
 
-    def build(self, url: str, file: str | int | None = None) -> Shard:
-        """Index the shard and write its sidecar. `file`: path or descriptor of its bytes, where `url` is remote.
+    def build(self, url: str, file: str | int | None = None, told: dict[str, Any] | None = None) -> Shard:
+        """Index the shard and write its sidecar. `file`: path or descriptor of its bytes, where `url` is remote, and
+        `told`: what the cache knows of its copy.
 
         Raises:
             OSError: the shard cannot be read, or changes meanwhile, or there is no place for the sidecar.
@@ -114,6 +116,8 @@ class Index:
             found = len(chosen.keys) + sum(chosen.refused.values())
             lost = lost_samples(url if is_local(url) else None, found, [facts for _, facts in same_rules])
             facts |= {"unread": max(0, stat.st_size - listing.end), "lost": lost}
+        if not is_local(url):  # unless another copy has come meanwhile
+            facts["etag"] = told.get("etag") if told and told.get("crc32") == hashes["crc32"] else None
         places = self._places(url, self._tag)
         for place in places:
             try:
@@ -228,4 +232,5 @@ def _change(before: list[dict[str, Any]], now: dict[str, Any]) -> str:
 def _shard(url: str, place: Path, facts: dict[str, Any], changed: str = "") -> Shard:
     known = {name: facts[name] for name in _FACTS}
     seen = {name: facts[name] for name in _SEEN if name in facts}
-    return Shard(url, str(place), mtime_ns=facts.get("mtime_ns"), changed=changed, seen=seen, **known)
+    own = {"mtime_ns": facts.get("mtime_ns"), "etag": facts.get("etag"), "seen": seen}
+    return Shard(url, str(place), changed=changed, **own, **known)

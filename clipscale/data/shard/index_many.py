@@ -3,7 +3,8 @@
     shards = index_shards(urls, Index(), cache, jobs=8, track=track, label="indexing train")
 
 A process fetches a remote shard itself, and indexes it. One that is killed is an error at once; a shard that cannot be
-read is told when all others are indexed.
+read is told when all others are indexed. Whether what is known of remote shards still holds is asked where that is
+wanted (`renew`): a run does not ask, for it compares what it reads with the index.
 
     write_refused("refused.jsonl", urls, Index(), cache)        # which samples were left out, and why
 """
@@ -16,22 +17,26 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
-from clipscale.data.fetch.cache import ShardCache
+from clipscale.data.fetch.cache import FetchError, ShardCache
 from clipscale.data.fetch.urls import is_local, masked
 from clipscale.data.shard.index import Index, Shard, remember
 from clipscale.data.shard.judge import looks_into_pictures
 from clipscale.data.shard.select import refused_samples
 from clipscale.data.shard.tar import list_members, mapped
+from clipscale.data.shard.whole import check_copy
 from clipscale.errors import UserError
 from clipscale.files import whole_file
 from clipscale.pool import WorkerDied, cores, map_in_processes
+from clipscale.tell import tell
 from clipscale.words import counted
 
 Track = Callable[[Iterable[str], str], Iterable[str]]
+Renew = Literal["no", "changed", "all"]  # what is known already: kept; remote shards compared with their servers; none
 
 _LOOK_UPS = 8  # sidecars read at once: on a network's file system each takes milliseconds
+_MAX_UNANSWERED = 8  # then no further shard is compared: each could cost a stall's seconds
 _INLINE_BYTES = {"fast": 1 << 29, "decode": 1 << 24}  # less than this is indexed sooner than a worker has started
 
 
@@ -43,18 +48,21 @@ def index_shards(
     jobs: int | None = None,
     track: Track | None = None,
     label: str = "indexing",
+    renew: Renew = "no",
 ) -> list[Shard]:
     """The index of every shard, in the order of `urls`. Remote ones come through `cache`.
 
     Raises:
         UserError: shards that cannot be read, named once all others are indexed; a worker that died.
     """
+    renewal = _Renewal(cache, renew)
     with ThreadPoolExecutor(_LOOK_UPS) as pool:
-        found = dict(zip(urls, pool.map(partial(_known, index=index), urls), strict=True))
+        found = dict(zip(urls, pool.map(partial(_known, index=index, renewal=renewal), urls), strict=True))
+    renewal.report()
     missing = [url for url in urls if found[url] is None]
     if missing:
         jobs = 1 if _is_little(missing, index) else min(jobs or cores(), len(missing))
-        with closing(map_in_processes(_build, missing, jobs, index, cache)) as built:
+        with closing(map_in_processes(_build, missing, jobs, index, cache, renewal.stale)) as built:
             try:
                 found |= zip(track(missing, label) if track else missing, built, strict=True)
             except WorkerDied as died:
@@ -74,22 +82,58 @@ def index_shards(
     return [found[url] for url in urls]
 
 
-def _known(url: str, index: Index) -> Shard | str | None:
+class _Renewal:
+    """Which shards are indexed, and those of them that are remote fetched, although they are known."""
+
+    def __init__(self, cache: ShardCache | None, renew: Renew) -> None:
+        self._cache, self._renew = cache, renew
+        self.stale: set[str] = set()
+        self._unanswered: dict[str, str] = {}
+
+    def wanted(self, url: str, known: Shard | None) -> bool:
+        if self._renew == "all" or (self._renew == "changed" and not is_local(url) and self._changed(url, known)):
+            self.stale.add(url)
+        return url in self.stale
+
+    def _changed(self, url: str, known: Shard | None) -> bool:
+        facts = self._cache.facts(url) if known is None else {"etag": known.etag, "bytes": known.bytes}
+        if not facts:
+            return False  # nothing to compare
+        if len(self._unanswered) >= _MAX_UNANSWERED:
+            self._unanswered[url] = ""
+            return False
+        try:
+            return self._cache.changed(url, facts.get("etag"), facts.get("bytes"))
+        except FetchError as error:
+            self._unanswered[url] = str(error)
+            return False
+
+    def report(self) -> None:
+        if self._unanswered:
+            first = next(filter(None, self._unanswered.values()))
+            tell(
+                f"remote shards that could not be compared with their server, and are taken as they were: "
+                f"{len(self._unanswered):,} ({first})"
+            )
+
+
+def _known(url: str, index: Index, renewal: _Renewal) -> Shard | str | None:
     """A string: why it cannot be read."""
     try:
-        return index.known(url)
+        known = index.known(url)
     except OSError as error:
         return str(error)
+    return None if renewal.wanted(url, known) else known
 
 
-def _build(url: str, index: Index, cache: ShardCache | None) -> Shard | str:
+def _build(url: str, index: Index, cache: ShardCache | None, stale: set[str]) -> Shard | str:
     """A string: why it cannot be read."""
     try:
         if is_local(url):
             return index.build(url)
-        file = cache.open(url)
+        file = cache.open(url, check=check_copy, anew=url in stale)
         try:
-            return index.build(url, file)
+            return index.build(url, file, cache.facts(url))
         finally:
             os.close(file)
     except OSError as error:
@@ -135,7 +179,7 @@ def opened(url: str, cache: ShardCache | None) -> Iterator[bytes]:
         with mapped(url) as tar:
             yield tar
         return
-    file = cache.open(url)
+    file = cache.open(url, check=check_copy)
     try:
         with mapped(file) as tar:
             yield tar

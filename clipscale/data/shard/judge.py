@@ -39,9 +39,13 @@ OTHER_PICTURE_SUFFIXES = (
 )
 MAX_PICTURE_BYTES = 1 << 26
 APART = "members lie apart"
-# What `select` and a uid list leave out as they are asked to; every other cause is a fault of the sample.
+# What `select` and a uid list leave out as they are asked to, and pictures that came without words, which nobody can
+# mend. Every other cause is a fault of the sample.
 ON_PURPOSE = frozenset(
-    ("no uid", "uid not in the list", "no score", "score out of bounds", "picture too small", "picture too long")
+    {
+        *("no uid", "uid not in the list", "no score", "score out of bounds", "picture too small", "picture too long"),
+        "empty caption",
+    }
 )
 
 

@@ -1,14 +1,16 @@
 """What indexing found out about a source's shards, as lines for a person, and when it is too bad to train on.
 
-for line in findings("cc3m", shards): tell(line)        # damaged and changed shards, refused samples by cause
-require_samples("cc3m", shards, "pairs", settings)      # UserError: no usable sample, and all that is known of why
-require_few_bad("cc3m", shards, data)                   # UserError: above data.max_refused_fraction
+for line in findings("cc3m", shards, copy_of): tell(line)        # damaged and changed shards, refused samples by cause
+require_samples("cc3m", shards, "pairs", settings, copy_of)      # UserError: no usable sample; all that is known of why
+require_few_bad("cc3m", shards, data)                          # UserError: above data.max_refused_fraction
+
+`copy_of(url)` says where the copy of a remote shard lies: '' or ' (its copy: /cache/x.tar)'.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from clipscale.config_data import Data, SourceSettings
 from clipscale.data.fetch.urls import masked
@@ -16,6 +18,7 @@ from clipscale.data.shard.index import Shard
 from clipscale.data.shard.judge import APART, IMAGE_SUFFIXES, ON_PURPOSE
 from clipscale.data.shard.select import Need
 from clipscale.errors import UserError, require
+from clipscale.words import counted
 
 _LOST = "lost with the rest of a damaged shard"
 _TOLD = 6  # kinds of members that are not read, in a message
@@ -40,16 +43,17 @@ def changes(name: str, shards: list[Shard]) -> list[str]:
     ]
 
 
-def findings(name: str, shards: list[Shard]) -> Iterable[str]:
+def findings(name: str, shards: list[Shard], copy_of: Callable[[str], str]) -> Iterable[str]:
     yield from changes(name, shards)
     for shard in shards:
         if shard.cut:
             about = f"source {name!r}: {masked(shard.url)}"
-            yield f"{about} is damaged, {shard.samples} samples are usable: {damage(shard)}"
+            usable = counted(shard.samples, "sample is usable", "samples are usable")
+            yield f"{about} is damaged, {usable}: {damage(shard)}{copy_of(shard.url)}"
     causes = refused(shards)
     if causes:
-        usable = sum(shard.samples for shard in shards)
-        yield f"source {name!r}: {causes.total()} samples refused ({_table(causes)}); {usable} are usable"
+        usable = counted(sum(shard.samples for shard in shards), "is usable", "are usable")
+        yield f"source {name!r}: {counted(causes.total(), 'sample')} refused ({_table(causes)}); {usable}"
 
 
 def damage(shard: Shard) -> str:
@@ -62,18 +66,20 @@ def damage(shard: Shard) -> str:
     return f"{shard.cut}; how many samples are lost is not known"
 
 
-def require_samples(name: str, shards: list[Shard], need: Need, source: SourceSettings) -> None:
+def require_samples(
+    name: str, shards: list[Shard], need: Need, source: SourceSettings, copy_of: Callable[[str], str]
+) -> None:
     if sum(shard.samples for shard in shards):
         return
     place = source.caption if source.caption.startswith("json:") else f".{source.caption}"
     wanted = f"a caption ({place})" if need == "pairs" else "a label (.cls)"
     causes, unread = refused(shards), not_read(shards)
-    found = [_table(causes), *(f"{masked(shard.url)} {shard.cut}" for shard in shards if shard.cut)]
+    found = [_table(causes), *(f"{masked(shard.url)} {shard.cut}{copy_of(shard.url)}" for shard in shards if shard.cut)]
     found = [what for what in found if what][:4]
     if unread:
         found.append(f"members that are not read: {_table(Counter(dict(unread.most_common(_TOLD))))}")
     raise UserError(
-        f"source {name!r}: none of its {len(shards)} shards ({masked(source.urls)}) holds a sample with "
+        f"source {name!r}: none of its {counted(len(shards), 'shard')} ({masked(source.urls)}) holds a sample with "
         f"a picture and {wanted}; found: {'; '.join([*found, *_hints(causes, unread)]) or 'empty archives'}"
     )
 
