@@ -67,7 +67,7 @@ def _merge(layers: list[Layer]) -> Config:
         key = origin.partition("=")[0]
         try:
             merged = OmegaConf.merge(merged, read())
-        except UserError as error:
+        except UserError as error:  # of a word it names the key already
             raise UserError(str(error) if str(error).startswith(f"{key}: ") else f"{origin}: {error}") from error
         except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
             raise UserError(f"{origin}: {_one_line(error).removeprefix(f'{key}: ')}") from error

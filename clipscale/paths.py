@@ -20,7 +20,7 @@ from typing import Annotated, NamedTuple
 from clipscale.errors import UserError, require
 
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^{}]*)\})", re.ASCII)
-_URL = re.compile(r"([A-Za-z][\w+.-]*):/")
+_URL = re.compile(r"(s3|gs|gcs|hf|https?|pipe|[A-Z][\w+.-]*(?=:/)):", re.IGNORECASE)
 
 
 def local_path(text: str) -> str:

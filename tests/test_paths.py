@@ -77,6 +77,8 @@ def test_a_local_path(text, path):
         ("hf://datasets/b", "a URL (hf:...)"),
         ("https://me:word@h/q?token=abc", "a URL (https:...)"),
         ("S3:/b/q", "a URL (S3:...)"),
+        ("gs:b/q", "a URL (gs:...)"),
+        ("pipe:cat x", "a URL (pipe:...)"),
         ("nas:/data", "a name that holds a colon: ./nas:..."),
         ("$BUCKET/q", "a URL (s3:...)"),
         ("file://nas/data", "names the host 'nas'; a file of this machine: file:///<path>"),
