@@ -322,6 +322,24 @@ def test_a_shard_that_failed_is_asked_for_again_after_pauses_that_grow(served, t
     assert read(patient, url) == data("0.tar")  # three attempts again
 
 
+def test_who_gets_the_lock_of_a_failure_does_not_ask_again(served, cache, monkeypatch):
+    """Between a look at what failed and the lock, another thread may have failed and let go of it."""
+    url = f"{served.url}/0.tar"
+    served.faults["/0.tar"] = repeat(Fault(status=404))
+    real, nested = copies.Lock.take, []
+
+    def take(path: Path) -> copies.Lock | None:
+        if not nested:
+            nested.append(url)
+            assert fails(cache, url)
+        return real(path)
+
+    monkeypatch.setattr(copies.Lock, "take", take)
+    assert fails(cache, url)
+    assert nested
+    assert served.requests["/0.tar"] == 1
+
+
 def test_a_prefetch_asks_again_too(served, cache, wait):
     url = f"{served.url}/0.tar"
     served.faults["/0.tar"] = [Fault(status=404)]

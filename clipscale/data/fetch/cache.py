@@ -180,15 +180,17 @@ class ShardCache:
 
     def _fetch(self, wanted: _Wanted, stop: threading.Event, lock: Lock) -> int:
         url, key, expect, check, anew, began = wanted
-        before, noted = self._failed.get(url), False
+        before, keep_note = self._failed.get(url), False
         try:
             file = None if anew else self._copies.open(key, expect, check, holder=True)
             if file is not None:
                 return file
-            told = lock.note(since=before.at if before else began)  # by one that failed since this one asked or waited
+            keep_note = True
+            self._raise_if_failed(url)  # a thread of this process did, while this one waited for the lock
+            told = lock.note(since=before.at if before else began)  # by a process that did meanwhile
             if told:
-                noted = True
                 raise self._failing(url, told, lock.written())
+            keep_note = False
             fetch = replace(self.fetch, retries=0) if before else self.fetch
             part = PartFile(self._copies, key, url, stop, sha256=expect.sha256 is not None)
             try:
@@ -200,13 +202,13 @@ class ShardCache:
         except Stopped:
             raise FetchError(f"{masked(url)}: the cache was closed") from None
         except FetchError as error:
-            if not noted:
-                noted = True
+            if not keep_note:
+                keep_note = True
                 lock.write_note(_note(error))
                 self._failing(url, _note(error), lock.written())
             raise
         finally:
-            lock.release(keep_note=noted)
+            lock.release(keep_note=keep_note)
 
     def _failing(self, url: str, note: str, at: float) -> FetchError:
         """The error of this note, which was written then; it is remembered."""
