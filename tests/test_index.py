@@ -13,6 +13,7 @@ import threading
 import time
 import tracemalloc
 import zlib
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -337,6 +338,13 @@ def test_the_identity_follows_the_content_not_the_place(tmp_path):
 # --- rewritten with its size and its time -----------------------------------------------------------------------------
 
 
+def change_inode(path: str, change: Callable[[], None]) -> None:
+    """Until its time is another: a file system's clock ticks every few milliseconds."""
+    before = os.stat(path).st_ctime_ns
+    while os.stat(path).st_ctime_ns == before:
+        change()
+
+
 def rewrite(path: str, samples: list[tuple[str, dict[str, bytes]]], *, in_place: bool) -> None:
     """Another content of the same size, and the time put back."""
     stat = os.stat(path)
@@ -346,7 +354,7 @@ def rewrite(path: str, samples: list[tuple[str, dict[str, bytes]]], *, in_place:
         new.unlink()
     else:
         os.replace(new, path)
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    change_inode(path, lambda: os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns)))
     assert (os.stat(path).st_size, os.stat(path).st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
 
 
@@ -373,7 +381,7 @@ def test_the_same_bytes_anew_are_hashed_once_and_nothing_is_built(shard_path, bu
         assert index_shards([shard_path], Index(), None) == [first]
     assert (len(builds), hashed) == (1, ["crc32", "crc32"])
     assert [row.key for row in rows(first)] == ["0", "1", "2"]
-    os.chmod(shard_path, 0o600)  # changes the inode's time as well
+    change_inode(shard_path, lambda: os.chmod(shard_path, 0o600))
     assert index_shard(shard_path, rules=Rules(select=Select(min_side=3))).samples == 3
     assert hashed == ["crc32"] * 3  # not by what the doubtful sidecar says
     assert index_shard(shard_path) == first
@@ -385,7 +393,7 @@ def test_the_stamp_of_another_host_is_not_compared(shard_path, hashed, monkeypat
     first = index_shard(shard_path)
     content = Path(first.sidecar).read_bytes()
     monkeypatch.setattr(index_module, "_host", lambda: "another")
-    os.chmod(shard_path, 0o600)
+    change_inode(shard_path, lambda: os.chmod(shard_path, 0o600))
     assert index_shard(shard_path) == first
     monkeypatch.undo()
     assert Path(first.sidecar).read_bytes() == content

@@ -102,8 +102,8 @@ class Index:
         same_rules, other_rules = self._before(url, self._tag), self._before(url, "")
         before = [facts for _, facts in same_rules + other_rules]
         hashes = self._hashes(url, file, stat, same_rules + other_rules)
-        if is_local(url) and (verified := self._verified(url, stat, hashes)):
-            return verified
+        if is_local(url) and (current := self._current_after_all(url, stat, hashes)):
+            return current
         with mapped(file) as tar:
             listing = list_members(tar)
             chosen = select_samples(tar, listing, self.rules)
@@ -136,7 +136,7 @@ class Index:
             return False
         return stat is None or (facts["bytes"], facts.get("mtime_ns")) == (stat.st_size, stat.st_mtime_ns)
 
-    def _verified(self, url: str, stat: os.stat_result, hashes: dict[str, Any]) -> Shard | None:
+    def _current_after_all(self, url: str, stat: os.stat_result, hashes: dict[str, Any]) -> Shard | None:
         """The shard as its sidecar has it, where that was in doubt and the bytes are the same after all."""
         places = self._places(url, self._tag)
         for place in places:

@@ -27,7 +27,8 @@ examples:
   PROGRAM 'laion/*.tar' --caption json:long_caption
 
 Findings: pictures that the loader could not decode, missing or bad captions and labels, broken JSON, members that are
-not read, keys that occur twice in a shard, archives that are cut short or damaged, shards that cannot be read.
+not read (other suffixes, hidden files, links), members of a sample that lie apart, keys that occur twice in a shard,
+archives that are cut short, damaged or never filled to their end, shards that cannot be read.
 Duplicates (equal picture bytes, equal captions, equal pairs, over all shards) are told and are no findings.
 
 --broken lists every finding, a line of JSON each: shard, key, member, offset (of the member's first byte in the shard),
