@@ -304,7 +304,7 @@ def test_repeats_are_not_searched_for_where_there_can_be_none(urls, monkeypatch,
 
 def test_one_sample_and_one_shard(tmp_path):
     one = {"one": SourceSettings(urls=write_pairs(tmp_path / "one", 1, 1, size=8))}
-    with pytest.raises(UserError, match="has 1 usable samples an epoch, fewer than its 8"):
+    with pytest.raises(UserError, match="has 1 usable sample an epoch, fewer than its 8"):
         build(one)
     for sampling in ("epochs", "resampled"):
         pipe = build(one, allow_repeats=True, sampling=sampling)
