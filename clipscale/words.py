@@ -9,6 +9,7 @@ did_you_mean("trian", ["train", "eval"])  # 'did you mean train?'
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 
 _UNITS = ("", "k", "M", "G", "T")
@@ -21,6 +22,8 @@ def counted(number: int, noun: str, plural: str | None = None) -> str:
 
 def short(number: float, *, digits: int = 3) -> str:
     """So many digits and a unit of thousands: 999 -> '999', 12_345 -> '12.3k', 1.5 -> '1.50'."""
+    if not math.isfinite(number):
+        return str(number)
     unit, scaled = 0, float(number)
     while abs(float(f"{scaled:.{digits}g}")) >= 1000 and unit < len(_UNITS) - 1:
         unit, scaled = unit + 1, scaled / 1000

@@ -325,7 +325,7 @@ def test_the_same_samples_under_two_names_are_told(urls, tmp_path, told):
 
 def test_one_sample_and_one_shard(tmp_path):
     one = {"one": SourceSettings(urls=write_pairs(tmp_path / "one", 1, 1, size=8))}
-    with pytest.raises(UserError, match="has 1 usable samples an epoch, fewer than its 8"):
+    with pytest.raises(UserError, match="has 1 usable sample an epoch, fewer than its 8"):
         build(one)
     for sampling in ("epochs", "resampled"):
         pipe = build(one, allow_repeats=True, sampling=sampling)

@@ -31,6 +31,7 @@ def test_counts_have_their_noun():
         (9.999, 3, "10.0"),
         (0.25, 3, "0.25"),
         (139.5, 3, "140"),
+        (float("nan"), 5, "nan"),
     ],
 )
 def test_short_figures(number, digits, text):

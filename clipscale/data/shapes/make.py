@@ -127,7 +127,11 @@ def _try_lock(place: Path, *, new: bool = False) -> int | None:
     """
     try:
         lock = os.open(place / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except (FileNotFoundError, PermissionError):  # gone, or another user's
+    except FileNotFoundError:
+        return None
+    except OSError:  # another user's
+        if new:
+            raise
         return None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
