@@ -132,7 +132,7 @@ def test_refused_samples_are_named_on_request(shards, tmp_path, capsys):
         (["--refused", "--index-dir", str(tmp_path / "index")], tmp_path / "index" / "refused.jsonl"),
     ):
         assert main(["index", shards, *words]) == 0
-        assert f"2 refused samples are listed in {place}" in capsys.readouterr().out.splitlines()
+        assert f"2 refused samples listed in {place}" in capsys.readouterr().out.splitlines()
         rows = [json.loads(line) for line in place.read_text().splitlines()]
         assert [(row["shard"], row["key"], row["cause"]) for row in rows] == [
             (str(path), "a", "no caption"),

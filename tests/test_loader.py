@@ -16,6 +16,7 @@ from shards import picture, write_pairs, write_shard
 from clipscale.data import source as source_module
 from clipscale.data.pipeline import Pipeline, Share
 from clipscale.data.pixels.decode import decode
+from clipscale.data.shard import handles
 from clipscale.errors import UserError
 
 
@@ -292,7 +293,7 @@ def open_files() -> int:
 
 
 def test_open_files_are_bounded_and_threads_do_not_lose_them(urls, expected, monkeypatch):
-    monkeypatch.setattr(source_module, "_MAX_OPEN_FILES", 2)
+    monkeypatch.setattr(handles, "_MAX_OPEN_FILES", 2)
     gc.collect()  # files that earlier tests let go of
     before = open_files()
     pipe = pipeline(urls, 96)

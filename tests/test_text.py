@@ -150,7 +150,7 @@ def test_packing(tmp_path, capsys):
     out = tmp_path / NO_UTF8
     for prefix in ("train", "test"):
         assert main(["shards", "make", str(folder), "--output", str(out), "--prefix", prefix, "--jobs=1"]) == 0
-        assert any(line.startswith(rf"{tmp_path}/caf\udce9\x1b[2J: 1 samples") for line in printed(capsys)[0])
+        assert any(line.startswith(rf"{tmp_path}/caf\udce9\x1b[2J: 1 sample ") for line in printed(capsys)[0])
     lines = (out / "refused.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     names = [(row["prefix"], row["path"]) for row in map(json.loads, lines)]
     expected = [printable(f"{name}.jpg") for name in (NO_UTF8, EVIL.replace("/", ""))]

@@ -34,7 +34,7 @@ LEFT = "shards that were indexed stay so"
 
 def run(arguments: argparse.Namespace, words: list[str]) -> int:
     listed = arguments.refused
-    if listed:
+    if isinstance(listed, str):
         require(listed.endswith(".jsonl"), f"--refused {listed!r} must end in .jsonl; shards come first, or after '--'")
         require(Path(listed).parent.is_dir(), f"--refused {listed!r}: {Path(listed).parent} is no folder")
     settings, data, need = index_settings(arguments)
@@ -44,8 +44,9 @@ def run(arguments: argparse.Namespace, words: list[str]) -> int:
     renew = "all" if arguments.refresh else "changed"
     found = open_source("index", settings, data, need=need, track=track, ahead=True, renew=renew)
     if listed is not None:
-        listed = listed or str(Path(found.shards[0].sidecar).with_name("refused.jsonl"))
-        say(f"{found.write_refused(listed, data.index_jobs)} refused samples are listed in {listed}")
+        if listed is True:
+            listed = str(Path(found.shards[0].sidecar).with_name("refused.jsonl"))
+        say(f"{counted(found.write_refused(listed, data.index_jobs), 'refused sample')} listed in {listed}")
     print_report(found)
     return 0
 
@@ -66,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_path(
         "--refused",
         nargs="?",
-        const="",
+        const=True,  # not text, which would be read as a path
         metavar="FILE.jsonl",
         help="name every refused sample and its cause there, a line of JSON each; without FILE: refused.jsonl beside "
         "the index",
