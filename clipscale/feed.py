@@ -1,6 +1,5 @@
-"""What feeds a run: its files made ready, the loader of its step batches, and the account of what could not be used.
+"""What feeds a run: the loader of its step batches, and the account of what could not be used.
 
-prepare_files(config)                                   # one process a node: draw, download, index
 feed = Feed(config, towers, world, recorded=None, position=0)
 batch = next(feed.loader)
 feed.repeats(batch)                                     # pairs and captions that stand in the batch twice
@@ -9,7 +8,6 @@ skips.account(batch, masked=True, seen=4096)            # counts, skipped.jsonl,
 
 from __future__ import annotations
 
-import dataclasses
 import socket
 from collections import Counter
 from pathlib import Path
@@ -18,41 +16,22 @@ from typing import Any
 import numpy as np
 import torch
 
+from clipscale.captions import fitting_tokenizer
 from clipscale.config import Config
-from clipscale.config_data import AugmentSettings, Replay, SourceSettings
+from clipscale.config_data import AugmentSettings, Replay
 from clipscale.data.load.loader import Loader, Setup, StepBatch
 from clipscale.data.load.replay_plan import Plan, budgets, build_tier, choose_tier, tightest
 from clipscale.data.load.shape import StepShape
 from clipscale.data.pipeline import Share, build_pipeline
 from clipscale.data.pixels.augment import Augment
-from clipscale.data.shapes.make import make_shapes
-from clipscale.data.source import open_source
-from clipscale.data.tokenize import build_tokenizer
 from clipscale.dist import World
 from clipscale.errors import SharedError
 from clipscale.files import append_rows, keep_rows
-from clipscale.progress import progress_bar, track
 from clipscale.tell import tell
 from clipscale.towers import Towers
 
 _NAMED_SKIPS = 20  # masked samples with a log line of their own; skipped.jsonl has every one
 _BAD_FRACTION_AFTER = 1000  # samples seen before data.max_bad_fraction is applied
-
-
-def prepare_files(config: Config) -> None:
-    """Draw the shapes set if the config asks for it, and index every shard that has no current index. Tells
-    of each that changed, for whoever opens the sources later finds their indexes current."""
-    data, evaluation = config.data, config.eval
-    if data.shapes is not None:
-        shapes = dataclasses.asdict(data.shapes)
-        with progress_bar("drawing the shapes set") as progress:
-            make_shapes(shapes.pop("dir"), **shapes, progress=progress)
-    wanted = [(name, source, "pairs") for name, source in data.sources.items() if source.weight > 0]
-    evaluations = (("validation", evaluation.validation, "pairs"), ("zeroshot", evaluation.zeroshot, "labelled"))
-    wanted += [(name, SourceSettings(kind.urls), need) for name, kind, need in evaluations if kind.urls is not None]
-    for name, source, need in wanted:
-        for line in open_source(name, source, data, need=need, track=track).changes():
-            tell(line)
 
 
 class Feed:
@@ -71,7 +50,7 @@ class Feed:
         self.world, self.global_batch = world, config.train.global_batch
         self.pipeline = build_pipeline(
             data,
-            build_tokenizer(towers.tokenizer_name, towers.context_length),
+            fitting_tokenizer(towers),
             image_size=towers.image_size,
             context_length=towers.context_length,
             seed=config.seed,

@@ -16,11 +16,21 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 GROUND = {
     *("__init__", "errors", "counter", "tell", "files", "progress", "pool", "dist", "runlog"),
-    *("config_data", "config", "config_load", "config_help", "recipes"),
+    *(
+        "config_data",
+        "config",
+        "config_load",
+        "config_help",
+        "recipes",
+        "launch",
+        "schedule",
+        "sense",
+        "open_clip_files",
+    ),
 }
 STAGES = {"data", "towers", "loss"}
-ASSEMBLY = {"gradcache", "parallel", "optim", "checkpoint", "eval"}
-ENTRIES = {"train", "train_report", "feed", "evaluate"}
+ASSEMBLY = {"gradcache", "parallel", "optim", "checkpoint", "captions", "eval"}
+ENTRIES = {"train", "train_report", "feed", "evaluate", "prepare", "preflight"}
 # What a room may import beside itself and (where nothing else is said) the ground.
 LAWS: dict[str, set[str]] = {
     **dict.fromkeys(GROUND, GROUND),

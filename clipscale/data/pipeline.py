@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,9 +24,11 @@ from clipscale.data.order.mixture import Mixture, begin, quotas, resumed
 from clipscale.data.order.order import Order, Resampled, default_streams, rank_positions
 from clipscale.data.shard.index_many import Track
 from clipscale.data.source import Source, open_source
-from clipscale.data.tokenize import Tokenize
 from clipscale.errors import UserError, require
 from clipscale.tell import tell
+
+if TYPE_CHECKING:
+    from clipscale.data.tokenize import Tokenize  # imports torch
 
 _DECODERS = ("simplejpeg", "pillow", "torch", "open_clip_torch")
 _OF_EACH_SOURCE = ("streams", "epoch_length", "content", "caption")
@@ -162,15 +164,7 @@ def build_pipeline(
     Raises:
         UserError: no source, no usable sample, an epoch shorter than the batch, or data other than those recorded.
     """
-    require(
-        any(source.weight > 0 for source in data.sources.values()),
-        "no training data: set data.sources.<name>.urls to your shards, e.g. 'shards/{0000..0099}.tar'",
-    )
-    require(
-        data.sampling == "epochs" or data.epoch_boundary == "straddle",
-        "data.epoch_boundary=drop leaves out the remainder of an epoch, and data.sampling=resampled has no epochs; use "
-        "straddle",
-    )
+    require_sources(data)
     recorded = recorded and _in_full(recorded, data)
     mixture = _mixture(data, seed, position, recorded)
     sources = [
@@ -190,6 +184,30 @@ def build_pipeline(
     if recorded is not None and not data.accept_changes:
         _refuse_changes(recorded, pipeline.identity())
     return pipeline
+
+
+def require_sources(data: Data) -> None:
+    """Raise UserError unless there is something to train on, in an order that there can be."""
+    require(
+        any(source.weight > 0 for source in data.sources.values()),
+        "no training data: set data.sources.<name>.urls to your shards, e.g. 'shards/{0000..0099}.tar'",
+    )
+    require(
+        data.sampling == "epochs" or data.epoch_boundary == "straddle",
+        "data.epoch_boundary=drop leaves out the remainder of an epoch, and data.sampling=resampled has no epochs; use "
+        "straddle",
+    )
+
+
+def check_layout(sources: list[Source], data: Data, *, seed: int, global_batch: int) -> None:
+    """Lay out the order of a new run on these sources and forget it.
+
+    Raises:
+        UserError: an epoch shorter than the batch, or streams and blocks that do not fit the shards.
+    """
+    mixture = _mixture(data, seed, 0, None)
+    for source in sources:
+        _order(source, data, mixture, seed, global_batch, None)
 
 
 def _mixture(

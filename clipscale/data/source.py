@@ -93,6 +93,15 @@ class Source:
         except OSError as error:
             raise OSError(f"shard {masked(self.shards[shard].url)}, {key}: {error}") from error
 
+    def note(self, shard: int, index: int) -> bytes:
+        """The note alone, of a shard that is here.
+
+        Raises:
+            OSError: as `read`.
+        """
+        row = self._sidecars.get(shard).row(index, self.shards[shard].samples)
+        return _read_exactly(self._tars.get(shard).number, row.note, row.note_size)
+
     def where(self, shard: int, index: int) -> tuple[str, str]:
         """(shard path or URL, key), for messages. A number stands for the key where the index cannot be read or is not
         there yet: nothing is fetched for it."""

@@ -33,7 +33,7 @@ def declared_counts(urls: list[str], counts: str | None, index: Index, cache: Sh
     if not remote:
         return {}
     if counts is not None:
-        return _from_file(remote, counts)
+        return read_counts(remote, counts)
     if all(index.known(url) for url in remote):
         return {}
     found: dict[str, int] = {}
@@ -48,7 +48,12 @@ def declared_counts(urls: list[str], counts: str | None, index: Index, cache: Sh
     return found
 
 
-def _from_file(remote: list[str], counts: str) -> dict[str, int]:
+def read_counts(remote: list[str], counts: str) -> dict[str, int]:
+    """Those that the file `counts` says of the remote shards.
+
+    Raises:
+        UserError: a file that cannot be used, or that lacks one of them.
+    """
     try:
         with open(counts, "rb") as file:
             numbers = json.loads(file.read(_MAX_BYTES))
