@@ -77,8 +77,8 @@ class RunFolder:
     def __init__(self, run_dir: str) -> None:
         self._path, self._keeps = Path(run_dir), False
         above = [self._path, *self._path.parents]
-        self._made = above[: next(i for i, place in enumerate(above) if place.exists())]
-        self._new = [path for name in (".lock", "run.log") if not (path := self._path / name).exists()]
+        self._made = above[: next(i for i, place in enumerate(above) if os.path.exists(place))]
+        self._new = [path for name in (".lock", "run.log") if not os.path.exists(path := self._path / name)]
         try:
             self._path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self._path / ".lock", "w")  # noqa: SIM115

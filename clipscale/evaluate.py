@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from clipscale.captions import fitting_tokenizer
 from clipscale.checkpoint import load_checkpoint
 from clipscale.config import Config
 from clipscale.dist import start_world
 from clipscale.eval.suite import EvalSuite
+from clipscale.fit_tokenizer import fitting_tokenizer
 from clipscale.preflight import check_evaluation
 from clipscale.towers import autocast_dtype, build_towers
 

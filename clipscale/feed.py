@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from clipscale.captions import fitting_tokenizer
 from clipscale.config import Config
 from clipscale.config_data import AugmentSettings, Replay
 from clipscale.data.load.loader import Loader, Setup, StepBatch
@@ -27,6 +26,7 @@ from clipscale.data.pixels.augment import Augment
 from clipscale.dist import World
 from clipscale.errors import SharedError
 from clipscale.files import append_rows, keep_rows
+from clipscale.fit_tokenizer import fitting_tokenizer
 from clipscale.tell import tell
 from clipscale.towers import Towers
 

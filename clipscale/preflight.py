@@ -128,7 +128,7 @@ def _check_data(config: Config) -> None:
     for source in data.sources.values():
         if source.weight > 0:
             _check_source(source, config)
-    if data.shapes is not None:
+    if data.shapes is not None and not os.path.isdir(data.shapes.dir):
         _check_folder("data.shapes.dir", data.shapes.dir)
     if config.replay.dir is not None:
         _check_folder("replay.dir", config.replay.dir)

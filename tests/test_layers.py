@@ -29,7 +29,7 @@ GROUND = {
     ),
 }
 STAGES = {"data", "towers", "loss"}
-ASSEMBLY = {"gradcache", "parallel", "optim", "checkpoint", "captions", "eval"}
+ASSEMBLY = {"gradcache", "parallel", "optim", "checkpoint", "fit_tokenizer", "eval"}
 ENTRIES = {"train", "train_report", "feed", "evaluate", "prepare", "preflight"}
 # What a room may import beside itself and (where nothing else is said) the ground.
 LAWS: dict[str, set[str]] = {

@@ -99,8 +99,9 @@ class Source:
         Raises:
             OSError: as `read`.
         """
-        row = self._sidecars.get(shard).row(index, self.shards[shard].samples)
-        return _read_exactly(self._tars.get(shard).number, row.note, row.note_size)
+        *_, start, size = self._sidecars.get(shard).row(index, self.shards[shard].samples)
+        tar = self._tars.get(shard)  # held, as in `read`
+        return _read_exactly(tar.number, start, size)
 
     def where(self, shard: int, index: int) -> tuple[str, str]:
         """(shard path or URL, key), for messages. A number stands for the key where the index cannot be read or is not

@@ -68,6 +68,7 @@ def build_tokenizer(model_name: str | None, context_length: int) -> Tokenizer:
 
 def _load(choice: TokenizerChoice) -> Any:
     import open_clip
+    from open_clip.tokenizer import HFTokenizer
 
     length = choice.context_length
     setting = "model.text.hf_tokenizer_name" if choice.hugging_face else "model.name"
@@ -75,7 +76,7 @@ def _load(choice: TokenizerChoice) -> Any:
         if choice.model is not None:
             return open_clip.get_tokenizer(choice.model, context_length=length)
         if choice.hugging_face is not None:
-            return open_clip.HFTokenizer(choice.hugging_face, length, tokenizer_mode=choice.mode, **choice.options)
+            return HFTokenizer(choice.hugging_face, length, tokenizer_mode=choice.mode, **choice.options)
     except (ImportError, OSError, ValueError, TypeError) as error:  # the package, the download, or what is in it
         name = choice.hugging_face or choice.model
         why = " ".join(str(error).split())

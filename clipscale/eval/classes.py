@@ -63,8 +63,8 @@ def check_labels(notes: Iterable[bytes], classes: int) -> str:
     Raises:
         UserError: a label that is no number, or that has no name.
     """
-    highest = max(checked_label(note, classes) for note in notes)
-    if highest + 1 == classes:
+    highest = max((checked_label(note, classes) for note in notes), default=-1)
+    if highest in (-1, classes - 1):
         return ""
     return (
         f"warning: eval.zeroshot.classnames has {classes} names, and no label of the pictures is above {highest}: "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -47,9 +48,11 @@ class ShardPictures:
         return sample.image, sample.note
 
     def notes(self) -> Iterator[bytes]:
-        """The captions or labels alone."""
+        """The captions or labels alone, of those samples that can be read."""
         for shard, count in enumerate(self.source.counts.tolist()):
-            yield from (self.source.note(shard, index) for index in range(count))
+            for index in range(count):
+                with suppress(OSError):
+                    yield self.source.note(shard, index)
 
 
 class FolderPictures:
