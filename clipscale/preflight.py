@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from clipscale.checkpoint import (
@@ -23,7 +26,7 @@ from clipscale.checkpoint import (
     saved_position,
     unverified_checkpoint,
 )
-from clipscale.config import Config
+from clipscale.config import Config, ZeroShot
 from clipscale.config_data import Data, SourceSettings
 from clipscale.config_load import apply_overrides
 from clipscale.data.fetch.urls import expand_urls, is_local
@@ -32,7 +35,7 @@ from clipscale.data.shard.counts import read_counts
 from clipscale.data.shard.uids import UidList
 from clipscale.errors import SharedError, UserError, require
 from clipscale.eval.classes import check_folder, class_names, class_templates
-from clipscale.launch import check_ranks, launched
+from clipscale.launch import Place, check_ranks, launched
 from clipscale.open_clip_files import check_model
 from clipscale.prepare import prepare_files
 from clipscale.sense import odd_pairs
@@ -48,7 +51,7 @@ def check_training(config: Config) -> list[str]:
         UserError: what a person must mend first. On a node's further ranks a SharedError, for its first one tells.
     """
     place = launched()
-    try:
+    with _told_once(place):
         check_ranks(config.train.global_batch, place.size)
         check_model(config.model)
         _check_device(config.device)
@@ -60,29 +63,38 @@ def check_training(config: Config) -> list[str]:
             return []  # complete: nothing will be read
         _check_data(config)
         return odd_pairs(config) + (prepare_files(config, new=position is None) if place.size == 1 else [])
-    except UserError as error:
-        if place.local_rank:
-            raise SharedError(str(error)) from error
-        raise
 
 
 def check_evaluation(path: str, words: list[str]) -> tuple[Path, Config]:
     """The checkpoint's folder, verified, and its config with `words` on top.
 
     Raises:
-        UserError: no checkpoint there, a damaged one, or settings, classes or pictures that cannot be used.
+        UserError: no checkpoint there, a damaged one, or settings, classes or pictures that cannot be used. On a node's
+            further ranks a SharedError.
     """
-    found = find_checkpoint(path)
-    config = apply_overrides(load_config_of(found), words)
-    require(
-        config.eval.zeroshot.enabled,
-        "no pictures to classify: add eval.zeroshot.urls=... (or eval.zeroshot.folder=...), "
-        "eval.zeroshot.classnames=... and eval.zeroshot.templates=...",
-    )
-    check_model(config.model)
-    _check_device(config.device)
-    _check_zeroshot(config)
-    return found, config
+    with _told_once(launched()):
+        found = find_checkpoint(path)
+        config = apply_overrides(load_config_of(found), words)
+        require(
+            config.eval.zeroshot.enabled,
+            "no pictures to classify: add eval.zeroshot.urls=... (or eval.zeroshot.folder=...), "
+            "eval.zeroshot.classnames=... and eval.zeroshot.templates=...",
+        )
+        check_model(config.model)
+        _check_device(config.device)
+        _check_zeroshot(config.eval.zeroshot, replace(config.data, shapes=None))  # only a training draws them
+        return found, config
+
+
+@contextmanager
+def _told_once(place: Place) -> Iterator[None]:
+    """The ranks of a node look at the same files: its first one tells what is wrong with them."""
+    try:
+        yield
+    except UserError as error:
+        if place.local_rank:
+            raise SharedError(str(error)) from error
+        raise
 
 
 def _check_device(device: str) -> None:
@@ -135,7 +147,7 @@ def _check_data(config: Config) -> None:
     if config.eval.validation.urls is not None:
         _expand(config.eval.validation.urls, data)
     if config.eval.zeroshot.enabled:
-        _check_zeroshot(config)
+        _check_zeroshot(config.eval.zeroshot, data)
 
 
 def _check_source(source: SourceSettings, config: Config) -> None:
@@ -146,13 +158,12 @@ def _check_source(source: SourceSettings, config: Config) -> None:
         UidList.open(source.select.uids)
 
 
-def _check_zeroshot(config: Config) -> None:
-    zeroshot = config.eval.zeroshot
-    names = None if _drawn(zeroshot.classnames, config.data) else class_names(zeroshot)
-    if not _drawn(zeroshot.templates, config.data):
+def _check_zeroshot(zeroshot: ZeroShot, data: Data) -> None:
+    names = None if _drawn(zeroshot.classnames, data) else class_names(zeroshot)
+    if not _drawn(zeroshot.templates, data):
         class_templates(zeroshot)
     if zeroshot.urls is not None:
-        _expand(zeroshot.urls, config.data)
+        _expand(zeroshot.urls, data)
     elif names is not None:
         check_folder(zeroshot, names)
 

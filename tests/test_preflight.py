@@ -177,6 +177,7 @@ def test_a_checkpoint_is_evaluated_on_what_is_there(place, capsys):
         ([FOLDER], "has 2 class folders"),
         (["eval.zeroshot.urls=no.tar"], "'no.tar' is not a file"),
         ([FOLDER, "eval.zeroshot.templates=no.txt"], "cannot be read"),
+        (["data.shapes={dir: shapes}", "eval.zeroshot.urls=shapes/*.tar"], "'shapes/*.tar': no file matches"),
     ):
         assert main(["eval", "zeroshot", "run", *words]) == 2
         assert said in capsys.readouterr().err
