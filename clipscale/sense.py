@@ -30,7 +30,12 @@ def _length(config: Config) -> Iterator[str]:
         )
     for setting, every, usual, what in (
         ("run.log_every_steps", config.run.log_every_steps, Run().log_every_steps, "no step but the last is told"),
-        ("checkpoint.every_steps", config.checkpoint.every_steps, Checkpoint().every_steps, "nothing is saved before"),
+        (
+            "checkpoint.every_steps",
+            config.checkpoint.every_steps,
+            Checkpoint().every_steps,
+            "nothing is saved before its end",
+        ),
     ):
         if every > steps > usual:
             yield f"{setting}={every:,} is more than the run's {steps:,} steps: {what}"
