@@ -20,17 +20,19 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TextIO
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from clipscale.config import Config
 from clipscale.config_load import config_from_yaml, dump_config
-from clipscale.errors import UserError
+from clipscale.errors import UserError, reason, require
 from clipscale.files import hash_file, sync_folder, synced_file
 from clipscale.tell import tell
+
+if TYPE_CHECKING:
+    import torch  # only where tensors are written or read: checkpoints are found and verified without it
 
 VERSION = 1
 _NAME = re.compile(r"step-(\d{9})")
@@ -63,21 +65,52 @@ class Snapshot:
     config: Config
 
 
-def lock_run(run_dir: str) -> TextIO:
-    """Hold the run's folder for this process until the file is closed (or the process ends, however).
+class RunFolder:
+    """A run's folder, made where there is none, and held for this process until `close` (or its end, however).
+
+    What was made here and never kept is removed at `close`: a run that is refused leaves nothing behind.
 
     Raises:
-        UserError: another process holds it.
+        UserError: it cannot be made, or another process holds it.
     """
-    file = open(Path(run_dir, ".lock"), "w")  # noqa: SIM115
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise UserError(f"run.dir={run_dir!r} is in use by another process; end it, or set another run.dir") from error
-    except OSError:  # a file system without locks
-        pass
-    return file
+
+    def __init__(self, run_dir: str) -> None:
+        self._path, self._keeps = Path(run_dir), False
+        above = [self._path, *self._path.parents]
+        self._made = above[: next(i for i, place in enumerate(above) if os.path.exists(place))]
+        self._new = [path for name in (".lock", "run.log") if not os.path.exists(path := self._path / name)]
+        try:
+            self._path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self._path / ".lock", "w")  # noqa: SIM115
+        except OSError as error:
+            raise UserError(
+                f"run.dir={run_dir!r} cannot be made: {reason(error)}; choose a folder that can be written"
+            ) from error
+        if not self._hold():
+            self._lock.close()
+            raise UserError(f"run.dir={run_dir!r} is in use by another process; end it, or set another run.dir")
+
+    def keep(self) -> None:
+        """The run begins: from here on the folder stays."""
+        self._keeps = True
+
+    def close(self) -> None:
+        if not self._keeps:
+            with suppress(OSError):  # somebody else has put something there
+                for path in self._new:
+                    path.unlink(missing_ok=True)
+                for folder in self._made:
+                    folder.rmdir()
+        self._lock.close()
+
+    def _hold(self) -> bool:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self._path / ".lock"))
+        except (BlockingIOError, FileNotFoundError):  # held, or just removed by the one that held it
+            return False
+        except OSError:  # a file system without locks
+            return True
 
 
 def save_checkpoint(run_dir: str, snapshot: Snapshot, keep: int) -> Path:
@@ -88,6 +121,8 @@ def save_checkpoint(run_dir: str, snapshot: Snapshot, keep: int) -> Path:
     Raises:
         UserError: it cannot be written (disk full, no permission); older checkpoints stay.
     """
+    import torch
+
     folder = Path(run_dir, "checkpoints")
     target = folder / f"step-{snapshot.step:09}"
     aside = folder / f"{target.name}.tmp-{os.getpid()}"
@@ -147,15 +182,49 @@ def find_checkpoint(path: str) -> Path:
     Raises:
         UserError: neither, or damaged.
     """
-    if Path(path, "manifest.json").is_file():
+    require_checkpoint(path)
+    if _is_checkpoint(path):
         problem = verify(Path(path))
         if problem:
             raise UserError(f"checkpoint {path}: {problem}")
         return Path(path)
-    found = newest_checkpoint(path)
-    if found is None:
-        raise UserError(f"{path!r} is neither a checkpoint nor the folder of a run with checkpoints")
-    return found
+    return newest_checkpoint(path)
+
+
+def require_checkpoint(path: str) -> None:
+    """Raise UserError unless there is a checkpoint, or a run with one; whether it is whole is not looked at."""
+    require(
+        _is_checkpoint(path) or bool(_candidates(Path(path, "checkpoints"))),
+        f"{path!r} is neither a checkpoint nor the folder of a run with checkpoints",
+    )
+
+
+def refuse_fresh(resume: str, found: Path | None) -> None:
+    """Raise UserError where a run is to start anew and there is a checkpoint of it."""
+    require(
+        resume != "fresh" or found is None,
+        f"resume=fresh, but {found} exists; set another run.dir to start anew, or resume=auto to go on",
+    )
+
+
+def saved_state(run_dir: str, resume: str) -> dict[str, Any]:
+    """What the newest checkpoint of the run that would go on here says of it (`position`, `order`, ...); empty: it
+    begins anew. Whether the checkpoint is whole is not looked at."""
+    places = [path for _, path in _candidates(Path(run_dir, "checkpoints"))]
+    if not places and resume not in ("auto", "fresh"):
+        places = [Path(resume)] if _is_checkpoint(resume) else []
+        places += [path for _, path in _candidates(Path(resume, "checkpoints"))]
+    for path in places:
+        with suppress(OSError, ValueError):
+            state = json.loads((path / "state.json").read_text())
+            if isinstance(state, dict) and isinstance(state.get("position"), int):
+                return state
+    return {}
+
+
+def unverified_checkpoint(run_dir: str) -> Path | None:
+    """The newest checkpoint of a run, whole or not; None where it has none."""
+    return next((path for _, path in _candidates(Path(run_dir, "checkpoints"))), None)
 
 
 def verify(path: Path) -> str:
@@ -208,6 +277,8 @@ def _run_state(path: Path, found: dict[str, Any]) -> RunState:
 
 
 def _load_tensors(path: Path) -> dict[str, Any]:
+    import torch
+
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError) as error:
@@ -219,6 +290,10 @@ def _interrupt_behind(error: BaseException | None) -> BaseException | None:
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
     return error
+
+
+def _is_checkpoint(path: str) -> bool:
+    return Path(path, "manifest.json").is_file()
 
 
 def _candidates(folder: Path) -> list[tuple[int, Path]]:

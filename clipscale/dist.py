@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from clipscale.errors import SharedError, reason, require
+from clipscale.launch import launched
 from clipscale.words import counted
 
 _TIMEOUT_SECONDS = 1800
@@ -96,20 +97,6 @@ class World:
         return self.broadcast(result)
 
 
-def _launch() -> tuple[int, int, int]:
-    """(rank, world size, local rank) as torchrun or srun set them; (0, 1, 0) for a process alone."""
-    env = os.environ
-    if "RANK" in env:
-        return int(env["RANK"]), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0))
-    if "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        require(
-            "MASTER_ADDR" in env and "MASTER_PORT" in env,
-            "srun started several tasks without MASTER_ADDR and MASTER_PORT; export both, as slurm/train.sbatch does",
-        )
-        return int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_LOCALID", 0))
-    return 0, 1, 0
-
-
 @contextmanager
 def start_world(device: str = "auto") -> Iterator[World]:
     """Join the other ranks (gloo on CPU, nccl on GPUs); leave them in order at the end.
@@ -120,7 +107,7 @@ def start_world(device: str = "auto") -> Iterator[World]:
     Raises:
         UserError: "cuda" without a GPU, or fewer GPUs than ranks on this node.
     """
-    rank, size, local_rank = _launch()
+    rank, size, local_rank = launched()
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     require(device != "cuda" or gpus > 0, "device=cuda, but torch finds no GPU here; use device=auto or cpu")
     on_gpu = gpus > 0 and device != "cpu"

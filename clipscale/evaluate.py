@@ -1,14 +1,18 @@
-"""Evaluation apart from training: a checkpoint -> its zero-shot accuracy."""
+"""Evaluation apart from training: a checkpoint -> its zero-shot accuracy.
+
+evaluate_checkpoint("runs/a", ["eval.zeroshot.folder=imagenet/val"])  # {'step': 3125, 'zeroshot/top1': 0.31, ...}
+"""
 
 from __future__ import annotations
 
-from clipscale.checkpoint import find_checkpoint, load_checkpoint, load_config_of
+from pathlib import Path
+
+from clipscale.checkpoint import load_checkpoint
 from clipscale.config import Config
-from clipscale.config_load import apply_overrides
-from clipscale.data.tokenize import build_tokenizer
 from clipscale.dist import start_world
-from clipscale.errors import require
 from clipscale.eval.suite import EvalSuite
+from clipscale.fit_tokenizer import fitting_tokenizer
+from clipscale.preflight import check_evaluation
 from clipscale.towers import autocast_dtype, build_towers
 
 
@@ -22,17 +26,15 @@ def evaluate_checkpoint(path: str, words: list[str]) -> dict[str, float]:
     Raises:
         UserError: no checkpoint there, a damaged one, or pictures that cannot be used.
     """
-    found = find_checkpoint(path)
-    config: Config = apply_overrides(load_config_of(found), words)
-    require(
-        config.eval.zeroshot.enabled,
-        "no pictures to classify: add eval.zeroshot.urls=... (or eval.zeroshot.folder=...), "
-        "eval.zeroshot.classnames=... and eval.zeroshot.templates=...",
-    )
+    return evaluate_found(*check_evaluation(path, words))
+
+
+def evaluate_found(found: Path, config: Config) -> dict[str, float]:
+    """The same of a checkpoint and a config that `check_evaluation` has let pass."""
     with start_world(config.device) as world:
         snapshot = load_checkpoint(found)
         autocast = autocast_dtype(config.train.precision, world.device)  # as in training, so that the numbers agree
         towers = build_towers(config.model, device=world.device, autocast=autocast)
         towers.model.load_state_dict(snapshot.model)
-        tokenize = build_tokenizer(towers.tokenizer_name, towers.context_length)
+        tokenize = fitting_tokenizer(towers)
         return {"step": snapshot.step, **EvalSuite(config, towers, tokenize, world).zeroshot()}

@@ -1,6 +1,5 @@
-"""What feeds a run: its files made ready, the loader of its step batches, and the account of what could not be used.
+"""What feeds a run: the loader of its step batches, and the account of what could not be used.
 
-prepare_files(config, None)                             # one process a node: draw, download, index
 feed = Feed(config, towers, world, recorded=None, position=0)
 batch = next(feed.loader)
 feed.repeats(batch)                                     # pairs and captions that stand in the batch twice
@@ -9,53 +8,30 @@ skips.account(batch, masked=True, seen=4096)            # counts, skipped.jsonl,
 
 from __future__ import annotations
 
-import dataclasses
 import socket
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from clipscale.config import Config
-from clipscale.config_data import AugmentSettings, Replay, SourceSettings
+from clipscale.config_data import AugmentSettings, Replay
 from clipscale.data.load.loader import Loader, Setup, StepBatch
 from clipscale.data.load.replay_plan import Plan, budgets, build_tier, choose_tier, tightest
 from clipscale.data.load.shape import StepShape
 from clipscale.data.order.repeats import count_repeats
 from clipscale.data.pipeline import Share, build_pipeline
 from clipscale.data.pixels.augment import Augment
-from clipscale.data.shapes.make import make_shapes
-from clipscale.data.source import open_source
-from clipscale.data.tokenize import build_tokenizer, caption_hashes
+from clipscale.data.tokenize import caption_hashes
 from clipscale.dist import World
 from clipscale.errors import SharedError
 from clipscale.files import append_rows, keep_rows
-from clipscale.progress import progress_bar, track
+from clipscale.fit_tokenizer import fitting_tokenizer
 from clipscale.tell import tell
 from clipscale.towers import Towers
 from clipscale.words import counted
 
 _NAMED_SKIPS = 20  # masked samples with a log line of their own; skipped.jsonl has every one
 _BAD_FRACTION_AFTER = 1000  # samples seen before data.max_bad_fraction is applied
-
-
-def prepare_files(config: Config, recorded: dict[str, Any] | None) -> None:
-    """Draw the shapes set if the config asks for it, and index every shard that has no current index and whose samples
-    are not declared. Tells of each that changed, for whoever opens the sources later finds their indexes current.
-    `recorded`: as for `build_pipeline`."""
-    data, evaluation = config.data, config.eval
-    if data.shapes is not None:
-        shapes = dataclasses.asdict(data.shapes)
-        with progress_bar("drawing the shapes set") as progress:
-            make_shapes(shapes.pop("dir"), **shapes, progress=progress)
-    content = recorded["content"] if recorded else {}
-    wanted = [(name, source, "pairs", content.get(name)) for name, source in data.sources.items() if source.weight > 0]
-    evaluations = (("validation", evaluation.validation, "pairs"), ("zeroshot", evaluation.zeroshot, "labelled"))
-    wanted += [
-        (name, SourceSettings(kind.urls), need, None) for name, kind, need in evaluations if kind.urls is not None
-    ]
-    for name, source, need, before in wanted:
-        for line in open_source(name, source, data, need=need, track=track, recorded=before).changes():
-            tell(line)
 
 
 class Feed:
@@ -74,7 +50,7 @@ class Feed:
         self.world, self.global_batch = world, config.train.global_batch
         self.pipeline = build_pipeline(
             data,
-            build_tokenizer(towers.tokenizer_name, towers.context_length),
+            fitting_tokenizer(towers),
             image_size=towers.image_size,
             context_length=towers.context_length,
             seed=config.seed,

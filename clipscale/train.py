@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import ExitStack
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ import torch
 from torch import Tensor
 
 from clipscale.checkpoint import (
+    RunFolder,
     RunState,
     Snapshot,
     find_checkpoint,
     load_checkpoint,
-    lock_run,
     newest_checkpoint,
+    refuse_fresh,
     save_checkpoint,
 )
 from clipscale.config import Config
@@ -33,31 +35,39 @@ from clipscale.counter import fold
 from clipscale.data.load.loader import StepBatch
 from clipscale.data.load.replay import Held
 from clipscale.dist import World, start_world
-from clipscale.errors import SharedError, UserError, reason, require
+from clipscale.errors import SharedError, UserError, require
 from clipscale.eval.suite import EvalSuite
-from clipscale.feed import Feed, Skips, prepare_files
+from clipscale.feed import Feed, Skips
 from clipscale.files import write_file
 from clipscale.gradcache import StepResult, gradcache_step
+from clipscale.launch import check_ranks
 from clipscale.loss import ContrastiveGrads, contrastive_grads
 from clipscale.loss.engines import adopt_shapes, check_engine, tuned_shapes
-from clipscale.optim import build_optimizer, learning_rate, restore_optimizer, set_lr, total_steps
+from clipscale.optim import build_optimizer, restore_optimizer, set_lr
 from clipscale.parallel import broadcast_parameters, sum_gradients
+from clipscale.preflight import check_training
+from clipscale.prepare import prepare_files
 from clipscale.progress import duration
 from clipscale.runlog import Pace, RunLog, memory, times_due
+from clipscale.schedule import learning_rate, rate_jump, total_steps
 from clipscale.tell import tell
 from clipscale.towers import autocast_dtype, build_towers
 from clipscale.train_report import evaluation_lines, start_lines, step_line, summary_lines
 from clipscale.words import counted
 
 
-def train(config: Config) -> list[str]:
+def train(config: Config, notes: list[str] | None = None) -> list[str]:
     """Train to the end of `config.train.samples`; returns what to tell the person, in three lines.
+
+    Args:
+        notes: what `check_training(config)` gave, where that has been called already.
 
     Raises:
         UserError: anything the person can mend, in one line.
     """
+    notes = check_training(config) if notes is None else notes
     with start_world(config.device) as world:
-        trainer = Trainer(config, world)
+        trainer = Trainer(config, world, notes)
         try:
             return trainer.run()
         finally:
@@ -65,15 +75,14 @@ def train(config: Config) -> list[str]:
 
 
 class Trainer:
-    """One rank of a run. Construction resumes; `run` trains; `close` lets go of threads and files."""
+    """One rank of a run. Construction resumes; `run` trains; `close` lets go of threads and files.
 
-    def __init__(self, config: Config, world: World) -> None:
-        batch = config.train.global_batch
-        if batch % world.size:
-            raise SharedError(
-                f"train.global_batch={batch} is not divisible by the {world.size} ranks; "
-                f"choose a multiple of {world.size}"
-            )
+    Args:
+        notes: lines to tell first, in the run's log too.
+    """
+
+    def __init__(self, config: Config, world: World, notes: Sequence[str] = ()) -> None:
+        check_ranks(config.train.global_batch, world.size)
         try:
             check_engine(config.loss.engine, config.loss.precision, world.device)
         except ValueError as error:
@@ -81,16 +90,18 @@ class Trainer:
         self.config, self.world = config, world
         self._resources = ExitStack()
         try:
-            self._resume()
+            self._resume(notes)
         except BaseException:
             self.close()
             raise
 
-    def _resume(self) -> None:
-        """Find where the run stands, and build everything that its next step needs."""
+    def _resume(self, notes: Sequence[str]) -> None:
+        """Find where the run stands, and build everything that its next step needs; then tell what will be trained."""
         config, world = self.config, self.world
         self.log = self._resources.enter_context(RunLog(config.run.dir, rank=world.rank))
         found = world.lead(self._find_checkpoint)
+        for line in notes:
+            tell(line)
         snapshot = load_checkpoint(found) if found else None
         self.steps_done = snapshot.step if snapshot else 0
         self.position = snapshot.position if snapshot else 0
@@ -100,12 +111,16 @@ class Trainer:
         self.nonfinite_in_a_row = 0
         self.last_step = self.steps_done + total_steps(config, self.position)
         self.skips = Skips(config, state.skips, world)
-        for line in start_lines(config, world, last_step=self.last_step, found=found, snapshot=snapshot):
-            tell(line)
+        if self.steps_done < self.last_step:
+            self._prepare_files(state.order)
         self._build_towers(snapshot)
         if self.steps_done < self.last_step:
             self._build_data(state.order)
             self._begin()
+        for line in start_lines(config, world, last_step=self.last_step, found=found, snapshot=snapshot):
+            tell(line)
+        if snapshot and (jump := rate_jump(snapshot.config, config, self.position)):
+            tell(jump)
 
     def run(self) -> list[str]:
         """The loop: take a batch, step, evaluate, tell, save."""
@@ -265,20 +280,11 @@ class Trainer:
     # --- building -----------------------------------------------------------------------------------------------------
 
     def _find_checkpoint(self) -> Path | None:
-        """What to resume from, by `resume`; None for a run without any checkpoint. Makes the run's folder."""
+        """What to resume from, by `resume`; None for a run without any checkpoint. Holds the run's folder."""
         resume, run_dir = self.config.resume, self.config.run.dir
-        try:
-            Path(run_dir).mkdir(parents=True, exist_ok=True)
-            self._resources.enter_context(lock_run(run_dir))
-        except OSError as error:
-            raise UserError(
-                f"run.dir={run_dir!r} cannot be written: {reason(error)}; choose a folder of your own"
-            ) from error
+        self._folder = self._resources.enter_context(closing(RunFolder(run_dir)))
         found = newest_checkpoint(run_dir)
-        require(
-            resume != "fresh" or found is None,
-            f"resume=fresh, but {found} exists; set another run.dir to start anew, or resume=auto to go on",
-        )
+        refuse_fresh(resume, found)
         # A run started from elsewhere goes on from its own checkpoints once it has any: a requeued job loses nothing.
         return found if found is not None or resume in ("auto", "fresh") else find_checkpoint(resume)
 
@@ -304,9 +310,13 @@ class Trainer:
                 self.scaler.load_state_dict(snapshot.state.scaler)
         broadcast_parameters(self.towers.model, self.world)
 
+    def _prepare_files(self, recorded: dict[str, Any] | None) -> None:
+        """The first rank of a node writes what is missing."""
+        for line in self.world.lead(partial(prepare_files, self.config, recorded), on_each_node=True):
+            tell(line)
+
     def _build_data(self, recorded: dict[str, Any] | None) -> None:
-        """Sources and evaluation sets. The first rank of a node writes what is missing, then all ranks read it."""
-        self.world.lead(partial(prepare_files, self.config, recorded), on_each_node=True)
+        """Sources and evaluation sets."""
         self.feed = Feed(self.config, self.towers, self.world, recorded=recorded, position=self.position)
         self._resources.callback(self.feed.close)
         self.evaluations = EvalSuite(self.config, self.towers, self.feed.pipeline.tokenize, self.world)
@@ -316,4 +326,5 @@ class Trainer:
         self.log.begin(self.steps_done, self.last_step)
         self.skips.begin(self.position)
         if self.world.is_main:
+            self._folder.keep()
             write_file(Path(self.config.run.dir, "config.yaml"), dump_config(self.config))

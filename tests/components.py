@@ -40,6 +40,7 @@ COMPONENTS = {
     "gpu": Component("NVIDIA GPU", _gpu),
     "peers": Component("peers of the loss benchmark", lambda: _installed(*_PEERS)),
     "clip_benchmark": Component("CLIP_benchmark", lambda: _installed("clip_benchmark")),
+    "transformers": Component("transformers", lambda: _installed("transformers")),
     "openssl": Component("openssl command", lambda: shutil.which("openssl") is not None),
     "git": Component("git checkout", lambda: shutil.which("git") is not None and (_ROOT / ".git").exists()),
 }

@@ -21,7 +21,7 @@ from clipscale.data.bad import BadSample
 from clipscale.data.pipeline import build_pipeline
 from clipscale.data.source import Source, open_source
 from clipscale.errors import UserError
-from clipscale.feed import prepare_files
+from clipscale.prepare import prepare_files
 from clipscale.train import train
 
 SHARDS = "{0000..0002}.tar"

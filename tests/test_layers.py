@@ -16,11 +16,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 GROUND = {
     *("__init__", "errors", "counter", "text", "words", "paths", "tell", "files", "progress", "pool", "dist", "runlog"),
-    *("config_data", "config", "config_read", "config_load", "config_help", "recipes", "open_clip_flags"),
+    *("config_data", "config", "config_read", "config_load", "config_help", "recipes", "launch", "schedule", "sense"),
+    *("open_clip_files", "open_clip_flags"),
 }
 STAGES = {"data", "towers", "loss"}
-ASSEMBLY = {"gradcache", "parallel", "optim", "checkpoint", "eval"}
-ENTRIES = {"train", "train_report", "feed", "evaluate"}
+ASSEMBLY = {"gradcache", "parallel", "optim", "checkpoint", "fit_tokenizer", "eval"}
+ENTRIES = {"train", "train_report", "feed", "evaluate", "prepare", "preflight"}
 # What a room may import beside itself and (where nothing else is said) the ground.
 LAWS: dict[str, set[str]] = {
     **dict.fromkeys(GROUND, GROUND),

@@ -1,4 +1,4 @@
-"""clipscale/optim.py."""
+"""clipscale/optim.py and clipscale/schedule.py."""
 
 import math
 
@@ -8,7 +8,8 @@ from tiny import MODEL
 
 from clipscale.config import Optim
 from clipscale.config_load import load_config
-from clipscale.optim import build_optimizer, learning_rate, set_lr, total_steps
+from clipscale.optim import build_optimizer, set_lr
+from clipscale.schedule import learning_rate, total_steps
 from clipscale.towers import build_towers
 
 

@@ -72,7 +72,7 @@ def test_the_state_dict_goes_to_open_clip_and_back(named):
 
 def test_one_of_open_clips_own_models():
     towers = build_towers(Model(name="ViT-S-32-alt"))
-    assert (towers.embed_dim, towers.image_size, towers.tokenizer_name) == (256, 224, "ViT-S-32-alt")
+    assert (towers.embed_dim, towers.image_size, towers.tokenizer.name) == (256, 224, "ViT-S-32-alt")
     assert sum(parameter.numel() for parameter in towers.model.parameters()) > 40e6
 
 
@@ -157,7 +157,7 @@ def test_encoder_parameters_are_all_but_the_logit_scale():
         (model(text={"heads": 3}), "must be divisible"),
         (model(text={"context_length": 0}), "does not take captions of 0 tokens"),
         (model(text={"vocab_size": 1000}), r"model\.text\.vocab_size=1000 is below the 49408"),
-        (model(text={"hf_tokenizer_name": "x"}), r"model\.text\.hf_tokenizer_name.*CLIP's own tokenizer"),
+        (model(text={"tokenizer_mode": "clips"}), r"model\.text\.tokenizer_mode: .*CLIP's own tokenizer"),
         (model(text={"pool_type": "none"}), r"makes \[8, 16\] numbers .* embed_dim=16"),
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else "",

@@ -21,7 +21,7 @@ from clipscale.data.pixels.decode import Decoding
 from clipscale.data.tokenize import build_tokenizer
 from clipscale.dist import World
 from clipscale.errors import UserError
-from clipscale.eval.zeroshot import ZeroShotResult, build_classifier, evaluate_zeroshot, load_task
+from clipscale.eval.zeroshot import ZeroShotResult, build_classifier, check_task, evaluate_zeroshot, load_task
 from clipscale.towers import Towers, build_towers
 
 NAMES = ["red circle", "blue star", "pink heart", "grey {odd} ring", "cross", "green square", "moon"]
@@ -271,3 +271,32 @@ def test_what_cannot_be_used_is_told_in_a_line(places, tmp_path, monkeypatch, ch
     with pytest.raises(UserError, match=said) as error:
         load_task(settings(places, **changes), Data())
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (10, ""),
+        (
+            12,
+            "warning: eval.zeroshot.classnames has 12 names, and no label of the pictures is above 9: 2 classes that ",
+        ),
+        (9, "label 9 has no class name: there are 9 (0 to 8); eval.zeroshot.classnames must be the list of this set"),
+    ],
+)
+def test_names_and_labels_are_held_against_each_other_first(places, tmp_path, names, found):
+    samples = [(f"{i}", {"png": picture(i, 16, 16, "PNG"), "cls": b"%d" % i}) for i in range(10)]
+    write_shard(tmp_path / "0.tar", samples)
+    (tmp_path / "names.txt").write_text("\n".join(f"class {i}" for i in range(names)))
+    config = settings(places, urls=str(tmp_path / "0.tar"), classnames=str(tmp_path / "names.txt"))
+    task = load_task(config, Data())
+    try:
+        told = check_task(task)
+    except UserError as error:
+        told = str(error)
+    assert told.startswith(found)
+    assert bool(told) == bool(found)
+
+
+def test_a_folders_labels_are_its_folders(places):
+    assert check_task(load_task(settings(places, urls=None, folder=str(places / "tree")), Data())) == ""

@@ -27,9 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, words: list[str]) -> int:
-    from clipscale.evaluate import evaluate_checkpoint
+    from clipscale.preflight import check_evaluation
 
-    result = evaluate_checkpoint(arguments.checkpoint, arguments.settings)
+    found, config = check_evaluation(arguments.checkpoint, arguments.settings)
+    from clipscale.evaluate import evaluate_found
+
+    result = evaluate_found(found, config)
     if rank() == 0:
         print(
             "  ".join(f"{name} {value:.4f}" if "/top" in name else f"{name} {value}" for name, value in result.items())

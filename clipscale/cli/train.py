@@ -31,9 +31,12 @@ def run(arguments: argparse.Namespace, words: list[str]) -> int:
     if arguments.print_config:
         print(with_comments(dump_config(config)), end="")
         return 0
+    from clipscale.preflight import check_training
+
+    notes = check_training(config)
     from clipscale.train import train
 
-    summary = train(config)
+    summary = train(config, notes)
     if rank() == 0:
         for line in summary:
             say(line)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,10 +26,12 @@ from clipscale.data.order.repeats import count_repeats
 from clipscale.data.shard.index_many import Track
 from clipscale.data.shard.report import require_few_bad
 from clipscale.data.source import Source, open_source, repeated_shards
-from clipscale.data.tokenize import Tokenize
 from clipscale.errors import UserError, require
 from clipscale.tell import tell
 from clipscale.words import counted
+
+if TYPE_CHECKING:
+    from clipscale.data.tokenize import Tokenize  # imports torch
 
 _DECODERS = ("simplejpeg", "pillow", "torch", "open_clip_torch")
 _OF_EACH_SOURCE = ("streams", "epoch_length", "content", "caption")
@@ -166,15 +168,7 @@ def build_pipeline(
         UserError: no source, no usable sample or too few of them, an epoch shorter than the batch, or data other than
             those recorded.
     """
-    require(
-        any(source.weight > 0 for source in data.sources.values()),
-        "no training data: set data.sources.<name>.urls to your shards, e.g. 'shards/{0000..0099}.tar'",
-    )
-    require(
-        data.sampling == "epochs" or data.epoch_boundary == "straddle",
-        "data.epoch_boundary=drop leaves out the remainder of an epoch, and data.sampling=resampled has no epochs; use "
-        "straddle",
-    )
+    require_sources(data)
     recorded = recorded and _in_full(recorded, data)
     mixture = _mixture(data, seed, position, recorded)
     content = recorded["content"] if recorded else {}
@@ -204,6 +198,30 @@ def build_pipeline(
         if begun.get(source.name) != source.fingerprint():  # what a run has begun with, it may end with
             require_few_bad(source.name, source.shards, data)
     return pipeline
+
+
+def require_sources(data: Data) -> None:
+    """Raise UserError unless there is something to train on, in an order that there can be."""
+    require(
+        any(source.weight > 0 for source in data.sources.values()),
+        "no training data: set data.sources.<name>.urls to your shards, e.g. 'shards/{0000..0099}.tar'",
+    )
+    require(
+        data.sampling == "epochs" or data.epoch_boundary == "straddle",
+        "data.epoch_boundary=drop leaves out the remainder of an epoch, and data.sampling=resampled has no epochs; use "
+        "straddle",
+    )
+
+
+def check_layout(sources: list[Source], data: Data, *, seed: int, global_batch: int) -> None:
+    """Lay out the order of a new run on these sources and forget it.
+
+    Raises:
+        UserError: an epoch shorter than the batch, or streams and blocks that do not fit the shards.
+    """
+    mixture = _mixture(data, seed, 0, None)
+    for source in sources:
+        _order(source, data, mixture, seed, global_batch, None)
 
 
 def _mixture(

@@ -29,7 +29,7 @@ from clipscale.data.fetch.urls import expand_urls, is_local, masked
 from clipscale.data.shard import report
 from clipscale.data.shard.captions import CaptionError, CaptionRule
 from clipscale.data.shard.counts import declared_counts, doubts, usable
-from clipscale.data.shard.handles import OpenFile, OpenFiles, OpenSidecar, read_pair
+from clipscale.data.shard.handles import OpenFile, OpenFiles, OpenSidecar, read_exactly, read_pair
 from clipscale.data.shard.index import Index, Shard
 from clipscale.data.shard.index_many import Renew, Track, index_shards, write_refused
 from clipscale.data.shard.outages import Outages
@@ -117,6 +117,17 @@ class Source:
             raise OSError(f"shard {shown}, {key}: {error}{self.copy_of(self.shards[shard].url)}") from error
         self._outages.worked(shard)
         return sample
+
+    def note(self, shard: int, index: int) -> bytes:
+        """The note alone, of a shard that is here.
+
+        Raises:
+            OSError: as `read`.
+        """
+        sidecar = self._sidecars.get(shard)
+        *_, start, size = sidecar.records.read(index)
+        tar = self._tars.get(shard)  # held, as in `read`
+        return read_exactly(tar.number, start, size)
 
     def where(self, shard: int, index: int) -> tuple[str, str]:
         """(shard path or URL, key), for messages. A number stands for the key where the index cannot be read or is not

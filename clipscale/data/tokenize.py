@@ -5,7 +5,7 @@
 
 CLIP's own BPE takes a shorter way to the same tokens: the ids of a word are looked up, and a caption of printable ASCII
 without an ampersand is not searched for what open_clip would mend in it. Any thread may call a tokenizer. It pickles as
-its name and length, and is built again where it is unpickled: in the loader's process.
+its choice, and is built again where it is unpickled: in the loader's process.
 
 Shapes: N captions, L tokens.
 """
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from clipscale.errors import UserError
+from clipscale.open_clip_files import TokenizerChoice
 
 if TYPE_CHECKING:
     import open_clip  # takes twice as long to import as torch: where a tokenizer of its is built, and nowhere else
@@ -38,22 +39,22 @@ class Tokenizer:
     """Captions are cut far behind what `context_length` tokens hold: BPE takes quadratic time over a word, 5 s over one
     of 16 KB."""
 
-    def __init__(self, model_name: str | None, context_length: int) -> None:
+    def __init__(self, choice: TokenizerChoice) -> None:
         import open_clip
 
-        self.name = model_name or "CLIP"
-        self._recipe = (model_name, context_length)
-        tokenizer = _load(model_name, context_length)
+        self.name = choice.name
+        self._choice = choice
+        tokenizer = _load(choice)
         plain = isinstance(tokenizer, open_clip.SimpleTokenizer) and tokenizer.reduction_fn is None
-        self._encode = _Bpe(tokenizer, context_length) if plain else _OneAtATime(tokenizer)
-        self._longest = _CHARACTERS_PER_TOKEN * context_length
+        self._encode = _Bpe(tokenizer, choice.context_length) if plain else _OneAtATime(tokenizer)
+        self._longest = _CHARACTERS_PER_TOKEN * choice.context_length
 
     def __call__(self, captions: list[str]) -> torch.Tensor:
         """-> int64 [N, L]"""
         return self._encode([caption[: self._longest] for caption in captions])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return build_tokenizer, self._recipe
+        return Tokenizer, (self._choice,)
 
 
 def caption_hashes(tokens_NL: torch.Tensor) -> torch.Tensor:
@@ -68,18 +69,25 @@ def build_tokenizer(model_name: str | None, context_length: int) -> Tokenizer:
     Raises:
         UserError: a Hugging Face tokenizer whose package or vocabulary is not there.
     """
-    return Tokenizer(model_name, context_length)
+    return Tokenizer(TokenizerChoice(context_length, model=model_name))
 
 
-def _load(model_name: str | None, context_length: int) -> Any:
+def _load(choice: TokenizerChoice) -> Any:
     import open_clip
+    from open_clip.tokenizer import HFTokenizer
 
-    if model_name is None:
-        return open_clip.SimpleTokenizer(context_length=context_length)
+    length = choice.context_length
+    setting = "model.text.hf_tokenizer_name" if choice.hugging_face else "model.name"
     try:
-        return open_clip.get_tokenizer(model_name, context_length=context_length)
-    except (ImportError, OSError) as error:  # Hugging Face's: the package, or the vocabulary's download
-        raise UserError(f"the tokenizer of model.name={model_name!r} cannot be loaded: {error}") from error
+        if choice.model is not None:
+            return open_clip.get_tokenizer(choice.model, context_length=length)
+        if choice.hugging_face is not None:
+            return HFTokenizer(choice.hugging_face, length, tokenizer_mode=choice.mode, **choice.options)
+    except (ImportError, OSError, ValueError, TypeError) as error:  # the package, the download, or what is in it
+        name = choice.hugging_face or choice.model
+        why = " ".join(str(error).split())
+        raise UserError(f"the tokenizer of {setting}={name!r} cannot be loaded: {why}") from error
+    return open_clip.SimpleTokenizer(context_length=length)
 
 
 class _OneAtATime:

@@ -7,9 +7,9 @@ for images, notes, valid in batches(pictures, range(0, 1000), batch=256, side=22
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -21,6 +21,7 @@ from clipscale.data.pixels.decode import Decoding, load_picture
 from clipscale.data.shard.judge import IMAGE_SUFFIXES
 from clipscale.data.source import Source
 from clipscale.errors import require
+from clipscale.eval.classes import class_folders
 
 
 class EvalPictures(Protocol):
@@ -46,13 +47,19 @@ class ShardPictures:
         sample = self.source.read(shard, i - int(self._cum[shard]))
         return sample.image, sample.note
 
+    def notes(self) -> Iterator[bytes]:
+        """The captions or labels alone, of those samples that can be read."""
+        for shard, count in enumerate(self.source.counts.tolist()):
+            for index in range(count):
+                with suppress(OSError):
+                    yield self.source.note(shard, index)
+
 
 class FolderPictures:
     """An ImageFolder tree: one folder a class; labels count the folders in the order of their names."""
 
     def __init__(self, root: str) -> None:
-        require(os.path.isdir(root), f"eval.zeroshot.folder {root!r} is not a folder")
-        self.folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+        self.folders = class_folders(root)
         self._files = [
             (path, label)
             for label, name in enumerate(self.folders)

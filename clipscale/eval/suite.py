@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from clipscale.config import Config
 from clipscale.config_data import SourceSettings
 from clipscale.data.pixels.decode import Decoding
@@ -9,12 +11,13 @@ from clipscale.data.source import open_source
 from clipscale.data.tokenize import Tokenize
 from clipscale.dist import World
 from clipscale.eval.validation import evaluate_validation
-from clipscale.eval.zeroshot import evaluate_zeroshot, load_task
+from clipscale.eval.zeroshot import check_task, evaluate_zeroshot, load_task
+from clipscale.tell import tell
 from clipscale.towers import Towers
 
 
 class EvalSuite:
-    """Opens the evaluation sets at once, so that a wrong path ends a run before it begins.
+    """Opens the evaluation sets at once, so that a wrong path or label ends a run before it begins. Collective.
 
     Raises:
         UserError: shards, class names or templates that cannot be used.
@@ -27,6 +30,8 @@ class EvalSuite:
         if validation.urls:
             self._pairs = open_source("validation", SourceSettings(validation.urls), config.data, need="pairs")
         self._task = load_task(zeroshot, config.data) if zeroshot.enabled else None
+        if self._task is not None and (odd := world.lead(partial(check_task, self._task))):
+            tell(odd)
         self._reading = {"threads": config.data.threads, "decoding": Decoding.of(config.data)}
 
     def validation(self) -> dict[str, float]:

@@ -9,9 +9,7 @@ Shapes: C classes, K templates, M pictures at once, D width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
-import open_clip
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,13 +17,12 @@ from torch import Tensor
 from clipscale.config import ZeroShot
 from clipscale.config_data import Data, SourceSettings
 from clipscale.data.pixels.decode import Decoding
-from clipscale.data.shard.labels import LabelError, label_of
 from clipscale.data.source import open_source
 from clipscale.data.tokenize import Tokenize
 from clipscale.dist import World
-from clipscale.errors import UserError, require
+from clipscale.errors import require
+from clipscale.eval.classes import check_folder, check_labels, checked_label, class_names, class_templates
 from clipscale.eval.pictures import EvalPictures, FolderPictures, ShardPictures, batches
-from clipscale.files import why_unreadable
 from clipscale.towers import Towers
 from clipscale.words import counted
 
@@ -52,28 +49,27 @@ def load_task(config: ZeroShot, data: Data) -> ZeroShotTask:
     Raises:
         UserError: a file that is missing or empty, or shards without labels.
     """
-    if config.classnames == "imagenet":
-        names = list(open_clip.IMAGENET_CLASSNAMES)
-    else:
-        names = _lines(config.classnames, "eval.zeroshot.classnames")
-    if config.templates == "imagenet":
-        templates = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
-    else:
-        templates = _lines(config.templates, "eval.zeroshot.templates")
-    odd = [template for template in templates if template.count("{}") != 1]
-    require(not odd, f"eval.zeroshot.templates: {odd[:1]} must hold '{{}}' once, where the class name goes")
+    names, templates = class_names(config), class_templates(config)
     if config.folder is not None:
-        pictures: EvalPictures = FolderPictures(config.folder)
-        classes = len(pictures.folders)
-        require(
-            classes == len(names),
-            f"eval.zeroshot.folder {config.folder!r} has {counted(classes, 'class folder')}, eval.zeroshot.classnames="
-            f"{config.classnames!r} names {len(names)}; line i names the i-th folder by name",
-        )
-        return ZeroShotTask(pictures, names, templates)
+        check_folder(config, names)
+        return ZeroShotTask(FolderPictures(config.folder), names, templates)
     require(config.urls is not None, "eval.zeroshot needs pictures: set eval.zeroshot.urls or eval.zeroshot.folder")
     source = open_source("zeroshot", SourceSettings(config.urls), data, need="labelled", findings=True)
     return ZeroShotTask(ShardPictures(source), names, templates)
+
+
+def check_task(task: ZeroShotTask) -> str:
+    """Whether the names fit the labels, before anything is evaluated; what to tell of it, or "".
+
+    Labels of shards that are not here yet are looked at when the shards are.
+
+    Raises:
+        UserError: a label without a name.
+    """
+    pictures = task.pictures
+    if not isinstance(pictures, ShardPictures) or pictures.source.remote:
+        return ""
+    return check_labels(pictures.notes(), len(task.classnames))
 
 
 @torch.no_grad()
@@ -117,7 +113,7 @@ def evaluate_zeroshot(
         if not valid.any():
             continue
         labels = torch.tensor(
-            [_label(note, classes) for note, ok in zip(notes, valid, strict=True) if ok], device=device
+            [checked_label(note, classes) for note, ok in zip(notes, valid, strict=True) if ok], device=device
         )
         similarity_MC = towers.image(images[valid].to(device)) @ classifier_CD.T
         ranked = similarity_MC.topk(min(5, classes), dim=1).indices == labels[:, None]
@@ -131,24 +127,3 @@ def evaluate_zeroshot(
     require(pictures > 0, f"zero-shot evaluation: none of the {counted(bad, 'picture')} can be decoded")
     top1, top5 = (counts[:2].sum(1) / pictures).tolist()
     return ZeroShotResult(top1, top5, int(pictures), bad, (counts[0] / counts[2]).tolist())
-
-
-def _label(note: bytes, classes: int) -> int:
-    try:
-        label = label_of(note)
-    except LabelError as error:
-        raise UserError(f"{error}: {note[:40]!r}; a .cls member holds the line number of a class name") from error
-    require(label < classes, f"label {label} has no class name: there are {classes} (0 to {classes - 1})")
-    return label
-
-
-def _lines(path: str, setting: str) -> list[str]:
-    """One a line. A line's number is a label, so an empty one between others is refused, not passed over."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").rstrip().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{setting}={path!r} cannot be read: {why_unreadable(path, error)}") from error
-    lines = [line.strip() for line in lines]
-    require(bool(lines), f"{setting}={path!r} is empty; write one a line")
-    require(all(lines), f"{setting}={path!r}: line {lines.index('') + 1 if '' in lines else 0} is empty; take it out")
-    return lines

@@ -11,9 +11,6 @@ The towers are separate doors into it, and the logit scale stays outside both.
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import difflib
 import math
 import traceback
 from dataclasses import dataclass
@@ -21,14 +18,14 @@ from dataclasses import dataclass
 import open_clip
 import torch
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from open_clip.hf_model import HFTextEncoder
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from torch import nn
 
 from clipscale.config import Model
 from clipscale.errors import UserError, require
+from clipscale.open_clip_files import TokenizerChoice, check_model, model_settings
 from clipscale.towers.tower import Tower, normalise_pixels, token_ids
-
-_CLIP_TOKENS = 49_408  # in CLIP's BPE
 
 
 @dataclass
@@ -40,9 +37,14 @@ class Towers:
     text: Tower
     embed_dim: int  # D
     image_size: int
-    context_length: int
-    tokenizer_name: str | None  # open_clip model whose tokenizer fits; None: CLIP's BPE
+    vocabulary: int  # token ids that the text tower knows: 0 to this, exclusively
+    tokenizer: TokenizerChoice  # the one whose ids the text tower is for
     logit_scale_max: float
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of a caption, L."""
+        return self.tokenizer.context_length
 
     def logit_scale(self) -> float:
         """s = exp(log scale), the factor of the cosine similarities."""
@@ -69,6 +71,7 @@ def build_towers(
     Raises:
         UserError: unknown model name, unknown or impossible fields, a tower with BatchNorm.
     """
+    check_model(config)
     settings = _described(config) if config.vision else _named(config.name)
     what = "the model of model.vision and model.text" if config.vision else f"model {config.name!r}"
     with torch.random.fork_rng(devices=[]):
@@ -88,8 +91,8 @@ def build_towers(
         text=Tower("text", model.text, token_ids, autocast),
         embed_dim=settings["embed_dim"],
         image_size=side,
-        context_length=model.context_length,
-        tokenizer_name=None if config.vision else config.name,
+        vocabulary=_vocabulary(model.text),
+        tokenizer=_tokenizer(config, settings["text_cfg"]),
         logit_scale_max=config.logit_scale_max,
     )
     _try_out(towers, what)
@@ -126,17 +129,8 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {words[0]}"
 
 
-def _named(name: str | None) -> dict:
-    require(name is not None, "no model: set model.name to one of open_clip's, or describe model.vision and model.text")
-    known = open_clip.list_models()
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else "see open_clip.list_models()"
-        raise UserError(f"model.name={name!r} is no open_clip model; {hint} (or describe model.vision and model.text)")
-    settings = copy.deepcopy(open_clip.get_model_config(name))
-    usable = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_scale", "init_logit_bias"}
-    odd = sorted(settings.keys() - usable)
-    require(not odd, f"model.name={name!r} needs {', '.join(odd)}: only image-text towers can be trained contrastively")
+def _named(name: str) -> dict:
+    settings = model_settings(name)
     return {
         "embed_dim": settings["embed_dim"],
         "vision_cfg": CLIPVisionCfg(**settings["vision_cfg"]),
@@ -146,31 +140,34 @@ def _named(name: str | None) -> dict:
 
 
 def _described(config: Model) -> dict:
-    text = _fields(CLIPTextCfg, config.text, "model.text")
-    for key in ("hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"):
-        require(
-            key not in config.text, f"model.text.{key}: a described model's captions go through CLIP's own tokenizer"
-        )
-    require(
-        text.vocab_size >= _CLIP_TOKENS,
-        f"model.text.vocab_size={text.vocab_size} is below the {_CLIP_TOKENS} tokens of CLIP's tokenizer; leave it out",
-    )
+    text = CLIPTextCfg(**config.text)
+    if text.hf_model_name and not text.hf_tokenizer_name:
+        text.hf_tokenizer_name = text.hf_model_name  # another one would give ids of another vocabulary
     return {
         "embed_dim": config.embed_dim,
-        "vision_cfg": _fields(CLIPVisionCfg, config.vision, "model.vision"),
+        "vision_cfg": CLIPVisionCfg(**config.vision),
         "text_cfg": text,
         "quick_gelu": config.quick_gelu,
     }
 
 
-def _fields(kind: type, values: dict, prefix: str) -> CLIPVisionCfg | CLIPTextCfg:
-    known = [field.name for field in dataclasses.fields(kind)]
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {prefix}.{near[0]}?" if near else f"the fields are {', '.join(known)}"
-            raise UserError(f"unknown key {prefix}.{key}; {hint}")
-    return kind(**values)
+def _tokenizer(config: Model, text: CLIPTextCfg) -> TokenizerChoice:
+    """Name and length are what open_clip's configuration of the text tower says, not what the tower could take."""
+    if config.vision is None:
+        return TokenizerChoice(text.context_length, model=config.name)
+    return TokenizerChoice(
+        text.context_length,
+        hugging_face=text.hf_tokenizer_name,
+        mode=text.tokenizer_mode,
+        options=dict(text.tokenizer_kwargs or {}),
+    )
+
+
+def _vocabulary(text: nn.Module) -> int:
+    """How many token ids the tower has an embedding for."""
+    if isinstance(text, HFTextEncoder):
+        return text.transformer.get_input_embeddings().num_embeddings
+    return text.token_embedding.num_embeddings
 
 
 def _refuse_batchnorm(model: nn.Module, what: str) -> None:

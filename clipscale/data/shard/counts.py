@@ -58,7 +58,7 @@ def declared_counts(
     if not remote:
         return {}
     if counts is not None:
-        return _from_file(remote, counts)
+        return read_counts(remote, counts)
     all_known = all(index.known(url) for url in remote)
     if all_known and (began_with is None or began_with({})):
         return {}
@@ -146,7 +146,12 @@ def _found_beside(remote: list[str], cache: ShardCache) -> dict[str, int]:
     return found
 
 
-def _from_file(remote: list[str], counts: str) -> dict[str, int]:
+def read_counts(remote: list[str], counts: str) -> dict[str, int]:
+    """Those that the file `counts` says of the remote shards.
+
+    Raises:
+        UserError: a file that cannot be used, or that lacks one of them.
+    """
     try:
         with open(counts, "rb") as file:
             numbers = json.loads(file.read(_MAX_BYTES))

@@ -1,0 +1,43 @@
+"""Which rank of how many this process is, as torchrun, Slurm's srun or nobody told it. No torch import.
+
+rank, size, local_rank = launched()  # (0, 1, 0) for a process alone
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+from clipscale.errors import SharedError, require
+
+
+class Place(NamedTuple):
+    rank: int
+    size: int
+    local_rank: int  # among the ranks of this node
+
+
+def launched() -> Place:
+    """Of this process, before any group of ranks is formed.
+
+    Raises:
+        UserError: srun without the address at which the ranks meet.
+    """
+    env = os.environ
+    if "RANK" in env:
+        return Place(int(env["RANK"]), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0)))
+    if "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        require(
+            "MASTER_ADDR" in env and "MASTER_PORT" in env,
+            "srun started several tasks without MASTER_ADDR and MASTER_PORT; export both, as slurm/train.sbatch does",
+        )
+        return Place(int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_LOCALID", 0)))
+    return Place(0, 1, 0)
+
+
+def check_ranks(global_batch: int, size: int) -> None:
+    """Raise SharedError unless every rank gets the same number of pairs."""
+    if global_batch % size:
+        raise SharedError(
+            f"train.global_batch={global_batch} is not divisible by the {size} ranks; choose a multiple of {size}"
+        )

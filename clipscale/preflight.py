@@ -1,0 +1,181 @@
+"""What can be wrong with a command is found before torch is imported and before anything is written.
+
+    notes = check_training(config)                     # what to tell at the run's beginning; or a UserError
+    train(config, notes)
+
+    found, config = check_evaluation("runs/a", ["eval.zeroshot.folder=imagenet/val"])
+
+Settings by themselves were checked when they were loaded (config.py). Here is what takes a look outside: at files,
+folders and open_clip's models. Where one process trains, shards are indexed here too, so that their number is known.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from clipscale.checkpoint import (
+    find_checkpoint,
+    load_config_of,
+    refuse_fresh,
+    require_checkpoint,
+    saved_state,
+    unverified_checkpoint,
+)
+from clipscale.config import Config, ZeroShot
+from clipscale.config_data import Data, SourceSettings
+from clipscale.config_load import apply_overrides
+from clipscale.data.fetch.urls import expand_urls, is_local
+from clipscale.data.pipeline import require_sources
+from clipscale.data.shard.counts import read_counts
+from clipscale.data.shard.uids import UidList
+from clipscale.errors import SharedError, UserError, require
+from clipscale.eval.classes import check_folder, class_names, class_templates
+from clipscale.launch import Place, check_ranks, launched
+from clipscale.open_clip_files import check_model
+from clipscale.prepare import prepare_files
+from clipscale.sense import odd_pairs
+
+
+def check_training(config: Config) -> list[str]:
+    """Look at everything that a run needs; by every rank, before they meet.
+
+    Returns:
+        What to tell at the run's beginning: settings that make no sense together, shards that changed.
+
+    Raises:
+        UserError: what a person must mend first. On a node's further ranks a SharedError, for its first one tells.
+    """
+    place = launched()
+    with _told_once(place):
+        check_ranks(config.train.global_batch, place.size)
+        check_model(config.model)
+        _check_device(config.device)
+        if place.rank == 0:
+            _check_folder("run.dir", config.run.dir)
+            _check_resume(config)
+        saved = saved_state(config.run.dir, config.resume)
+        if saved.get("position", 0) >= config.train.samples:
+            return []  # complete: nothing will be read
+        _check_data(config)
+        return odd_pairs(config) + (prepare_files(config, saved.get("order")) if place.size == 1 else [])
+
+
+def check_evaluation(path: str, words: list[str]) -> tuple[Path, Config]:
+    """The checkpoint's folder, verified, and its config with `words` on top.
+
+    Raises:
+        UserError: no checkpoint there, a damaged one, or settings, classes or pictures that cannot be used. On a node's
+            further ranks a SharedError.
+    """
+    with _told_once(launched()):
+        found = find_checkpoint(path)
+        config = apply_overrides(load_config_of(found), words)
+        require(
+            config.eval.zeroshot.enabled,
+            "no pictures to classify: add eval.zeroshot.urls=... (or eval.zeroshot.folder=...), "
+            "eval.zeroshot.classnames=... and eval.zeroshot.templates=...",
+        )
+        check_model(config.model)
+        _check_device(config.device)
+        _check_zeroshot(config.eval.zeroshot, replace(config.data, shapes=None))  # only a training draws them
+        return found, config
+
+
+@contextmanager
+def _told_once(place: Place) -> Iterator[None]:
+    """The ranks of a node look at the same files: its first one tells what is wrong with them."""
+    try:
+        yield
+    except UserError as error:
+        if place.local_rank:
+            raise SharedError(str(error)) from error
+        raise
+
+
+def _check_device(device: str) -> None:
+    """Without NVIDIA's driver library, and AMD's device, torch finds no GPU; with one of them, it decides itself."""
+    require(
+        device != "cuda" or _has_driver(),
+        "device=cuda, but there is no driver of a GPU here; use device=auto or cpu",
+    )
+
+
+def _has_driver() -> bool:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return os.path.exists("/dev/kfd")
+    return True
+
+
+def _check_folder(setting: str, folder: str) -> None:
+    """Raise UserError unless the folder can be written, or made."""
+    path = Path(folder).absolute()
+    there = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    why = ""
+    if not there.is_dir():
+        why = f"{str(there)!r} is not a folder"
+    elif not os.access(there, os.W_OK | os.X_OK):
+        why = f"{str(there)!r} is not writable for this user"
+    what = "written" if there == path and there.is_dir() else "made"
+    require(not why, f"{setting}={folder!r} cannot be {what}: {why}; choose a folder that can be written")
+
+
+def _check_resume(config: Config) -> None:
+    resume, run_dir = config.resume, config.run.dir
+    refuse_fresh(resume, unverified_checkpoint(run_dir))
+    if resume not in ("auto", "fresh") and unverified_checkpoint(run_dir) is None:
+        require_checkpoint(resume)
+
+
+def _check_data(config: Config) -> None:
+    """Files that settings name; whether there are such shards."""
+    data = config.data
+    require_sources(data)
+    for source in data.sources.values():
+        if source.weight > 0:
+            _check_source(source, config)
+    if data.shapes is not None and not os.path.isdir(data.shapes.dir):
+        _check_folder("data.shapes.dir", data.shapes.dir)
+    if config.replay.dir is not None:
+        _check_folder("replay.dir", config.replay.dir)
+    if config.eval.validation.urls is not None:
+        _expand(config.eval.validation.urls, data)
+    if config.eval.zeroshot.enabled:
+        _check_zeroshot(config.eval.zeroshot, data)
+
+
+def _check_source(source: SourceSettings, config: Config) -> None:
+    urls = _expand(source.urls, config.data)
+    if source.counts is not None:
+        read_counts([url for url in urls if not is_local(url)], source.counts)
+    if source.select.uids is not None:
+        UidList.open(source.select.uids)
+
+
+def _check_zeroshot(zeroshot: ZeroShot, data: Data) -> None:
+    names = None if _drawn(zeroshot.classnames, data) else class_names(zeroshot)
+    if not _drawn(zeroshot.templates, data):
+        class_templates(zeroshot)
+    if zeroshot.urls is not None:
+        _expand(zeroshot.urls, data)
+    elif names is not None:
+        check_folder(zeroshot, names)
+
+
+def _expand(urls: str, data: Data) -> list[str]:
+    """The shards, but for those that are not drawn yet."""
+    there = [part for part in urls.split("::") if not _drawn(part.strip(), data)]
+    return expand_urls("::".join(there), data.allow_pipe) if there else []
+
+
+def _drawn(path: str, data: Data) -> bool:
+    """Whether it lies in the shapes set, which the run draws if need be."""
+    if data.shapes is None:
+        return False
+    return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(data.shapes.dir))

@@ -1,0 +1,46 @@
+"""The learning rate and the length of a run, pure functions of the config and of the samples seen. No torch import.
+
+learning_rate(config, samples_seen=0)  # of the step that begins there
+total_steps(config)  # 3125
+rate_jump(before, config, position)  # what to tell of a resume that bends the curve; "" where it does not
+"""
+
+from __future__ import annotations
+
+import math
+
+from clipscale.config import Config
+
+_BEND = 0.01  # of the highest rate: a smaller change of course is not told
+
+
+def learning_rate(config: Config, samples_seen: int) -> float:
+    """Linear warm-up, then a cosine to `final_lr`, for the step that begins after `samples_seen` samples.
+
+    In samples, so that it survives a change of the global batch; ranks do not enter at all.
+    """
+    optim, total, warmup = config.optim, config.train.samples, config.warmup_samples
+    if samples_seen < warmup:
+        return optim.lr * min(1.0, (samples_seen + config.train.global_batch) / warmup)
+    progress = min(1.0, (samples_seen - warmup) / max(1, total - warmup))
+    return optim.final_lr + (optim.lr - optim.final_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def total_steps(config: Config, samples_seen: int = 0) -> int:
+    """Steps still to do after `samples_seen` samples: ceil(rest / global batch)."""
+    return max(0, -(-(config.train.samples - samples_seen) // config.train.global_batch))
+
+
+def rate_jump(before: Config, now: Config, position: int) -> str:
+    """One line where a run under `now` goes on after `position` samples at another rate than `before` would have had
+    there: both rates, and what to do. Empty where the curve goes on as it was.
+    """
+    was, will = learning_rate(before, position), learning_rate(now, position)
+    if position >= now.train.samples or abs(will - was) <= _BEND * max(before.optim.lr, now.optim.lr):
+        return ""
+    last = learning_rate(before, max(0, position - before.train.global_batch))
+    return (
+        f"warning: the learning rate jumps from {last:.3g} (the last step before) to {will:.3g} (the next one): the "
+        f"curve is drawn by optim.* and train.samples, {now.train.samples:,} now and {before.train.samples:,} before; "
+        "to go on gently set optim.lr to the highest rate that you want from here on"
+    )

@@ -1,0 +1,89 @@
+"""Settings that are each valid and make no sense together: one warning a pair, with the arithmetic. No torch import.
+
+odd_pairs(config)  # ["warning: optim.warmup_samples=20,000,000 is longer than the run ..."]
+
+What cannot be at all is refused where the setting is (config.py). What is here could be meant, in a trial for one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from clipscale.config import Checkpoint, Config, Model, Run
+from clipscale.schedule import learning_rate, total_steps
+
+_WARMUP_STEPS = 1_000  # fewer for a warm-up in samples are told: large batches make few steps of many samples
+
+
+def odd_pairs(config: Config) -> list[str]:
+    """What a person should hear before a new run."""
+    found = [*_length(config), *_warm_up(config), *_unused(config), *_evaluations(config)]
+    return [f"warning: {line}" for line in found]
+
+
+def _length(config: Config) -> Iterator[str]:
+    samples, batch, steps = config.train.samples, config.train.global_batch, total_steps(config)
+    if samples < batch:
+        yield (
+            f"train.samples={samples:,} is less than one batch (train.global_batch={batch:,}): the run is 1 step, of "
+            f"{batch:,} samples"
+        )
+    for setting, every, usual, what in (
+        ("run.log_every_steps", config.run.log_every_steps, Run().log_every_steps, "no step but the last is told"),
+        (
+            "checkpoint.every_steps",
+            config.checkpoint.every_steps,
+            Checkpoint().every_steps,
+            "nothing is saved before its end",
+        ),
+    ):
+        if every > steps > usual:
+            yield f"{setting}={every:,} is more than the run's {steps:,} steps: {what}"
+
+
+def _warm_up(config: Config) -> Iterator[str]:
+    optim, batch, steps = config.optim, config.train.global_batch, total_steps(config)
+    setting = "warmup_samples" if optim.warmup_samples is not None else "warmup_steps"
+    value, warmup = getattr(optim, setting), -(-config.warmup_samples // batch)
+    if warmup >= steps and warmup > 1:
+        reached = learning_rate(config, (steps - 1) * batch)
+        yield (
+            f"optim.{setting}={value:,} ({_steps(warmup)}) is no shorter than the run (train.samples="
+            f"{config.train.samples:,}, {_steps(steps)}): the learning rate only rises, to {reached:.3g} at the last "
+            f"step, {reached / optim.lr:.0%} of optim.lr={optim.lr:.3g}; a tenth of the run is optim.warmup_steps="
+            f"{max(1, steps // 10):,}"
+        )
+    elif setting == "warmup_samples" and 0 < warmup < _WARMUP_STEPS:
+        yield (
+            f"optim.warmup_samples={value:,} is a warm-up of {_steps(warmup)} at train.global_batch={batch:,}, of the "
+            f"run's {steps:,}: a rate of {optim.lr:.3g} may need about {_WARMUP_STEPS:,}; say what is meant in steps "
+            f"(optim.warmup_steps={warmup:,} and optim.warmup_samples=null for this one)"
+        )
+
+
+def _unused(config: Config) -> Iterator[str]:
+    model, usual = config.model, Model()
+    for name in ("embed_dim", "quick_gelu"):
+        if model.name is not None and getattr(model, name) != getattr(usual, name):
+            yield f"model.{name}={getattr(model, name)} is not used: model.name={model.name!r} brings its own"
+    evaluation = config.eval
+    for kind, is_on, pictures in (
+        ("zeroshot", evaluation.zeroshot.enabled, "urls or eval.zeroshot.folder"),
+        ("validation", evaluation.validation.urls is not None, "urls"),
+    ):
+        every = getattr(evaluation, kind).every_steps
+        if every and not is_on:
+            yield f"eval.{kind}.every_steps={every} without eval.{kind}.{pictures}: nothing is evaluated"
+
+
+def _evaluations(config: Config) -> Iterator[str]:
+    validation = config.eval.validation
+    if validation.urls is not None and validation.samples < validation.batch:
+        yield (
+            f"eval.validation.samples={validation.samples:,} is less than eval.validation.batch={validation.batch:,}: "
+            f"loss and accuracy are those of one batch of {validation.samples:,}"
+        )
+
+
+def _steps(count: int) -> str:
+    return f"{count:,} step{'s' * (count != 1)}"
