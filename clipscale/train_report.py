@@ -88,9 +88,8 @@ def in_batch_accuracy(row: dict[str, float], prefix: str = "", *, pairs: int) ->
     figure, repeats = f"in-batch accuracy {row[prefix + 'image_accuracy']:.3f}", row.get(f"{prefix}repeated_captions")
     if not repeats:
         return figure
-    if repeats >= pairs / 2:
-        return f"no in-batch accuracy ({repeats:,} of {counted(pairs, 'caption')} repeat another of the batch: all tie)"
-    return f"{figure} ({repeats / pairs:.1%} of the captions repeat another of the batch: ties, which count as misses)"
+    share = f"{repeats / pairs:.1%} of captions repeat"
+    return f"no in-batch accuracy ({share}: ties)" if repeats >= pairs / 2 else f"{figure} ({share}: misses)"
 
 
 def summary_lines(what: str, row: dict[str, Any], *, run_dir: str, pairs: int) -> list[str]:
@@ -116,4 +115,4 @@ def _step(step: int, last_step: int) -> str:
 
 def _bad(row: dict[str, float], prefix: str) -> str:
     bad = row[f"{prefix}bad_pictures"]
-    return f", {counted(bad, 'bad picture')} left out" if bad else ""
+    return f", {counted(bad, 'bad picture')}" if bad else ""

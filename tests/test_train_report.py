@@ -106,19 +106,26 @@ def test_evaluations_have_lines_of_their_own():
     ]
     bad = {"validation/bad_pictures": 1, "zeroshot/bad_pictures": 1200}
     first, second = evaluation_lines(VALIDATION | ZEROSHOT | bad, step=12, last_step=400)
-    assert first.endswith("0.750, 1 bad picture left out")
-    assert second.endswith("0.9000, 1,200 bad pictures left out")
+    assert first.endswith("0.750, 1 bad picture")
+    assert second.endswith("0.9000, 1,200 bad pictures")
+
+
+@pytest.mark.parametrize("repeats", [80, 1000])
+def test_an_evaluation_of_the_largest_run_has_120_columns_at_most(repeats):
+    found = VALIDATION | ZEROSHOT | {"validation/repeated_captions": repeats, "validation/bad_pictures": 1200}
+    for line in evaluation_lines(found, step=12_208, last_step=12_208):
+        assert len(line) <= 120
 
 
 def test_ten_captions_in_all_have_no_in_batch_accuracy():
     """CIFAR-10: every pair ties with its class's others. The same in training and validation."""
-    wanted = "no in-batch accuracy (246 of 256 captions repeat another of the batch: all tie)"
+    wanted = "no in-batch accuracy (96.1% of captions repeat: ties)"
     row = {"image_accuracy": 0.0, "repeated_captions": 246}
     assert in_batch_accuracy(row, pairs=256) == wanted
     validation = {f"validation/{name}": value for name, value in row.items()}
     assert in_batch_accuracy(validation, "validation/", pairs=256) == wanted
     few = in_batch_accuracy({"image_accuracy": 0.5, "repeated_captions": 2}, pairs=256)
-    assert few.startswith("in-batch accuracy 0.500 (0.8% of the captions repeat")
+    assert few == "in-batch accuracy 0.500 (0.8% of captions repeat: misses)"
     assert in_batch_accuracy({"image_accuracy": 0.5, "repeated_captions": 0}, pairs=256) == "in-batch accuracy 0.500"
 
 
