@@ -233,7 +233,7 @@ def test_nothing_is_unpickled(tmp_path):
     ]
     write_shard(tmp_path / "hostile.tar", samples)
     write_shard(tmp_path / "worse.tar", [("a", {"jpg": bomb, "txt": b"caption"})])
-    batch = read(pipeline(f"{tmp_path}/*.tar", 5), 1, 5)[0]
+    batch = read(pipeline(f"{tmp_path}/*.tar", 5, max_refused_fraction=1), 1, 5)[0]
     assert batch.valid.sum() == 4
     assert [skip.cause for skip in batch.skips] == ["not JPEG, PNG or WebP"]
     assert not marker.exists()
