@@ -3,12 +3,14 @@
 check_model(config.model)  # raises UserError for a name, a field or a combination that cannot be built
 model_settings("ViT-B-32")  # {"embed_dim": 512, "vision_cfg": {...}, "text_cfg": {...}}
 imagenet_classes(), imagenet_templates()  # 1,000 names, 80 templates with '{}' for the name
+module_of("tokenizer").SimpleTokenizer()  # without the rest of open_clip
 """
 
 from __future__ import annotations
 
 import ast
 import difflib
+import importlib
 import importlib.util
 import json
 import sys
@@ -80,13 +82,18 @@ def fields_of(kind: str) -> list[str]:
     return [node.target.id for node in found.body if isinstance(node, ast.AnnAssign)]
 
 
+def module_of(name: str) -> ModuleType:
+    """A module of open_clip that imports none of the others: by itself, as long as open_clip is not imported."""
+    return _alone(name) if _loaded() is None else importlib.import_module(f"open_clip.{name}")
+
+
 def imagenet_classes() -> list[str]:
-    return list(_metadata().IMAGENET_CLASSNAMES)
+    return list(module_of("zero_shot_metadata").IMAGENET_CLASSNAMES)
 
 
 def imagenet_templates() -> list[str]:
     """'{}' stands for the class name."""
-    return [template("{}") for template in _metadata().OPENAI_IMAGENET_TEMPLATES]
+    return [template("{}") for template in module_of("zero_shot_metadata").OPENAI_IMAGENET_TEMPLATES]
 
 
 def _check_name(name: str | None) -> dict[str, Any]:
@@ -148,9 +155,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 @cache
-def _metadata() -> ModuleType:
-    """open_clip's file of names and templates by itself: it imports nothing."""
-    spec = importlib.util.spec_from_file_location("zero_shot_metadata", _folder() / "zero_shot_metadata.py")
+def _alone(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"open_clip_{name}", _folder() / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -130,14 +130,14 @@ class Trainer:
         self.towers.model.train()
         first, pace = self.steps_done, Pace()
         while self.steps_done < self.last_step:
-            scores = self._timed_step(pace), self._evaluate_if_due(pace)
-            row = self.last_row = scores[0] | scores[1]
+            step, scores = self._timed_step(pace), self._evaluate_if_due(pace)
+            row = self.last_row = step | scores
             eta_seconds = self._eta_seconds(pace)
             self.log.metrics(row)
             self.log.advance(self.steps_done, eta_seconds)
             if self._due(config.run.log_every_steps):
                 tell(step_line(row | pace.interval(), last_step=self.last_step, eta_seconds=eta_seconds))
-            for line in evaluation_lines(scores[1], step=self.steps_done, last_step=self.last_step):
+            for line in evaluation_lines(scores, step=self.steps_done, last_step=self.last_step):
                 tell(line)
             if self._due(config.checkpoint.every_steps):
                 with pace.other("checkpoint"):

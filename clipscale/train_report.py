@@ -52,11 +52,11 @@ def step_line(row: dict[str, Any], *, last_step: int, eta_seconds: float) -> str
         (0, f"scale {short(row['logit_scale'], digits=4)}"),
         (0, f"lr {row['lr']:.2e}"),
         (0, f"{short(row['samples_per_second'])}/s"),
-        (3, f"{where} {short(held / 2**30)}G"),
+        (1, f"{where} {short(held / 2**30)}G"),
         (0, f"eta {time_left(eta_seconds)}"),
-        (1, f"masked {short(masked)}" if masked else ""),
+        (2, f"masked {short(masked)}" if masked else ""),
         (4, f"grad {row['grad_norm']:.3f}"),
-        (2 if wait >= _MUCH_WAITING else 5, f"wait {wait:.0%}"),
+        (3 if wait >= _MUCH_WAITING else 5, f"wait {wait:.0%}"),
     ]
     taken, columns = set(), -len(_GAP)
     for place in sorted(range(len(parts)), key=lambda place: parts[place][0]):

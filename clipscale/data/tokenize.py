@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from clipscale.errors import UserError
-from clipscale.open_clip_files import TokenizerChoice
+from clipscale.open_clip_files import CLIP_TOKENS, TokenizerChoice, module_of
 
 if TYPE_CHECKING:
     import open_clip  # takes twice as long to import as torch: where a tokenizer of its is built, and nowhere else
@@ -39,22 +39,21 @@ class Tokenizer:
     """Captions are cut far behind what `context_length` tokens hold: BPE takes quadratic time over a word, 5 s over one
     of 16 KB."""
 
-    def __init__(self, choice: TokenizerChoice) -> None:
-        import open_clip
-
-        self.name = choice.name
-        self._choice = choice
-        tokenizer = _load(choice)
-        plain = isinstance(tokenizer, open_clip.SimpleTokenizer) and tokenizer.reduction_fn is None
-        self._encode = _Bpe(tokenizer, choice.context_length) if plain else _OneAtATime(tokenizer)
+    def __init__(self, choice: TokenizerChoice, clips_own: bool = False) -> None:
+        """`clips_own`: what is chosen is known to be CLIP's own, and needs no more of open_clip than one file."""
+        self.name, self._choice = choice.name, choice
         self._longest = _CHARACTERS_PER_TOKEN * choice.context_length
+        tokenizer = _load_clips_own(choice) if clips_own else _load(choice)
+        simple = isinstance(tokenizer, module_of("tokenizer").SimpleTokenizer) and tokenizer.reduction_fn is None
+        self._encode = _Bpe(tokenizer, choice.context_length) if simple else _OneAtATime(tokenizer)
+        self._clips_own = simple and self._encode.lower and tokenizer.vocab_size == CLIP_TOKENS
 
     def __call__(self, captions: list[str]) -> torch.Tensor:
         """-> int64 [N, L]"""
         return self._encode([caption[: self._longest] for caption in captions])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Tokenizer, (self._choice,)
+        return Tokenizer, (self._choice, self._clips_own)
 
 
 def caption_hashes(tokens_NL: torch.Tensor) -> torch.Tensor:
@@ -72,7 +71,13 @@ def build_tokenizer(model_name: str | None, context_length: int) -> Tokenizer:
     return Tokenizer(TokenizerChoice(context_length, model=model_name))
 
 
+def _load_clips_own(choice: TokenizerChoice) -> Any:
+    return module_of("tokenizer").SimpleTokenizer(context_length=choice.context_length)
+
+
 def _load(choice: TokenizerChoice) -> Any:
+    if choice.model is None and choice.hugging_face is None:
+        return _load_clips_own(choice)
     import open_clip
     from open_clip.tokenizer import HFTokenizer
 
@@ -81,13 +86,11 @@ def _load(choice: TokenizerChoice) -> Any:
     try:
         if choice.model is not None:
             return open_clip.get_tokenizer(choice.model, context_length=length)
-        if choice.hugging_face is not None:
-            return HFTokenizer(choice.hugging_face, length, tokenizer_mode=choice.mode, **choice.options)
+        return HFTokenizer(choice.hugging_face, length, tokenizer_mode=choice.mode, **choice.options)
     except (ImportError, OSError, ValueError, TypeError) as error:  # the package, the download, or what is in it
         name = choice.hugging_face or choice.model
         why = " ".join(str(error).split())
         raise UserError(f"the tokenizer of {setting}={name!r} cannot be loaded: {why}") from error
-    return open_clip.SimpleTokenizer(context_length=length)
 
 
 class _OneAtATime:
@@ -105,11 +108,9 @@ class _Bpe:
     """open_clip's SimpleTokenizer, its words and cleaning, with the ids of words kept."""
 
     def __init__(self, tokenizer: open_clip.SimpleTokenizer, context_length: int) -> None:
-        from open_clip.tokenizer import get_clean_fn
-
         self._words, self._find = _Words(tokenizer), tokenizer.pat.findall
         self._clean, self._length = tokenizer.clean_fn, context_length
-        self._lower = tokenizer.clean_fn is get_clean_fn("lower")
+        self.lower = tokenizer.clean_fn is module_of("tokenizer").get_clean_fn("lower")
         self._first, self._last = tokenizer.sot_token_id, tokenizer.eot_token_id
 
     def __call__(self, captions: list[str]) -> torch.Tensor:
@@ -121,7 +122,7 @@ class _Bpe:
 
     def _ids(self, caption: str) -> list[int]:
         """At most L ids; the last one ends the text, also where it had to be cut."""
-        sound = self._lower and caption.isascii() and caption.isprintable() and "&" not in caption
+        sound = self.lower and caption.isascii() and caption.isprintable() and "&" not in caption
         ids = [self._first]
         for word in self._find(" ".join(caption.split()).lower() if sound else self._clean(caption)):
             ids += self._words[word]
