@@ -21,7 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from clipscale.text import escaped
+from clipscale.escape import escaped
 
 
 def track(items: Iterable[str], label: str) -> Iterable[str]:

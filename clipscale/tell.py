@@ -16,7 +16,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from clipscale.text import escaped
+from clipscale.escape import escaped
 
 _LOGGER = logging.getLogger("clipscale")
 Listener = Callable[[str, bool], None]  # (line, every_rank)

@@ -21,11 +21,11 @@ from types import ModuleType
 
 from clipscale import __version__
 from clipscale.errors import SharedError, UserError, reason
+from clipscale.escape import one_line
 from clipscale.files import write_file
 from clipscale.open_clip_flags import explain
 from clipscale.recipes import list_recipes
 from clipscale.tell import listening
-from clipscale.text import one_line
 from clipscale.words import did_you_mean
 
 COMMANDS = {

@@ -13,9 +13,9 @@ from rich.text import Text
 
 from clipscale.config_data import Data, Select, SourceSettings
 from clipscale.errors import require
+from clipscale.escape import escaped
 from clipscale.paths import path_option, shards_option
 from clipscale.tell import say
-from clipscale.text import escaped
 from clipscale.words import counted
 
 if TYPE_CHECKING:

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from clipscale.data.shard.writer import ShardWriter
+from clipscale.escape import printable
 from clipscale.files import write_file
 from clipscale.progress import progress_bar
 from clipscale.shardkit.destination import Destination, building
 from clipscale.shardkit.inputs import Refusal, Row
 from clipscale.shardkit.pictures import Encoding, Picture, read_pictures
-from clipscale.text import printable
 
 
 class Written(NamedTuple):

@@ -28,9 +28,9 @@ from clipscale.data.shard.labels import MAX_LABEL_BYTES
 from clipscale.data.shard.select import group
 from clipscale.data.shard.tar import Listing, list_members
 from clipscale.errors import require
+from clipscale.escape import escaped, shown
 from clipscale.shardkit.checks import opened
 from clipscale.shardkit.remote import cache_for
-from clipscale.text import escaped, shown
 
 GREY, MARGIN, LINES, LINE_PIXELS, LETTER_PIXELS = (128, 128, 128), 8, 4, 16, 7
 

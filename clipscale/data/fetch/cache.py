@@ -34,8 +34,8 @@ from clipscale.data.fetch.download import (
 from clipscale.data.fetch.streams import Refused, TryAgain, look
 from clipscale.data.fetch.urls import check_scheme, is_local, masked
 from clipscale.errors import UserError
+from clipscale.escape import escaped
 from clipscale.files import cache_folder
-from clipscale.text import escaped
 
 __all__ = ["Check", "Expected", "Facts", "FetchError", "ShardCache"]  # the whole of what others need
 

@@ -17,9 +17,9 @@ import sys
 from types import ModuleType
 
 from clipscale.errors import UserError
+from clipscale.escape import one_line
 from clipscale.shardkit.commands import check, imagenet, inspect, make
 from clipscale.tell import listening
-from clipscale.text import one_line
 
 COMMANDS = {"make": make, "check": check, "inspect": inspect, "imagenet": imagenet}  # of `clipscale shards`
 

@@ -11,10 +11,10 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from clipscale.errors import require
+from clipscale.escape import shown
 from clipscale.files import write_file
 from clipscale.paths import path_option, shards_option
 from clipscale.shardkit.commands.options import add_jobs, add_reading, path
-from clipscale.text import shown
 from clipscale.words import counted
 
 WHAT = "verify shards to their last byte, and find duplicates"

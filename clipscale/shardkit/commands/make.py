@@ -16,11 +16,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from clipscale.escape import escaped
 from clipscale.shardkit.columns import Keys
 from clipscale.shardkit.commands.options import path
 from clipscale.shardkit.commands.packing import add_packing, destination_of, encoding_of, print_written
 from clipscale.shardkit.inputs import PassedOver, Refusal, Row, in_random_order, read_source
-from clipscale.text import escaped
 
 WHAT = "pack pictures with captions into shards"
 DESCRIPTION = """\

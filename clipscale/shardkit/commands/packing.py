@@ -17,11 +17,11 @@ from rich.table import Table
 from rich.text import Text
 
 from clipscale.errors import UserError
+from clipscale.escape import escaped
 from clipscale.shardkit.commands.options import add_jobs, add_max_pixels, natural, path, positive, quality
 from clipscale.shardkit.destination import Destination
 from clipscale.shardkit.inputs import PassedOver
 from clipscale.tell import say
-from clipscale.text import escaped
 from clipscale.words import counted
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""clipscale/text.py, and that every door to a terminal, a log or a page goes through it: keys, captions, paths and
+"""clipscale/escape.py, and that every door to a terminal, a log or a page goes through it: keys, captions, paths and
 errors that hold escape sequences, line ends, marks that turn the text, or bytes that are no UTF-8."""
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from clipscale.data.fetch.download import FetchError
 from clipscale.data.load.fill import Skip
 from clipscale.dist import World
 from clipscale.errors import UserError
+from clipscale.escape import escaped, one_line, printable, shown
 from clipscale.feed import Skips
 from clipscale.progress import bar_on, progress_bar
 from clipscale.runlog import RunLog
 from clipscale.shardkit.commands import run_script
 from clipscale.tell import tell
-from clipscale.text import escaped, one_line, printable, shown
 from clipscale.train import train
 
 EVIL = "k\x1b[2J\x9b31m\x7f\u202eelif\u2066\u2028\u2029\x85\r\nclipscale: error: forged [/red]"
