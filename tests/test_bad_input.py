@@ -224,8 +224,8 @@ def test_settings_that_cannot_be(capsys, monkeypatch, good, words, said):
         assert part in message
 
 
-def test_without_any_source(capsys):
-    path = write_config(Path.cwd(), "x").removesuffix("tiny.yaml") + "none.yaml"
+def test_without_any_source(capsys, tmp_path):
+    path = str(tmp_path / "none.yaml")
     Path(path).write_text("model: {name: ViT-S-32-alt}\nrun: {dir: run}")
     assert "set data.sources.<name>.urls to your shards" in refused(capsys, ["train", path])
 
