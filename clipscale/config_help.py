@@ -19,6 +19,7 @@ import tokenize
 import types
 import typing
 from collections.abc import Iterator
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import yaml
@@ -110,6 +111,7 @@ def _sections(kind: type, key: str) -> list[Section]:
     return [Section(key, about, settings), *inner]
 
 
+@cache
 def _notes(kind: type) -> tuple[str, dict[str, str]]:
     """The first line of a dataclass's docstring, and the comment of each field that has one."""
     source = textwrap.dedent(inspect.getsource(kind))

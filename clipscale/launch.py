@@ -6,9 +6,11 @@ rank, size, local_rank = launched()  # (0, 1, 0) for a process alone
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
-from clipscale.errors import SharedError, require
+from clipscale.errors import SharedError, UserError, require
 
 
 class Place(NamedTuple):
@@ -33,6 +35,17 @@ def launched() -> Place:
         )
         return Place(int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_LOCALID", 0)))
     return Place(0, 1, 0)
+
+
+@contextmanager
+def told_once() -> Iterator[None]:
+    """The ranks of a node read the same words and files: its first one tells what is wrong with them."""
+    try:
+        yield
+    except UserError as error:
+        if launched().local_rank:
+            raise SharedError(str(error)) from error
+        raise
 
 
 def check_ranks(global_batch: int, size: int) -> None:

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,9 +31,9 @@ from clipscale.data.fetch.urls import expand_urls, is_local
 from clipscale.data.pipeline import require_sources
 from clipscale.data.shard.counts import read_counts
 from clipscale.data.shard.uids import UidList
-from clipscale.errors import SharedError, UserError, require
+from clipscale.errors import require
 from clipscale.eval.classes import check_folder, class_names, class_templates
-from clipscale.launch import Place, check_ranks, launched
+from clipscale.launch import check_ranks, launched, told_once
 from clipscale.open_clip_files import check_model
 from clipscale.prepare import prepare_files
 from clipscale.sense import odd_pairs
@@ -51,7 +49,7 @@ def check_training(config: Config) -> list[str]:
         UserError: what a person must mend first. On a node's further ranks a SharedError, for its first one tells.
     """
     place = launched()
-    with _told_once(place):
+    with told_once():
         check_ranks(config.train.global_batch, place.size)
         check_model(config.model)
         _check_device(config.device)
@@ -72,7 +70,7 @@ def check_evaluation(path: str, words: list[str]) -> tuple[Path, Config]:
         UserError: no checkpoint there, a damaged one, or settings, classes or pictures that cannot be used. On a node's
             further ranks a SharedError.
     """
-    with _told_once(launched()):
+    with told_once():
         found = find_checkpoint(path)
         config = apply_overrides(load_config_of(found), words)
         require(
@@ -84,17 +82,6 @@ def check_evaluation(path: str, words: list[str]) -> tuple[Path, Config]:
         _check_device(config.device)
         _check_zeroshot(config.eval.zeroshot, replace(config.data, shapes=None))  # only a training draws them
         return found, config
-
-
-@contextmanager
-def _told_once(place: Place) -> Iterator[None]:
-    """The ranks of a node look at the same files: its first one tells what is wrong with them."""
-    try:
-        yield
-    except UserError as error:
-        if place.local_rank:
-            raise SharedError(str(error)) from error
-        raise
 
 
 def _check_device(device: str) -> None:

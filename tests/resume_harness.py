@@ -1,6 +1,6 @@
 """Trainings in forked children that are SIGKILLed mid-step and resumed; run by test_resume.py as a process of its own.
 
-    python resume_harness.py FOLDER          # prints one JSON object: what each experiment found
+    python resume_harness.py FOLDER 1 2 5    # kills at these steps; prints one JSON object: what each experiment found
 
 Forking after the imports makes a training cost a second instead of eight; it is safe because this process never
 computes anything itself.
@@ -135,7 +135,7 @@ def setup(folder: Path, urls: str, **changes) -> Path:
     return path
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, kills: list[int]) -> None:
     urls = write_pairs(folder / "data", shards=5, per_shard=SAMPLES // 5, size=20, broken={11})
     report: dict = {"same_world": {}, "other_world": {}}
 
@@ -144,7 +144,7 @@ def main(folder: Path) -> None:
     wanted = outcome(twin)
     report["masked"], report["steps"], report["keys"] = wanted["masked"], wanted["steps"], len(wanted["slots"])
     report["distinct_keys"] = len({key for step in wanted["slots"].values() for key in step.values()})
-    for kill_at in range(1, STEPS + 1):
+    for kill_at in kills:
         config = setup(folder / f"kill-{kill_at}", urls)
         run(config, kill_at=kill_at)
         run(config)
@@ -177,4 +177,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), [int(step) for step in sys.argv[2:]])

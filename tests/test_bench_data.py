@@ -138,6 +138,7 @@ def test_given_shards_and_one_part(small, tmp_path, capsys):
     assert "no pictures: they show the parts speed and stages" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_memory_that_grows_is_told_by_the_status(small, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(soak, "BOUND_BYTES", 2**20)
     kept = []

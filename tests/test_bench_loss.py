@@ -218,6 +218,7 @@ def test_the_commit_can_be_told(monkeypatch):
     assert commit() == "unknown"
 
 
+@pytest.mark.slow
 def test_real_ranks_share_the_batch(tmp_path):
     """Under torchrun: rank 0 reports, and the gradients of all ranks are those of the whole batch."""
     words = ["bench", "loss", *SMALL, "--batches", "101", "--precisions", "fp64", "--peers"]

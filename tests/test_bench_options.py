@@ -63,7 +63,7 @@ def test_names_are_the_losss_own():
         ("--device tpu", "--device=tpu: unknown; choose from auto, cpu, cuda"),
         ("--name a/b", "--name=a/b: a file name of letters, digits"),
         ("--precisions tf32 --device cpu", "--precisions=tf32: precision 'tf32' exists only on CUDA"),
-        ("--ranks 2000 --device cpu", "--batches: 1024 pairs for 2000 ranks; give at least one a rank"),
+        ("--ranks 2000 --device cpu", "--batches: 1,024 pairs for 2,000 ranks; give at least one a rank"),
     ],
 )
 def test_a_mistake_is_one_line(capsys, words, line):

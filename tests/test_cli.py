@@ -142,6 +142,14 @@ def test_under_torchrun_its_summary_has_our_line(tmp_path, monkeypatch):
     assert "To enable traceback" not in summary
 
 
+@pytest.mark.parametrize(("local_rank", "told"), [("0", True), ("1", False)])
+def test_a_wrong_setting_is_told_by_the_first_rank_of_a_node(capsys, monkeypatch, local_rank, told):
+    for name, value in (("RANK", "3"), ("LOCAL_RANK", local_rank), ("WORLD_SIZE", "4")):
+        monkeypatch.setenv(name, value)
+    assert main(["train", "quickstart", "train.lrr=3"]) == 2
+    assert ("error on rank 3: train.lrr=3: unknown key" in capsys.readouterr().err) == told
+
+
 def test_under_torchrun_its_summary_has_the_traceback_of_a_fault_of_ours(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     monkeypatch.setattr("clipscale.cli.recipes.run", lambda *_: 1 // 0)

@@ -103,7 +103,8 @@ def test_damaged_tars(tmp_path, fault, samples, says, told):
         "empty": b"",
     }[fault]
     shard.write_bytes(changed)
-    data = Data(sources={"mine": SourceSettings(urls=urls)}, crop_scale=(1, 1), crop_ratio=(1, 1))
+    usual = {"crop_scale": (1, 1), "crop_ratio": (1, 1), "max_refused_fraction": 1}
+    data = Data(sources={"mine": SourceSettings(urls=urls)}, **usual)
     total = 30 + samples
     pipe = build_pipeline(data, tokenize, image_size=24, context_length=24, seed=5, global_batch=total)
     assert pipe.sources[0].samples == total

@@ -7,6 +7,7 @@ import argparse
 from clipscale.cli import rank
 from clipscale.config_help import with_comments
 from clipscale.config_load import dump_config, load_config
+from clipscale.launch import told_once
 from clipscale.tell import say
 
 EXAMPLES = """\
@@ -27,7 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, words: list[str]) -> int:
-    config = load_config(arguments.config)
+    with told_once():
+        config = load_config(arguments.config)
     if arguments.print_config:
         print(with_comments(dump_config(config)), end="")
         return 0

@@ -210,6 +210,9 @@ def _seen(stat: os.stat_result) -> dict[str, Any]:
 
 @cache
 def _host() -> str:
+    """This host until it is started anew: containers of several hosts may have one name."""
+    with suppress(OSError):
+        return f"{socket.gethostname()} {Path('/proc/sys/kernel/random/boot_id').read_text().strip()}"
     return socket.gethostname()
 
 
