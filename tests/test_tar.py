@@ -336,13 +336,16 @@ def test_every_fill_of_a_record_is_padding(tmp_path, format):
 def test_a_longer_record_is_believed_of_a_program_that_has_the_option_and_only_where_it_fits():
     by_python, by_tar = bytearray(tarfile.TarInfo("x").tobuf(tarfile.USTAR_FORMAT)), bytearray(512)
     by_tar[257:265] = b"ustar  \0"
-    for blocks in (1, 7, 20, 21, 45, 100, 512, 2047, 2048):
+    for blocks in (1, 7, 20, 21, 45, 101, 512, 2047, 2048):
         for data in (0, 1, 18, 19, 20, 2046, 2047, 2048, 99_999):
             end = -(-(data + 2) // blocks) * blocks
             assert why_no_end(512 * data, 512 * end, by_tar) == ""
             assert (why_no_end(512 * data, 512 * end, by_python) == "") == (end - data <= 21)
     assert why_no_end(512 * 3950, 512 * 4051, by_tar) == "never filled"  # a prime number of blocks: no record fits
     assert why_no_end(512 * 5, 512 * 4104, by_tar) == "never filled"
+    for records in range(3, 64):  # a file of usual records is no record of its own, whatever its size
+        assert why_no_end(512 * 5, 512 * 20 * records, by_tar) == "never filled, or left by tar -b or -A"
+    assert why_no_end(512 * 5, 512 * 20 * 64, by_python) == "never filled"
     assert why_no_end(0, 512 * 22, b"") == "never filled"
     assert why_no_end(512 * 18, 512 * 60, by_python) == "never filled, or left by tar -A"
     assert why_no_end(512 * 17, 512 * 60, by_python) == why_no_end(512 * 18, 512 * 59, by_python) == "never filled"

@@ -6,7 +6,8 @@
 An archive ends with two blocks of zeros, and its writer may fill the last record. Python's tarfile (with it webdataset
 and img2dataset), GNU tar and bsdtar make records of 10,240 bytes, Go and Rust none. `tar -b` makes larger ones, and
 `tar -A` leaves the fill of both archives. Programs with such options show in the headers: only of theirs is a longer
-fill believed, and only where the sizes fit.
+fill believed, and only where the sizes fit. A file of whole usual records is taken for what the default wrote: there
+a longer record is believed only where it is a power of two, as people choose them.
 """
 
 from __future__ import annotations
@@ -37,8 +38,10 @@ def why_no_end(start: int, end: int, header: bytes) -> str:
     if end - start <= _USUAL_RECORD + _BLOCK:  # data may end one block before its record does
         return ""
     if header and _may_choose_records(header):
-        records = range(_USUAL_RECORD, _LARGEST_RECORD + 1, _BLOCK)
-        return "" if any(_joined(start, end, record) for record in records) else "never filled"
+        fitting = [r for r in range(_USUAL_RECORD, _LARGEST_RECORD + 1, _BLOCK) if _joined(start, end, r)]
+        if end % _USUAL_RECORD == 0 and not any(r == _USUAL_RECORD or r & (r - 1) == 0 for r in fitting):
+            return "never filled, or left by tar -b or -A" if fitting else "never filled"
+        return "" if fitting else "never filled"
     return "never filled, or left by tar -A" if header and _joined(start, end, _USUAL_RECORD) else "never filled"
 
 
