@@ -126,7 +126,9 @@ def test_order_follows_the_seed_and_not_the_processes(tool, pictures, tmp_path):
     assert build("d", "--no-shuffle")[1] == [f"c{i}".encode() for i in range(9)]
 
 
-@pytest.mark.parametrize("form", ["tsv", "jsonl", "headless", "open_clip", "hugging face", "tabs", "keys", "bom"])
+@pytest.mark.parametrize(
+    "form", ["tsv", "jsonl", "headless", "open_clip", "hugging face", "tabs", "keys", "bom", "usual"]
+)
 def test_other_forms_of_lists(tool, pictures, tmp_path, form):
     rows = [[f"pics/pic{index}.jpg", f"caption {index}"] for index in range(3)]
     source, options = tmp_path / "list.csv", []
@@ -147,6 +149,8 @@ def test_other_forms_of_lists(tool, pictures, tmp_path, form):
     elif form == "keys":
         write_csv(source, ["text", "filepath", "img"], [[c, "wrong.jpg", p] for p, c in rows])
         options = ["--image-key", "img", "--caption-key", "text"]
+    elif form == "usual":  # beside others that may be meant
+        write_csv(source, ["image", "text", "filepath", "caption"], [["no.jpg", "no", *row] for row in rows])
     elif form == "bom":
         source.write_text("filepath,caption\n" + "".join(f"{p},{c}\n" for p, c in rows), encoding="utf-8-sig")
     assert tool.main([str(source), "--output", str(tmp_path / "out"), "--no-shuffle", *options]) == 0
@@ -159,7 +163,7 @@ def test_other_forms_of_lists(tool, pictures, tmp_path, form):
         ("filepath,id,words", [], "the columns 'filepath', 'id', 'words': say which the caption (--caption-key NAME)"),
         ("file,split,text", [], "'text': say which holds the picture's path (--image-key NAME)"),
         ("picture,words", [], "path (--image-key NAME) and which the caption (--caption-key NAME)"),
-        ("filepath,caption,text", [], "which the caption (--caption-key NAME: 'caption' or 'text')"),
+        ("filepath,Caption,text", [], "which the caption (--caption-key NAME: 'Caption' or 'text')"),
         ("path,image,title", [], "path (--image-key NAME: 'path' or 'image')"),
         (
             "path,image,title,text",

@@ -24,6 +24,7 @@ PICTURE_NAME = re.compile(
 # open_clip's, and those of Hugging Face's image folders and of the usual exports
 IMAGE_NAMES = {"filepath", "file_path", "path", "image_path", "image", "file_name", "filename"}
 CAPTION_NAMES = {"caption", "title", "text"}
+USUAL_NAMES = ("filepath", "caption")  # these are taken beside other known ones
 _DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 
 
@@ -66,7 +67,7 @@ def choose_columns(source: Path, names: list[str], keys: Keys) -> Columns:
     """`find_columns`, telling which were taken where nobody named them and they are not the usual two."""
     found = find_columns(source, names, keys)
     taken = names[found.image], names[found.caption]
-    if keys.image is None and keys.caption is None and taken != ("filepath", "caption"):
+    if keys.image is None and keys.caption is None and taken != USUAL_NAMES:
         tell(f"{source}: pictures from the column {taken[0]!r}, captions from {taken[1]!r}")
     return found
 
@@ -100,9 +101,12 @@ def _named(source: Path, names: list[str], wanted: str, option: str) -> int:
 
 
 def _find(source: Path, names: list[str], wanted: str | None, known: set[str], option: str) -> list[int]:
-    """The columns that may be meant."""
+    """The columns that may be meant: the usual one alone, where it is there."""
     if wanted is not None:
         return [_named(source, names, wanted, option)]
+    usual = [number for number, name in enumerate(names) if name in USUAL_NAMES and name in known]
+    if len(usual) == 1:
+        return usual
     return [number for number, name in enumerate(names) if name.strip().casefold() in known]
 
 
