@@ -30,16 +30,19 @@ from clipscale.paths import PathKind
 
 _HIDDEN = "$\ue000{"  # stands for `${` where OmegaConf reads or writes YAML: it would take it for a reference
 _MOST_EXACT = 2**53  # a float above it need not be the number that was written
+_BENT = re.compile(r"[-+]?0[0-7_]+|[-+]?\d[\d_]*(:[0-5]?\d)+(\.[\d_]*)?")  # 0400 is 256 in YAML, and 1:30 is 90
 _OWN_LISTS = ("imagenet",)  # open_clip's, where a file may stand
 
 
 def read_file(path: str) -> dict[str, Any]:
     """Raises UserError for text that is none, and for files that are no mapping; YAMLError for what is no YAML."""
     try:
-        tree = read_yaml(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot be read ({error.strerror or error})") from error
-    return escaped(_fit(tree, Config, "", folder=os.path.dirname(os.path.abspath(path))))
+    tree = _fit(read_yaml(text), Config, "", folder=os.path.dirname(os.path.abspath(path)))
+    _refuse_bent(text)
+    return escaped(tree)
 
 
 def read_yaml(text: str) -> dict[str, Any]:
@@ -66,8 +69,12 @@ def read_word(word: str) -> dict[str, Any]:
         holder = inner
         (name, inner), *_ = holder.items()
         hint = _inner(hint, name)
-    holder[name] = _text(value) if _kind(hint)[0] is str else _value(value)
-    return escaped(_fit(tree, Config, "", folder=None))
+    is_text = _kind(hint)[0] is str
+    holder[name] = _text(value) if is_text else _value(value)
+    tree = _fit(tree, Config, "", folder=None)
+    if not is_text:
+        _refuse_bent(value)
+    return escaped(tree)
 
 
 def escaped(value: Any) -> Any:
@@ -96,6 +103,17 @@ def _value(word: str) -> Any:
     return _changed(_shown, OmegaConf.to_container(OmegaConf.from_dotlist([f"value={_hidden(word)}"]))["value"])
 
 
+def _refuse_bent(text: str) -> None:
+    """Raise UserError for numbers that YAML takes for ones of base 8 or 60."""
+    for token in yaml.scan(_hidden(text)):
+        bent = isinstance(token, yaml.ScalarToken) and token.plain and _BENT.fullmatch(token.value)
+        require(
+            not bent,
+            f"{bent and bent[0]} (line {token.start_mark.line + 1}) is a number of base 8 or 60 to YAML; write it "
+            "without leading zeros and colons, or in quotes if it is text",
+        )
+
+
 def _fit(value: Any, hint: Any, key: str, *, folder: str | None) -> Any:
     """`value` as the setting `key` takes it. What does not fit is left to OmegaConf, but for what it would bend.
 
@@ -109,6 +127,9 @@ def _fit(value: Any, hint: Any, key: str, *, folder: str | None) -> Any:
             name: _fit(inner, _inner(hint, name), f"{key}.{name}" if key else name, folder=folder)
             for name, inner in value.items()
         }
+    if dataclasses.is_dataclass(kind) and value is not None:
+        known = ", ".join(f"{key}.{name}" for name in _hints(kind))
+        raise UserError(f"{key}: {value!r}, and this is a section of settings: {known}")
     require(value != MISSING, f"{key}: {MISSING!r} says that nothing is set; write the value")
     if kind is str and value is not None and not isinstance(value, list):
         require(isinstance(value, str), f"{key}: {value!r} as YAML reads it, and text is wanted; put it in quotes")

@@ -26,6 +26,7 @@ from clipscale.errors import UserError, require
 CLIP_TOKENS = 49_408  # in CLIP's BPE
 _MODEL_PARTS = {"embed_dim", "vision_cfg", "text_cfg"}
 _TRAINABLE = _MODEL_PARTS | {"quick_gelu", "custom_text", "init_logit_scale", "init_logit_bias"}
+_HUGGING_FACE = ("hf_model_name", "hf_tokenizer_name")
 _TOKENIZER = ("hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs")
 
 
@@ -55,7 +56,7 @@ def check_model(model: Model) -> None:
         _check_fields("CLIPTextCfg", model.text, "model.text")
         _check_tokenizer(model.text)
         text, what = model.text, "model.text"
-    of_hugging_face = [text[key] for key in ("hf_model_name", "hf_tokenizer_name") if text.get(key)]
+    of_hugging_face = [text[key] for key in _HUGGING_FACE if text.get(key)]
     require(
         not of_hugging_face or importlib.util.find_spec("transformers") is not None,
         f"{what} has its text tower or tokenizer ({', '.join(dict.fromkeys(map(str, of_hugging_face)))}) from Hugging "
@@ -119,6 +120,14 @@ def _check_fields(kind: str, values: dict[str, Any], prefix: str) -> None:
 
 def _check_tokenizer(text: dict[str, Any]) -> None:
     """CLIP's own tokenizer, which has no settings, unless the tower or the tokenizer is Hugging Face's."""
+    for key in _HUGGING_FACE:
+        name = text.get(key)
+        require(name is None or isinstance(name, str), f"model.text.{key}={name!r} must be text; put it in quotes")
+        require(
+            not name or name[0] not in "~$",
+            f"model.text.{key}={name!r}: a name of Hugging Face's or a folder, in which ~ and $ are not filled in; "
+            "write its path out",
+        )
     options = text.get("tokenizer_kwargs")
     require(options is None or isinstance(options, dict), f"model.text.tokenizer_kwargs={options!r} must be a mapping")
     if text.get("hf_model_name") or text.get("hf_tokenizer_name"):

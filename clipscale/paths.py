@@ -31,7 +31,7 @@ def local_path(text: str) -> str:
     """
     require(text.strip() != "", f"{text!r} is an empty path; name a folder or file")
     path = _with_home(without_file_scheme(_with_variables(text)))
-    url = _URL.match(path)
+    url = _URL.match(path.lstrip())
     require(  # what follows the scheme may hold a password
         url is None,
         f"a URL ({url and url[1]}:...), and this must be a path on a disk of this machine (mount what lies elsewhere; "

@@ -26,7 +26,10 @@ def main() -> None:
     parser.add_argument("picture", type=Path, help="PNG or SVG to write")
     parser.add_argument("--title", default=None)
     arguments = parser.parse_args()
-    rows = [json.loads(line) for line in (arguments.run / "metrics.jsonl").read_text().splitlines()]
+    metrics = arguments.run / "metrics.jsonl"
+    if not metrics.is_file():
+        raise SystemExit(f"{metrics} does not exist; name the folder of a run that has begun")
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     scored = [row for row in rows if "zeroshot/top1" in row]
 
     figure, axis = plt.subplots(figsize=(7.2, 3.6), layout="constrained")

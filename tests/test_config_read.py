@@ -171,6 +171,23 @@ def test_a_number_that_a_float_may_have_bent():
     assert "seed: 1e+17 is too large to be exact; write its digits out" in refusal("seed=1e17")
 
 
+@pytest.mark.parametrize("written", ["0400", "-010", "1:30"])
+def test_a_number_of_base_8_or_60_is_refused(written, yaml_file):
+    assert f"{written} (line 1) is a number of base 8 or 60 to YAML" in refusal(f"train.samples={written}")
+    assert f"{written} (line 2) is a number of base 8 or 60" in refusal(yaml_file(f"train:\n  samples: {written}\n"))
+    assert "base 8 or 60" in refusal(f"model.text={{hf_model_name: {written}}}")
+
+
+@pytest.mark.parametrize("written", ["0", "'0400'", "0.5", "10"])
+def test_other_numbers_are_as_ever(written):
+    assert load_config([f"seed={written}" if "." not in written else f"optim.lr={written}"])
+
+
+def test_one_value_for_a_section(yaml_file):
+    assert "model: 'ViT-B-32', and this is a section of settings: model.name, " in refusal("model=ViT-B-32")
+    assert "run: 5, and this is a section of settings: run.dir, run.log_every_steps" in refusal(yaml_file("run: 5"))
+
+
 # --- dollars ----------------------------------------------------------------------------------------------------------
 
 

@@ -81,6 +81,7 @@ def test_a_local_path(text, path):
         ("pipe:cat x", "a URL (pipe:...)"),
         ("nas:/data", "a name that holds a colon: ./nas:..."),
         ("$BUCKET/q", "a URL (s3:...)"),
+        (" s3://b/q", "a URL (s3:...)"),
         ("file://nas/data", "names the host 'nas'; a file of this machine: file:///<path>"),
         ("$NOT_SET/q", "'$NOT_SET/q': the variable NOT_SET is not set"),
         ("a/${NOT_SET}", "the variable NOT_SET is not set"),

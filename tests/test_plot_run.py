@@ -27,3 +27,9 @@ def test_rows_with_and_without_what_only_some_steps_have(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [SCRIPT, str(tmp_path), str(tmp_path / "run.png")])
     runpy.run_path(SCRIPT, run_name="__main__")
     assert (tmp_path / "run.png").stat().st_size > 5000
+
+
+def test_a_folder_without_metrics_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [SCRIPT, str(tmp_path), str(tmp_path / "run.png")])
+    with pytest.raises(SystemExit, match=r"metrics\.jsonl does not exist; name the folder of a run"):
+        runpy.run_path(SCRIPT, run_name="__main__")

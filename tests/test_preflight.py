@@ -258,3 +258,9 @@ def test_without_transformers_its_towers_say_how_to_get_it(place, monkeypatch):
     ):
         with pytest.raises(UserError, match=r"transformers is not installed; pip install 'clipscale\[hf\]'"):
             check_training(tiny_config(place, "good/*.tar", *words))
+
+
+@pytest.mark.parametrize("folder", ["~/bert", "$HOME/bert"])
+def test_a_text_tower_in_a_folder_that_is_not_written_out(place, folder):
+    with pytest.raises(UserError, match=r"model\.text\.hf_model_name='.*': a name of Hugging Face's or a folder"):
+        check_training(tiny_config(place, "good/*.tar", f"model.text={{hf_model_name: {folder}}}"))

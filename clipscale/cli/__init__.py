@@ -16,6 +16,7 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from contextlib import suppress
 from types import ModuleType
 
@@ -81,9 +82,24 @@ def parse(words: list[str]) -> tuple[ModuleType, argparse.Namespace]:
         parser.error(f"{name!r} is a recipe: `clipscale train {name}` trains it")
     arguments, unknown = parser.parse_known_args(words)
     if unknown:
-        hints = dict.fromkeys(filter(None, map(explain, unknown))) if name == "train" else ()
+        known = dict.fromkeys(_options(parser))
+        hints = dict.fromkeys(
+            (explain(word) if name == "train" else "") or did_you_mean(word.partition("=")[0], known)
+            for word in unknown
+            if word.startswith("-")
+        )
+        hints.pop("", None)
         parser.error("; ".join([f"unrecognized arguments: {' '.join(unknown)}", *hints]))
     return command, arguments
+
+
+def _options(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """Of this parser and those of its commands."""
+    for action in parser._actions:
+        yield from action.option_strings
+        if isinstance(action, argparse._SubParsersAction):
+            for its_parser in action.choices.values():
+                yield from _options(its_parser)
 
 
 class Parser(argparse.ArgumentParser):
