@@ -115,7 +115,7 @@ def test_arguments_that_are_missing_or_unknown(capsys, words):
         (["eval", "zeroshto"], "did you mean zeroshot?"),
         (["bench", "lsos"], "did you mean loss?"),
         (["train", "quickstart", "--print-confg"], "arguments: --print-confg; did you mean --print-config?"),
-        (["shards", "make", "a.csv", "--output", "b", "--jbos=2"], "--jbos=2; did you mean --jobs?"),
+        (["shards", "make", "a.csv", "--output", "b", "--jbos=2"], "--jbos=2; did you mean --jobs or --json?"),
         (["quickstart"], "'quickstart' is a recipe: `clipscale train quickstart` trains it"),
     ],
 )

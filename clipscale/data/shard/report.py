@@ -72,16 +72,18 @@ def require_samples(
     if sum(shard.samples for shard in shards):
         return
     place = source.caption if source.caption.startswith("json:") else f".{source.caption}"
+    urls = masked(source.urls)
+    nowhere = (
+        f"its shard {urls} holds no" if len(shards) == 1 else f"none of its {len(shards):,} shards ({urls}) holds a"
+    )
     wanted = f"a caption ({place})" if need == "pairs" else "a label (.cls)"
     causes, unread = refused(shards), not_read(shards)
     found = [_table(causes), *(f"{masked(shard.url)} {shard.cut}{copy_of(shard.url)}" for shard in shards if shard.cut)]
     found = [what for what in found if what][:4]
     if unread:
         found.append(f"members that are not read: {_table(Counter(dict(unread.most_common(_TOLD))))}")
-    raise UserError(
-        f"source {name!r}: none of its {counted(len(shards), 'shard')} ({masked(source.urls)}) holds a sample with "
-        f"a picture and {wanted}; found: {'; '.join([*found, *_hints(causes, unread)]) or 'empty archives'}"
-    )
+    seen = "; ".join([*found, *_hints(causes, unread)]) or "empty archives"
+    raise UserError(f"source {name!r}: {nowhere} sample with a picture and {wanted}; found: {seen}")
 
 
 def _hints(causes: Counter[str], unread: Counter[str]) -> Iterable[str]:
