@@ -31,7 +31,7 @@ from clipscale.data.fetch.urls import expand_urls, is_local
 from clipscale.data.pipeline import require_sources
 from clipscale.data.shard.counts import read_counts
 from clipscale.data.shard.uids import UidList
-from clipscale.errors import require
+from clipscale.errors import UserError, require
 from clipscale.eval.classes import check_folder, class_names, class_templates
 from clipscale.launch import check_ranks, launched, told_once
 from clipscale.open_clip_files import check_model
@@ -124,9 +124,12 @@ def _check_data(config: Config) -> None:
     """Files that settings name; whether there are such shards."""
     data = config.data
     require_sources(data)
-    for source in data.sources.values():
+    for name, source in data.sources.items():
         if source.weight > 0:
-            _check_source(source, config)
+            try:
+                _check_source(source, config)
+            except UserError as error:
+                raise UserError(f"source {name!r}: {error}") from error
     if data.shapes is not None and not os.path.isdir(data.shapes.dir):
         _check_folder("data.shapes.dir", data.shapes.dir)
     if config.replay.dir is not None:

@@ -53,6 +53,11 @@ def _warm_up(config: Config) -> Iterator[str]:
             f"step, {reached / optim.lr:.0%} of optim.lr={optim.lr:.3g}; a tenth of the run is optim.warmup_steps="
             f"{max(1, steps // 10):,}"
         )
+    elif 2 * warmup > steps and warmup > 1:
+        yield (
+            f"optim.{setting}={value:,} ({_steps(warmup)}) is more than half of the run (train.samples="
+            f"{config.train.samples:,}, {_steps(steps)}); a tenth of it is optim.warmup_steps={max(1, steps // 10):,}"
+        )
     elif setting == "warmup_samples" and 0 < warmup < _WARMUP_STEPS:
         yield (
             f"optim.warmup_samples={value:,} is a warm-up of {_steps(warmup)} at train.global_batch={batch:,}, of the "

@@ -23,8 +23,8 @@ def _facts(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
-    """Returns as soon as `condition()` holds."""
+def wait_until(condition: Callable[[], object], seconds: float = 240.0) -> None:
+    """Returns as soon as `condition()` holds; what takes longer than a busy machine may need is a hang."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"not so after {seconds} s"

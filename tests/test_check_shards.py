@@ -264,7 +264,7 @@ def test_ctrl_c_leaves_nothing(tmp_path):
     command = [sys.executable, FOLDER / "check_shards.py", tmp_path / "set/*.tar", "--scratch", tmp_path / "scratch"]
     command += ["--json", tmp_path / "report.json", "--broken", tmp_path / "broken.jsonl", "--jobs=2"]
     done = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: list(tmp_path.glob("*.partial")), 60)
+    wait_until(lambda: list(tmp_path.glob("*.partial")))
     done.send_signal(signal.SIGINT)
     assert "interrupted, nothing was written" in done.communicate(timeout=300)[1]
     assert done.returncode == 130

@@ -508,7 +508,7 @@ def test_ctrl_c_adds_no_shard(tmp_path):
         (folder / f"{number:03}.txt").write_text("x")
     command = [sys.executable, TOOL, folder, "--output", tmp_path / "out", "--samples-per-shard=5", "--jobs=2"]
     done = subprocess.Popen([*map(str, command), "--resize=100"], stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: list(tmp_path.glob("out/.train.building/*.tar")), 60)
+    wait_until(lambda: list(tmp_path.glob("out/.train.building/*.tar")))
     done.send_signal(signal.SIGINT)
     assert "interrupted, no shard was added" in done.communicate(timeout=300)[1]
     assert done.returncode == 130

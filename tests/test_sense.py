@@ -32,6 +32,11 @@ PAIRS = [
         "optim.warmup_samples=null for this one)",
     ),
     (
+        ["train.samples=1000", "train.global_batch=10", "optim.warmup_steps=60"],
+        "optim.warmup_steps=60 (60 steps) is more than half of the run (train.samples=1,000, 100 steps); a tenth of it "
+        "is optim.warmup_steps=10",
+    ),
+    (
         ["train.samples=100", "train.global_batch=4096"],
         "train.samples=100 is less than one batch (train.global_batch=4,096): the run is 1 step, of 4,096 samples",
     ),

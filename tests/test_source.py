@@ -201,7 +201,7 @@ def test_no_usable_sample_is_one_clear_error(tmp_path, content, found):
         path.write_bytes(content)
     else:
         write_shard(path, content)
-    with pytest.raises(UserError, match="holds a sample with a picture and a caption") as error:
+    with pytest.raises(UserError, match="holds no sample with a picture and a caption") as error:
         opened(path)
     assert found in str(error.value)
     assert "\n" not in str(error.value)

@@ -74,7 +74,7 @@ def require_samples(
     place = source.caption if source.caption.startswith("json:") else f".{source.caption}"
     urls = masked(source.urls)
     nowhere = (
-        f"its shard {urls} holds no" if len(shards) == 1 else f"none of its {len(shards):,} shards ({urls}) holds a"
+        f"its shard ({urls}) holds no" if len(shards) == 1 else f"none of its {len(shards):,} shards ({urls}) holds a"
     )
     wanted = f"a caption ({place})" if need == "pairs" else "a label (.cls)"
     causes, unread = refused(shards), not_read(shards)
