@@ -129,7 +129,7 @@ def _fit(value: Any, hint: Any, key: str, *, folder: str | None) -> Any:
         }
     if dataclasses.is_dataclass(kind) and value is not None:
         known = ", ".join(f"{key}.{name}" for name in _hints(kind))
-        raise UserError(f"{key}: {value!r}, and this is a section of settings: {known}")
+        raise UserError(f"{key}: {key}={value} gives a section one value; its settings are {known}")
     require(value != MISSING, f"{key}: {MISSING!r} says that nothing is set; write the value")
     if kind is str and value is not None and not isinstance(value, list):
         require(isinstance(value, str), f"{key}: {value!r} as YAML reads it, and text is wanted; put it in quotes")

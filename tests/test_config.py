@@ -222,8 +222,8 @@ def test_a_missing_file_and_a_folder(tmp_path):
         ("data.crop_scale.0=0.5", "incompatible"),
         ("data.crop_ratio=[a,b]", "Float"),
         ("data.sources.a.urls=[a.tar,b.tar]", "string"),
-        ("data.sources.a=a.tar", "Source"),
-        ("train=5", "Train"),
+        ("data.sources.a=a.tar", "its settings are data.sources.a.urls"),
+        ("train=5", "its settings are train.global_batch"),
         ("train.global_batch=[1", "expected"),
     ],
 )

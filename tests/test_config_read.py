@@ -184,8 +184,10 @@ def test_other_numbers_are_as_ever(written):
 
 
 def test_one_value_for_a_section(yaml_file):
-    assert "model: 'ViT-B-32', and this is a section of settings: model.name, " in refusal("model=ViT-B-32")
-    assert "run: 5, and this is a section of settings: run.dir, run.log_every_steps" in refusal(yaml_file("run: 5"))
+    assert "model: model=ViT-B-32 gives a section one value; its settings are model.name, " in refusal("model=ViT-B-32")
+    assert "run: run=5 gives a section one value; its settings are run.dir, run.log_every_steps" in refusal(
+        yaml_file("run: 5")
+    )
 
 
 # --- dollars ----------------------------------------------------------------------------------------------------------
