@@ -154,8 +154,8 @@ def test_a_summary():
     ]
 
 
-def test_a_summary_counts_one_as_one():
-    config = tiny_config(Path("."), "a.tar", "train.global_batch=1")
+def test_a_summary_counts_one_as_one(tmp_path):
+    config = tiny_config(tmp_path, "a.tar", "train.global_batch=1")
     assert (
         ": 1 step of 1 pair on 1 cpu rank," in start_lines(config, world(1), last_step=1, found=None, snapshot=None)[0]
     )
