@@ -13,7 +13,6 @@ Tensors are loaded with `weights_only=True`: nothing is unpickled.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import pickle
@@ -28,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from clipscale.config import Config
 from clipscale.config_load import config_from_yaml, dump_config
 from clipscale.errors import UserError, reason, require
-from clipscale.files import hash_file, sync_folder, synced_file
+from clipscale.files import hash_file, lock_file, sync_folder, synced_file
 from clipscale.tell import tell
 
 if TYPE_CHECKING:
@@ -105,10 +104,7 @@ class RunFolder:
 
     def _hold(self) -> bool:
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self._path / ".lock"))
-        except (BlockingIOError, FileNotFoundError):  # held, or just removed by the one that held it
-            return False
+            return lock_file(self._lock.fileno(), self._path / ".lock")
         except OSError:  # a file system without locks
             return True
 

@@ -1,6 +1,6 @@
 """What YAML files and command-line words say, as trees whose values fit the settings they are for. No torch import.
 
-    read_word("run.dir=~/2024_01_05")           # {'run': {'dir': '/home/me/2024_01_05'}}: text is taken as it stands
+    read_word("run.dir=~/2024_01_05")           # {'run': {'dir': '/u/me/2024_01_05'}}: text is taken as it stands
     read_word("train.samples=400e6")            # {'train': {'samples': 400000000}}: the rest is YAML
     read_file("quickstart.yaml")                # the same of a file: a number where text is meant is an error
 

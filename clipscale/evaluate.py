@@ -12,7 +12,7 @@ from clipscale.config import Config
 from clipscale.dist import start_world
 from clipscale.eval.suite import EvalSuite
 from clipscale.fit_tokenizer import fitting_tokenizer
-from clipscale.preflight import check_evaluation
+from clipscale.preflight.checks import check_evaluation
 from clipscale.towers import autocast_dtype, build_towers
 
 

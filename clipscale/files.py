@@ -8,6 +8,7 @@ hash_file("train-0000.tar", crc32=True)                      # {'bytes': 4311040
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -118,6 +119,20 @@ def why_unreadable(path: str, error: Exception) -> str:
     if isinstance(error, FileNotFoundError) and not os.path.isabs(path):
         return f"no such file in {os.getcwd()}, nor beside the YAML that names it"
     return str(error)
+
+
+def lock_file(file: int, path: _Path) -> bool:
+    """Whether this process holds the lock of the file open as `file` from now on: nobody else does, and `path` is still
+    its name.
+
+    Raises:
+        OSError: the file system has no locks.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(file), os.stat(path))
+    except (BlockingIOError, FileNotFoundError):  # held, or just removed by the one that held it
+        return False
 
 
 def cache_folder(cache_dir: str | None) -> Path:

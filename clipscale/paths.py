@@ -1,6 +1,6 @@
 """What a person means by a path: one on this machine's disks, or shards, which may lie elsewhere too.
 
-    local_path("~/runs/q")                                  # /home/me/runs/q
+    local_path("~/runs/q")                                  # /u/me/runs/q
     local_path("${SCRATCH}/q")                              # /scratch/me/q; UserError where SCRATCH is not set
     local_path("s3://bucket/q")                             # UserError: it would become a folder here of that name
     shard_urls("$DATA/{00..09}.tar::https://host/x?k=$1")   # /data/{00..09}.tar::https://host/x?k=$1

@@ -45,8 +45,8 @@ from clipscale.loss import ContrastiveGrads, contrastive_grads
 from clipscale.loss.engines import adopt_shapes, check_engine, tuned_shapes
 from clipscale.optim import build_optimizer, restore_optimizer, set_lr
 from clipscale.parallel import broadcast_parameters, sum_gradients
-from clipscale.preflight import check_training
-from clipscale.prepare import prepare_files
+from clipscale.preflight.checks import check_training
+from clipscale.preflight.prepare import prepare_files
 from clipscale.progress import duration
 from clipscale.runlog import Pace, RunLog, memory, times_due
 from clipscale.schedule import learning_rate, rate_jump, total_steps
@@ -67,7 +67,7 @@ def train(config: Config, notes: list[str] | None = None) -> list[str]:
     """
     notes = check_training(config) if notes is None else notes
     with start_world(config.device) as world:
-        trainer = Trainer(config, world, notes)
+        trainer = Trainer(config, world, notes, prepared=world.size == 1)  # `check_training` did, for one rank alone
         try:
             return trainer.run()
         finally:
@@ -79,9 +79,10 @@ class Trainer:
 
     Args:
         notes: lines to tell first, in the run's log too.
+        prepared: the run's files are made ready already (preflight/prepare.py).
     """
 
-    def __init__(self, config: Config, world: World, notes: Sequence[str] = ()) -> None:
+    def __init__(self, config: Config, world: World, notes: Sequence[str] = (), *, prepared: bool = False) -> None:
         check_ranks(config.train.global_batch, world.size)
         try:
             check_engine(config.loss.engine, config.loss.precision, world.device)
@@ -90,12 +91,12 @@ class Trainer:
         self.config, self.world = config, world
         self._resources = ExitStack()
         try:
-            self._resume(notes)
+            self._resume(notes, prepared)
         except BaseException:
             self.close()
             raise
 
-    def _resume(self, notes: Sequence[str]) -> None:
+    def _resume(self, notes: Sequence[str], prepared: bool) -> None:
         """Find where the run stands, and build everything that its next step needs; then tell what will be trained."""
         config, world = self.config, self.world
         self.log = self._resources.enter_context(RunLog(config.run.dir, rank=world.rank))
@@ -111,7 +112,7 @@ class Trainer:
         self.nonfinite_in_a_row = 0
         self.last_step = self.steps_done + total_steps(config, self.position)
         self.skips = Skips(config, state.skips, world)
-        if self.steps_done < self.last_step:
+        if self.steps_done < self.last_step and not prepared:
             self._prepare_files(state.order)
         self._build_towers(snapshot)
         if self.steps_done < self.last_step:

@@ -15,6 +15,7 @@ import components
 import forks
 import pytest
 import torch
+from http_server import Server, serve
 
 from clipscale.data.pixels.decode import center_square
 from clipscale.pool import map_in_processes
@@ -67,3 +68,11 @@ def told() -> Iterator[list[str]]:
     lines: list[str] = []
     with listening(lambda line, every_rank: lines.append(line)):
         yield lines
+
+
+@pytest.fixture
+def server(tmp_path) -> Iterator[Server]:
+    """A web server over the empty folder tmp_path/served; some files have one of their own."""
+    (tmp_path / "served").mkdir()
+    with serve(tmp_path / "served") as running:
+        yield running

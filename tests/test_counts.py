@@ -4,14 +4,14 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import repeat
 from pathlib import Path
 
 import pytest
-from http_server import Fault, Server, serve
+from http_server import Fault, Server
 from loading import read, tokenize
 from shards import picture, write_shard
 from tiny import tiny_config
@@ -21,18 +21,11 @@ from clipscale.data.bad import BadSample
 from clipscale.data.pipeline import build_pipeline
 from clipscale.data.source import Source, open_source
 from clipscale.errors import UserError
-from clipscale.prepare import prepare_files
+from clipscale.preflight.prepare import prepare_files
 from clipscale.train import train
 
 SHARDS = "{0000..0002}.tar"
 SCORES = Select(score_field="similarity", min_score=0.3)
-
-
-@pytest.fixture
-def server(tmp_path) -> Iterator[Server]:
-    (tmp_path / "served").mkdir()
-    with serve(tmp_path / "served") as running:
-        yield running
 
 
 @pytest.fixture

@@ -15,26 +15,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 GROUND = {
-    *(
-        "__init__",
-        "errors",
-        "counter",
-        "escape",
-        "words",
-        "paths",
-        "tell",
-        "files",
-        "progress",
-        "pool",
-        "dist",
-        "runlog",
-    ),
-    *("config_data", "config", "config_read", "config_load", "config_help", "recipes", "launch", "schedule", "sense"),
+    *("__init__", "errors", "counter", "escape", "words", "paths", "tell", "files", "progress", "pool", "dist"),
+    *("config_data", "config", "config_read", "config_load", "config_help", "recipes", "launch", "schedule", "runlog"),
     *("open_clip_files", "open_clip_flags"),
 }
 STAGES = {"data", "towers", "loss"}
 ASSEMBLY = {"gradcache", "parallel", "optim", "checkpoint", "fit_tokenizer", "eval"}
-ENTRIES = {"train", "train_report", "feed", "evaluate", "prepare", "preflight"}
+ENTRIES = {"train", "train_report", "feed", "evaluate"}
 # What a room may import beside itself and (where nothing else is said) the ground.
 LAWS: dict[str, set[str]] = {
     **dict.fromkeys(GROUND, GROUND),
@@ -63,7 +50,8 @@ LAWS |= {
     "towers": GROUND,
     "loss": GROUND,
     **dict.fromkeys(ASSEMBLY, GROUND | STAGES | DATA),
-    **dict.fromkeys(ENTRIES, GROUND | STAGES | DATA | ASSEMBLY | ENTRIES),
+    "preflight": GROUND | DATA | {"checkpoint", "eval"},
+    **dict.fromkeys(ENTRIES, GROUND | STAGES | DATA | ASSEMBLY | {"preflight"} | ENTRIES),
     "bench.common": GROUND,
     "bench.loss": GROUND | {"loss", "bench.common"},
     "bench.data": GROUND | DATA | {"bench.common"},

@@ -233,7 +233,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     (tmp_path / ".set.building-other").mkdir()
-    monkeypatch.setattr(shapes.fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     make_shapes(tmp_path / "set", **SMALL)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".set.building-other", "set"]
 

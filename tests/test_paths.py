@@ -33,7 +33,7 @@ def here(tmp_path, monkeypatch) -> Path:
     """An empty current folder; `~` and some variables are what they are not elsewhere."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", "/u/me")
     monkeypatch.setenv("SCRATCH", "/scratch/me")
     monkeypatch.setenv("BUCKET", "s3://bucket")
     monkeypatch.setenv("EMPTY", "")
@@ -48,15 +48,15 @@ def here(tmp_path, monkeypatch) -> Path:
     ("text", "path"),
     [
         ("runs/q", "runs/q"),
-        ("~/runs/q", "/home/me/runs/q"),
-        ("~", "/home/me"),
-        ("$HOME/q", "/home/me/q"),
-        ("${SCRATCH}/q-$HOME", "/scratch/me/q-/home/me"),
+        ("~/runs/q", "/u/me/runs/q"),
+        ("~", "/u/me"),
+        ("$HOME/q", "/u/me/q"),
+        ("${SCRATCH}/q-$HOME", "/scratch/me/q-/u/me"),
         ("a/~/b", "a/~/b"),
         ("file:q", "q"),
         ("file:///x/y", "/x/y"),
         ("FILE://localhost/x", "/x"),
-        ("file:~/q", "/home/me/q"),
+        ("file:~/q", "/u/me/q"),
         ("a:b", "a:b"),
         ("2024-01-05T10:00/q", "2024-01-05T10:00/q"),
         ("./s3:/b", "./s3:/b"),
@@ -103,13 +103,13 @@ def test_what_is_no_local_path(text, why):
 @pytest.mark.parametrize(
     ("text", "urls"),
     [
-        ("~/s/{00..09}.tar", "/home/me/s/{00..09}.tar"),
-        ("a.tar::~/b.tar:: ${SCRATCH}/{a,b}/*.tar", "a.tar::/home/me/b.tar::/scratch/me/{a,b}/*.tar"),
-        ("file:~/a:b.tar", "file:/home/me/a:b.tar"),
-        ("{$SCRATCH,$HOME}/*.tar", "{/scratch/me,/home/me}/*.tar"),
+        ("~/s/{00..09}.tar", "/u/me/s/{00..09}.tar"),
+        ("a.tar::~/b.tar:: ${SCRATCH}/{a,b}/*.tar", "a.tar::/u/me/b.tar::/scratch/me/{a,b}/*.tar"),
+        ("file:~/a:b.tar", "file:/u/me/a:b.tar"),
+        ("{$SCRATCH,$HOME}/*.tar", "{/scratch/me,/u/me}/*.tar"),
         ("$BUCKET/{0..9}.tar", "s3://bucket/{0..9}.tar"),
         ("https://h/x.tar?k=$HOME&s=${SCRATCH}~", "https://h/x.tar?k=$HOME&s=${SCRATCH}~"),  # a secret, not ours
-        ("pipe:cat $HOME/x::~/a", "pipe:cat $HOME/x::/home/me/a"),  # the shell's
+        ("pipe:cat $HOME/x::~/a", "pipe:cat $HOME/x::/u/me/a"),  # the shell's
         ("", ""),
     ],
 )
@@ -159,7 +159,7 @@ def yaml_of(key: str, value: str) -> str:
 
 @pytest.mark.parametrize(("key", "kind"), PATHS, ids=lambda value: value if isinstance(value, str) else "")
 def test_every_path_setting_is_expanded_and_checked(key, kind):
-    assert value_of(read_word(f"{key}=~/a"), key) == "/home/me/a"
+    assert value_of(read_word(f"{key}=~/a"), key) == "/u/me/a"
     assert value_of(read_file(yaml_of(key, "${SCRATCH}/a")), key) == "/scratch/me/a"
     with pytest.raises(UserError, match=rf"^{re.escape(key)}: '\$NOT_SET/a': the variable NOT_SET is not set$"):
         read_word(f"{key}=$NOT_SET/a")
@@ -177,9 +177,9 @@ def test_the_resolved_config_shows_the_paths_that_are_used():
     config = apply_overrides(load_config(words), ["resume=~/r"])  # eval takes the same words
     for i, (key, _) in enumerate(PATHS):
         if key not in ("eval.zeroshot.folder", "resume"):
-            assert value_of(config, key) == f"/home/me/{i}"
-            assert f"{key.rpartition('.')[2]}: /home/me/{i}\n" in dump_config(config)
-    assert config.resume == "/home/me/r"
+            assert value_of(config, key) == f"/u/me/{i}"
+            assert f"{key.rpartition('.')[2]}: /u/me/{i}\n" in dump_config(config)
+    assert config.resume == "/u/me/r"
     for word, said in (("run.dir=s3://b", "run.dir: a URL"), ("run.dir=$NOT_SET", "run.dir: '$NOT_SET': the variable")):
         with pytest.raises(UserError) as error:
             load_config([word])
@@ -203,7 +203,7 @@ def test_a_stored_config_is_taken_as_it_stands():
     )
     assert config_from_yaml(dump_config(config)) == config
     changed = apply_overrides(config, ["eval.zeroshot.folder=~/val"])
-    assert (changed.run.dir, changed.eval.zeroshot.folder) == (config.run.dir, "/home/me/val")
+    assert (changed.run.dir, changed.eval.zeroshot.folder) == (config.run.dir, "/u/me/val")
 
 
 def test_a_config_file_is_a_path_too(here, monkeypatch):
@@ -273,10 +273,10 @@ def test_options_are_expanded():
         "index ~/{a,b}.tar https://h/x?k=$HOME --index-dir $SCRATCH/i --cache-dir ~/c --uids file:///u.npy"
     )
     arguments = parse(words)[1]
-    assert arguments.shards == ["/home/me/{a,b}.tar", "https://h/x?k=$HOME"]
-    assert (arguments.index_dir, arguments.cache_dir, arguments.uids) == ("/scratch/me/i", "/home/me/c", "/u.npy")
-    assert parse(["shards", "make", "~/a.csv", "--output", "~/s"])[1].output == Path("/home/me/s")
-    assert parse(["eval", "zeroshot", "~/runs/a"])[1].checkpoint == "/home/me/runs/a"
+    assert arguments.shards == ["/u/me/{a,b}.tar", "https://h/x?k=$HOME"]
+    assert (arguments.index_dir, arguments.cache_dir, arguments.uids) == ("/scratch/me/i", "/u/me/c", "/u.npy")
+    assert parse(["shards", "make", "~/a.csv", "--output", "~/s"])[1].output == Path("/u/me/s")
+    assert parse(["eval", "zeroshot", "~/runs/a"])[1].checkpoint == "/u/me/runs/a"
 
 
 def test_shards_below_home_are_indexed(here, monkeypatch):

@@ -17,7 +17,7 @@ from clipscale import open_clip_files
 from clipscale.checkpoint import RunFolder
 from clipscale.cli import main
 from clipscale.errors import SharedError, UserError
-from clipscale.preflight import check_training
+from clipscale.preflight.checks import check_training
 from clipscale.train import train
 
 COUNTED = ["data.sources.mine.urls=http://127.0.0.1:9/0.tar", "data.sources.mine.counts=counts.json"]
@@ -65,7 +65,7 @@ def files() -> set[str]:
 @pytest.mark.parametrize("case", WRONG)
 def test_what_is_wrong_is_told_first_and_nothing_is_left(place, capsys, monkeypatch, case):
     words, said = WRONG[case]
-    monkeypatch.setattr("clipscale.preflight._has_driver", lambda: False)
+    monkeypatch.setattr("clipscale.preflight.checks._has_driver", lambda: False)
     monkeypatch.setattr("clipscale.train.start_world", lambda device: pytest.fail("torch was asked"))
     config = write_config(place, "good/{0000..0001}.tar")
     before = files()
@@ -187,9 +187,9 @@ def test_a_drawn_shapes_set_may_be_read_only(place, monkeypatch):
     """Only one that is to be drawn needs a place that can be written."""
     words = ["data.shapes={dir: shapes, train_samples: 8, image_size: 16}", "run.dir=here"]
     config = tiny_config(place, "shapes/train-*.tar", *words)
-    monkeypatch.setattr("clipscale.preflight.os.access", lambda path, mode: Path(path) == place)
+    monkeypatch.setattr("clipscale.preflight.checks.os.access", lambda path, mode: Path(path) == place)
     assert check_training(config) == []
-    monkeypatch.setattr("clipscale.preflight.os.access", lambda path, mode: Path(path).name == "good")
+    monkeypatch.setattr("clipscale.preflight.checks.os.access", lambda path, mode: Path(path).name == "good")
     config = tiny_config(place, "shapes/train-*.tar", words[0], "run.dir=good")
     assert check_training(config) == []
     with pytest.raises(UserError, match=r"data\.shapes\.dir='other' cannot be made: .* is not writable"):
@@ -225,7 +225,7 @@ def test_a_lock_that_was_removed_meanwhile_holds_nothing(tmp_path, monkeypatch):
     def removed(file, how):
         (tmp_path / "run" / ".lock").unlink()
 
-    monkeypatch.setattr("clipscale.checkpoint.fcntl.flock", removed)
+    monkeypatch.setattr("clipscale.files.fcntl.flock", removed)
     with pytest.raises(UserError, match="in use by another process"):
         RunFolder(str(tmp_path / "run"))
 

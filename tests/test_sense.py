@@ -7,9 +7,9 @@ from shards import write_pairs
 from tiny import tiny_config
 
 from clipscale.config_load import load_config
+from clipscale.preflight.sense import odd_pairs
 from clipscale.recipes import list_recipes
 from clipscale.schedule import learning_rate, rate_jump, total_steps
-from clipscale.sense import odd_pairs
 from clipscale.train import train
 
 PAIRS = [

@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import webdataset
-from http_server import Fault, Server, serve
+from http_server import Fault, Server
 from shards import picture, write_pairs, write_shard
 
 from clipscale.config_data import Data, Fetch, Select, SourceSettings
@@ -246,13 +245,6 @@ def test_an_index_that_goes_or_is_damaged_while_it_is_used(tmp_path):
 
 
 # --- remote shards ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def server(tmp_path) -> Iterator[Server]:
-    (tmp_path / "served").mkdir()
-    with serve(tmp_path / "served") as running:
-        yield running
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, words: list[str]) -> int:
-    from clipscale.preflight import check_evaluation
+    from clipscale.preflight.checks import check_evaluation
 
     found, config = check_evaluation(arguments.checkpoint, arguments.settings)
     from clipscale.evaluate import evaluate_found

@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace, words: list[str]) -> int:
     if arguments.print_config:
         print(with_comments(dump_config(config)), end="")
         return 0
-    from clipscale.preflight import check_training
+    from clipscale.preflight.checks import check_training
 
     notes = check_training(config)
     from clipscale.train import train

@@ -79,7 +79,7 @@ def evaluate_validation(
             scale_grad=False,
         )
         everyone = world.collect(torch.cat(hashes))
-        repeats += world.broadcast(None if everyone is None else count_repeats(everyone.numpy()))
+        repeats += 0 if everyone is None else count_repeats(everyone.numpy())
         slots += size
         if result.pairs > 0:
             results.append(result)
@@ -92,7 +92,7 @@ def evaluate_validation(
         text_accuracy=_mean(results, lambda result: result.text_accuracy),
         pairs=pairs,
         bad=slots - pairs,
-        repeated_captions=repeats,
+        repeated_captions=world.broadcast(repeats),
     )
 
 

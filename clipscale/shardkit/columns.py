@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from clipscale.data.shard.judge import IMAGE_SUFFIXES, OTHER_PICTURE_SUFFIXES
 from clipscale.errors import UserError, require
 from clipscale.tell import tell
 
 # What counts as a picture in a folder; the ones that shards cannot hold are then refused by name and cause.
-PICTURE_NAME = re.compile(
-    r".*\.(jpg|jpeg|jpe|jfif|png|webp|gif|bmp|tif|tiff|avif|heic|heif|jp2|jxl|ppm|pgm)", re.I | re.S
-)
+_SUFFIXES = {*IMAGE_SUFFIXES, *OTHER_PICTURE_SUFFIXES, "pgm"} - {"svg"}  # a drawing is no picture of a folder
+PICTURE_NAME = re.compile(rf".*\.({'|'.join(sorted(_SUFFIXES))})", re.I | re.S)
 # open_clip's, and those of Hugging Face's image folders and of the usual exports
 IMAGE_NAMES = {"filepath", "file_path", "path", "image_path", "image", "file_name", "filename"}
 CAPTION_NAMES = {"caption", "title", "text"}

@@ -5,7 +5,6 @@
 Equal arguments give equal bytes on every machine (shape_pictures.py says why), and a folder is either whole or rebuilt.
 """
 
-import fcntl
 import io
 import json
 import os
@@ -32,7 +31,7 @@ from clipscale.data.shapes.pictures import (
 )
 from clipscale.data.shard.writer import ShardWriter, shard_sizes
 from clipscale.errors import UserError, reason
-from clipscale.files import write_file
+from clipscale.files import lock_file, write_file
 
 VERSION = 1  # raise it with every change that alters pixels, captions or files: older folders are then refused
 _PIXELS_PER_BATCH = 2**17  # 128 pictures of side 32: the working set stays in the cache
@@ -134,14 +133,11 @@ def _try_lock(place: Path, *, new: bool = False) -> int | None:
             raise
         return None
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(lock), os.stat(place / "lock")):
-            return lock
-    except (BlockingIOError, FileNotFoundError):
-        pass
+        held = lock_file(lock, place / "lock")
     except OSError:
-        if new:
-            return lock
+        held = new
+    if held:
+        return lock
     os.close(lock)
     return None
 

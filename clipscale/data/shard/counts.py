@@ -29,6 +29,7 @@ from clipscale.data.shard.select import Rules
 from clipscale.errors import UserError, require
 from clipscale.files import why_unreadable
 from clipscale.tell import tell
+from clipscale.words import counted
 
 _MAX_BYTES = 1 << 26
 
@@ -79,7 +80,7 @@ def declared_counts(
     if not doubt:
         return found
     to_index = sum(index.known(url) is None for url in remote)
-    tell(f"source {name!r}: {_shards(to_index)} to be indexed first: {doubt}")
+    tell(f"source {name!r}: {counted(to_index, 'remote shard')} to be indexed first: {doubt}")
     return {}
 
 
@@ -101,9 +102,10 @@ def doubts(name: str, counts: str | None, declared: dict[str, int], rules: Rules
     if counts is None or not declared or not settings:
         return []
     return [
-        f"source {name!r}: counts {counts!r} declares {sum(declared.values()):,} samples of {_shards(len(declared))}, "
-        f"and {settings} decides how many are usable: what it refuses of them is masked and counts against "
-        "data.max_bad_fraction; declare usable samples only, or leave counts out, and the shards are indexed first"
+        f"source {name!r}: counts {counts!r} declares {sum(declared.values()):,} samples of "
+        f"{counted(len(declared), 'remote shard')}, and {settings} decides how many are usable: what it refuses of "
+        "them is masked and counts against data.max_bad_fraction; declare usable samples only, or leave counts out, "
+        "and the shards are indexed first"
     ]
 
 
@@ -127,10 +129,6 @@ def _wrong_number(found: dict[str, int], shards: list[Shard]) -> str:
             told = f"{masked(shard.url)} is declared to hold {found[shard.url]:,} samples, {usable(shard)}"
             return f"{told}, so no declared number is believed"
     return ""
-
-
-def _shards(number: int) -> str:
-    return "1 remote shard" if number == 1 else f"{number:,} remote shards"
 
 
 def _found_beside(remote: list[str], cache: ShardCache) -> dict[str, int]:

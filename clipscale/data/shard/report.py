@@ -44,6 +44,7 @@ def changes(name: str, shards: list[Shard]) -> list[str]:
 
 
 def findings(name: str, shards: list[Shard], copy_of: Callable[[str], str]) -> Iterable[str]:
+    """What a person should hear of the source `name` before it is trained on: a line each."""
     yield from changes(name, shards)
     for shard in shards:
         if shard.cut:
@@ -69,6 +70,7 @@ def damage(shard: Shard) -> str:
 def require_samples(
     name: str, shards: list[Shard], need: Need, source: SourceSettings, copy_of: Callable[[str], str]
 ) -> None:
+    """Raises UserError where no sample is usable, with all that is known of why."""
     if sum(shard.samples for shard in shards):
         return
     place = source.caption if source.caption.startswith("json:") else f".{source.caption}"

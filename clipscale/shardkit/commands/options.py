@@ -1,6 +1,6 @@
 """Options that several commands have, and the paths and numbers they take.
 
-parser.add_argument("--output", type=path)            # '~/shards' -> Path("/home/me/shards")
+parser.add_argument("--output", type=path)            # '~/shards' -> Path("/u/me/shards")
 parser.add_argument("--samples", type=positive)       # '0' is a mistake that argparse tells
 add_jobs(parser)                                      # --jobs
 add_reading(parser)                                   # --caption, --max-pixels, --cache-dir

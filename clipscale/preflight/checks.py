@@ -35,8 +35,8 @@ from clipscale.errors import UserError, require
 from clipscale.eval.classes import check_folder, class_names, class_templates
 from clipscale.launch import check_ranks, launched, told_once
 from clipscale.open_clip_files import check_model
-from clipscale.prepare import prepare_files
-from clipscale.sense import odd_pairs
+from clipscale.preflight.prepare import prepare_files
+from clipscale.preflight.sense import odd_pairs
 
 
 def check_training(config: Config) -> list[str]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from clipscale.config import Checkpoint, Config, Model, Run
 from clipscale.schedule import learning_rate, total_steps
+from clipscale.words import counted
 
 _WARMUP_STEPS = 1_000  # fewer for a warm-up in samples are told: large batches make few steps of many samples
 
@@ -45,23 +46,23 @@ def _warm_up(config: Config) -> Iterator[str]:
     optim, batch, steps = config.optim, config.train.global_batch, total_steps(config)
     setting = "warmup_samples" if optim.warmup_samples is not None else "warmup_steps"
     value, warmup = getattr(optim, setting), -(-config.warmup_samples // batch)
+    rises, lasts, tenth = counted(warmup, "step"), counted(steps, "step"), max(1, steps // 10)
     if warmup >= steps and warmup > 1:
         reached = learning_rate(config, (steps - 1) * batch)
         yield (
-            f"optim.{setting}={value:,} ({_steps(warmup)}) is no shorter than the run (train.samples="
-            f"{config.train.samples:,}, {_steps(steps)}): the learning rate only rises, to {reached:.3g} at the last "
-            f"step, {reached / optim.lr:.0%} of optim.lr={optim.lr:.3g}; a tenth of the run is optim.warmup_steps="
-            f"{max(1, steps // 10):,}"
+            f"optim.{setting}={value:,} ({rises}) is no shorter than the run (train.samples="
+            f"{config.train.samples:,}, {lasts}): the learning rate only rises, to {reached:.3g} at the last step, "
+            f"{reached / optim.lr:.0%} of optim.lr={optim.lr:.3g}; a tenth of the run is optim.warmup_steps={tenth:,}"
         )
     elif 2 * warmup > steps and warmup > 1:
         yield (
-            f"optim.{setting}={value:,} ({_steps(warmup)}) is more than half of the run (train.samples="
-            f"{config.train.samples:,}, {_steps(steps)}); a tenth of it is optim.warmup_steps={max(1, steps // 10):,}"
+            f"optim.{setting}={value:,} ({rises}) is more than half of the run (train.samples="
+            f"{config.train.samples:,}, {lasts}); a tenth of it is optim.warmup_steps={tenth:,}"
         )
     elif setting == "warmup_samples" and 0 < warmup < _WARMUP_STEPS:
         yield (
-            f"optim.warmup_samples={value:,} is a warm-up of {_steps(warmup)} at train.global_batch={batch:,}, of the "
-            f"run's {steps:,}: a rate of {optim.lr:.3g} may need about {_WARMUP_STEPS:,}; say what is meant in steps "
+            f"optim.warmup_samples={value:,} is a warm-up of {rises} at train.global_batch={batch:,}, of the run's "
+            f"{steps:,}: a rate of {optim.lr:.3g} may need about {_WARMUP_STEPS:,}; say what is meant in steps "
             f"(optim.warmup_steps={warmup:,} and optim.warmup_samples=null for this one)"
         )
 
@@ -88,7 +89,3 @@ def _evaluations(config: Config) -> Iterator[str]:
             f"eval.validation.samples={validation.samples:,} is less than eval.validation.batch={validation.batch:,}: "
             f"loss and accuracy are those of one batch of {validation.samples:,}"
         )
-
-
-def _steps(count: int) -> str:
-    return f"{count:,} step{'s' * (count != 1)}"

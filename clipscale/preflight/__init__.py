@@ -1,0 +1,1 @@
+"""What is looked at before a command loads torch or writes anything: checks.py (the doors), prepare.py, sense.py."""
