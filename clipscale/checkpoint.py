@@ -7,7 +7,7 @@
 A checkpoint is a folder `checkpoints/step-000000500` with model.pt (open_clip's CustomTextCLIP state dict),
 optimizer.pt, state.json (step, position and the fields of RunState), config.yaml and manifest.json
 (size and SHA-256 of each).
-Randomness needs no state: it is keyed by the seed and by steps and positions (gradcache.py, data/), which are here.
+Randomness needs no state: it is keyed by the seed and by steps and positions (step/, data/), which are here.
 Tensors are loaded with `weights_only=True`: nothing is unpickled.
 """
 
@@ -50,6 +50,7 @@ class RunState:
     scaler: dict[str, Any] = field(default_factory=dict)  # of the loss scale; empty unless in fp16
     last_row: dict[str, Any] = field(default_factory=dict)  # of metrics
     kernels: dict[str, list] = field(default_factory=dict)  # the loss kernels' tuned shapes; oldest checkpoints: none
+    plan: dict[str, Any] | None = None  # the plan of its steps (step/planning.py); older checkpoints: none
 
 
 @dataclass
@@ -262,7 +263,7 @@ def load_checkpoint(path: Path) -> Snapshot:
 
 def _run_state(path: Path, found: dict[str, Any]) -> RunState:
     names = {each.name for each in fields(RunState)}
-    if missing := sorted(names - {"kernels"} - found.keys()):
+    if missing := sorted(names - {"kernels", "plan"} - found.keys()):
         raise UserError(f"checkpoint {path}: state.json has no {', '.join(missing)}; use another checkpoint")
     if unknown := sorted(found.keys() - names):
         tell(

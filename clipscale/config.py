@@ -112,15 +112,26 @@ class Optim:
 
 @dataclass(frozen=True)
 class GradCache:
-    """What decides the towers' memory: how much of a batch they take at once."""
+    """What decides the towers' memory: how much of a batch they take at once, and what of it they need only once."""
 
-    image_chunk: int = 256  # pictures that go through the image tower at once
-    text_chunk: int = 1024  # captions that go through the text tower at once
+    image_chunk: int | str = 256  # pictures that go through the image tower at once; auto: the fastest, by a search
+    text_chunk: int | str = 1024  # captions of full length, or as many tokens of shorter ones; auto: as above
+    forward_chunks: int = 1  # chunks that pass 1 takes at once where it keeps no graph
+    sort_captions: bool = True  # walk them by length, each chunk cut at its longest; towers that cannot run them whole
+    keep_bytes: int | str = "auto"  # of a rank's memory for graphs of pass 1, which spare pass 2; auto: what is free
 
     def __post_init__(self) -> None:
-        for name in ("image_chunk", "text_chunk"):
+        for name, least, what in (
+            ("image_chunk", 1, "1 sample"),
+            ("text_chunk", 1, "1 sample"),
+            ("keep_bytes", 0, "0"),
+        ):
             value = getattr(self, name)
-            require(value >= 1, f"gradcache.{name}={value} must be at least 1 sample")
+            require(
+                value == "auto" if isinstance(value, str) else value >= least,
+                f"gradcache.{name}={value} must be at least {what}, or auto",
+            )
+        require(self.forward_chunks >= 1, f"gradcache.forward_chunks={self.forward_chunks} must be at least 1")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from clipscale.dist import start_world
 from clipscale.eval.suite import EvalSuite
 from clipscale.fit_tokenizer import fitting_tokenizer
 from clipscale.preflight.checks import check_evaluation
+from clipscale.step.planning import chunks_of
 from clipscale.towers import autocast_dtype, build_towers
 
 
@@ -37,4 +38,5 @@ def evaluate_found(found: Path, config: Config) -> dict[str, float]:
         towers = build_towers(config.model, device=world.device, autocast=autocast)
         towers.model.load_state_dict(snapshot.model)
         tokenize = fitting_tokenizer(towers)
-        return {"step": snapshot.step, **EvalSuite(config, towers, tokenize, world).zeroshot()}
+        chunks = chunks_of(config, snapshot.state.plan)
+        return {"step": snapshot.step, **EvalSuite(config, towers, chunks, tokenize, world).zeroshot()}

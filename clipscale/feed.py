@@ -1,6 +1,6 @@
 """What feeds a run: the loader of its step batches, and the account of what could not be used.
 
-feed = Feed(config, towers, world, recorded=None, position=0)
+feed = Feed(config, towers, plan.image, world, recorded=None, position=0)
 batch = next(feed.loader)
 feed.repeats(batch)                                     # pairs and captions that stand in the batch twice
 skips.account(batch, masked=True, seen=4096)            # counts, skipped.jsonl, data.max_bad_fraction
@@ -26,6 +26,7 @@ from clipscale.dist import World
 from clipscale.errors import SharedError
 from clipscale.files import append_rows, keep_rows
 from clipscale.fit_tokenizer import fitting_tokenizer
+from clipscale.step import TowerPlan
 from clipscale.tell import tell
 from clipscale.towers import Towers
 from clipscale.words import counted
@@ -35,12 +36,17 @@ _BAD_FRACTION_AFTER = 1000  # samples seen before data.max_bad_fraction is appli
 
 
 class Feed:
-    """The step batches of one rank from `position` on. `close` lets go of processes and files."""
+    """The step batches of one rank from `position` on. `close` lets go of processes and files.
+
+    Args:
+        plan: of the image tower, whose chunks the pictures come in.
+    """
 
     def __init__(
         self,
         config: Config,
         towers: Towers,
+        plan: TowerPlan,
         world: World,
         *,
         recorded: dict[str, Any] | None,
@@ -65,27 +71,29 @@ class Feed:
         share = Share(self.global_batch, world.size, world.rank)
         shape = StepShape.fit(
             share.slots,
-            chunk=config.gradcache.image_chunk,
+            chunk=plan.wide,
             side=towers.image_size,
             ahead_steps=data.prefetch_steps,
             ahead_bytes=data.prefetch_bytes,
+            kept=plan.kept_samples(share.slots),
         )
-        plan = plan_replay(config.replay, shape, world)
+        replay = plan_replay(config.replay, shape, world)
         change = None
         if data.augment != AugmentSettings():
             change = Augment(data.augment, config.seed)
         self.loader = Loader(
             self.pipeline,
             share,
-            Setup(shape, plan.blocks, data.loader, data.threads, pin=world.device.type == "cuda"),
-            build_tier(plan, config.replay, shape, world.device),
+            Setup(shape, replay.blocks, data.loader, data.threads, pin=world.device.type == "cuda"),
+            build_tier(replay, config.replay, shape, world.device),
             start=position,
             change=change,
         )
         tell(
             "data: "
             + ", ".join(f"{source.name} {counted(source.samples, 'pair')}" for source in self.pipeline.sources)
-            + f"; replay tier {plan.kind}, {counted(plan.blocks, 'block')} of {counted(shape.chunk, 'picture')} a rank"
+            + f"; replay tier {replay.kind}, {counted(replay.blocks, 'block')} of "
+            f"{counted(shape.chunk, 'picture')} a rank"
         )
 
     def repeats(self, batch: StepBatch) -> dict[str, int]:

@@ -33,13 +33,11 @@ from clipscale.config import Config
 from clipscale.config_load import dump_config
 from clipscale.counter import fold
 from clipscale.data.load.loader import StepBatch
-from clipscale.data.load.replay import Held
 from clipscale.dist import World, start_world
 from clipscale.errors import SharedError, UserError, require
 from clipscale.eval.suite import EvalSuite
 from clipscale.feed import Feed, Skips
 from clipscale.files import write_file
-from clipscale.gradcache import StepResult, gradcache_step
 from clipscale.launch import check_ranks
 from clipscale.loss import ContrastiveGrads, contrastive_grads
 from clipscale.loss.engines import adopt_shapes, check_engine, tuned_shapes
@@ -50,6 +48,8 @@ from clipscale.preflight.prepare import prepare_files
 from clipscale.progress import duration
 from clipscale.runlog import Pace, RunLog, memory, times_due
 from clipscale.schedule import learning_rate, rate_jump, total_steps
+from clipscale.step import StepResult, gradcache_step
+from clipscale.step.planning import plan_line, plan_record, plan_step
 from clipscale.tell import tell
 from clipscale.towers import autocast_dtype, build_towers
 from clipscale.train_report import evaluation_lines, start_lines, step_line, summary_lines
@@ -115,6 +115,7 @@ class Trainer:
         if self.steps_done < self.last_step and not prepared:
             self._prepare_files(state.order)
         self._build_towers(snapshot)
+        self.plan = plan_step(config, self.towers, world, state.plan)
         if self.steps_done < self.last_step:
             self._build_data(state.order)
             self._begin()
@@ -168,6 +169,8 @@ class Trainer:
             "image_accuracy": result.image_accuracy,
             "text_accuracy": result.text_accuracy,
             "masked_samples": self.skips.counts.total(),
+            "tokens_per_caption": result.tokens_per_caption,
+            "kept_share": result.kept_share,
             **repeats,
             **memory(),
         }
@@ -191,8 +194,9 @@ class Trainer:
         result = gradcache_step(
             self.towers,
             batch.images,
-            Held(batch.tokens, self.config.gradcache.text_chunk),
+            batch.tokens,
             batch.valid,
+            plan=self.plan,
             loss_and_grads=self._loss,
             key=fold(self.config.seed, "towers", self.steps_done, self.world.rank),
             grad_scale=self.scaler.scale(torch.ones((), device=self.world.device)).item(),
@@ -273,6 +277,7 @@ class Trainer:
                 scaler=self.scaler.state_dict(),
                 last_row=self.last_row,
                 kernels=tuned_shapes(),  # the main rank's: on equal machines, everyone's
+                plan=plan_record(self.plan, self.config, self.world),
             ),
             config=self.config,
         )
@@ -318,9 +323,14 @@ class Trainer:
 
     def _build_data(self, recorded: dict[str, Any] | None) -> None:
         """Sources and evaluation sets."""
-        self.feed = Feed(self.config, self.towers, self.world, recorded=recorded, position=self.position)
+        self.feed = Feed(
+            self.config, self.towers, self.plan.image, self.world, recorded=recorded, position=self.position
+        )
         self._resources.callback(self.feed.close)
-        self.evaluations = EvalSuite(self.config, self.towers, self.feed.pipeline.tokenize, self.world)
+        tell(plan_line(self.plan, self.config.train.global_batch // self.world.size))
+        self.evaluations = EvalSuite(
+            self.config, self.towers, self.plan.chunks, self.feed.pipeline.tokenize, self.world
+        )
 
     def _begin(self) -> None:
         """Only now does the run's folder change: a run that is refused leaves it as it was."""

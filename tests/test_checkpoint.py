@@ -196,7 +196,8 @@ STATE = """{
    128,
    true
   ]
- }
+ },
+ "plan": null
 }"""
 RUN_STATE = RunState(
     order={"seed": 5},
@@ -222,9 +223,10 @@ def test_state_json_is_that_of_earlier_versions_to_the_byte(tmp_path):
     assert load_checkpoint(path).state == RUN_STATE
 
 
-def test_the_oldest_checkpoints_have_no_kernels(save, told):
-    state = load_checkpoint(rewrite(save(1), kernels=None)).state
+def test_older_checkpoints_have_no_plan_and_the_oldest_no_kernels(save, told):
+    state = load_checkpoint(rewrite(save(1), kernels=None, plan=None)).state
     assert (state.kernels, state.order, state.skips) == ({}, {"seed": 5}, {"broken picture": 1})
+    assert state.plan is None
     assert not told
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from functools import cache, partial
+from math import inf
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clipscale import gradcache
 from clipscale.config import Model
 from clipscale.data.load.replay import Held
-from clipscale.gradcache import chunk_randomness, gradcache_step
 from clipscale.loss import contrastive_grads
+from clipscale.step import GraphCost, StepPlan, TowerPlan, gradcache, gradcache_step
+from clipscale.step.gradcache import chunk_randomness
 from clipscale.towers import Towers, build_towers
 
 KEY = 77
@@ -41,6 +42,15 @@ def make_batch(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return images, tokens
 
 
+def make_plan(image: int, text: int, *, kept: float = 0, forward_chunks: int = 1) -> StepPlan:
+    """`kept`: graphs of so many pictures, and of so many captions, may be kept: of whole chunks of them."""
+    cost = GraphCost(sample=1.0)
+    keep_bytes = 10**9 if kept == inf else int(kept)
+    return StepPlan(
+        *(TowerPlan(chunk, chunk * forward_chunks, keep_bytes=keep_bytes, cost=cost) for chunk in (image, text))
+    )
+
+
 def run_step(
     towers: Towers,
     images: torch.Tensor,
@@ -49,12 +59,15 @@ def run_step(
     image: int,
     text: int,
     tile: int = 5,
+    **planned: float,
 ):
+    plan = make_plan(image, text, **planned)
     return gradcache_step(
         towers,
-        Held(images, image),
-        Held(tokens, text),
+        Held(images, plan.image.wide),
+        tokens,
         valid,
+        plan=plan,
         loss_and_grads=partial(contrastive_grads, precision="auto", tile=tile),
         key=KEY,
     )
@@ -100,13 +113,13 @@ def worst_error(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
     return worst
 
 
-def parity(dtype, n, image, text, *, dropout=True, scale=14.0, masked=(), step=run_step, seed=0):
+def parity(dtype, n, image, text, *, dropout=True, scale=14.0, masked=(), seed=0, **planned):
     """(worst gradient error, loss error, loss) of the cached step against the dense one."""
     images, tokens = make_batch(n, seed)
     valid = torch.ones(n, dtype=torch.bool)
     valid[list(masked)] = False
     towers = make_towers(dtype, dropout, scale)
-    found_loss = step(towers, images, tokens, valid, image, text).loss
+    found_loss = run_step(towers, images, tokens, valid, image, text, **planned).loss
     found = gradients(towers)
     towers.model.zero_grad()
     wanted_loss = dense_step(towers, images, tokens, valid, image, text).item()
@@ -127,6 +140,75 @@ def test_every_gradient_equals_the_dense_one(dtype, n, chunk):
 
 
 @pytest.mark.parametrize("dtype", BARS, ids=["fp32", "fp64"])
+@pytest.mark.parametrize("kept", [4, 9, inf], ids=["a chunk", "some", "all"])
+@pytest.mark.parametrize("forward_chunks", [1, 3])
+@pytest.mark.parametrize("dropout", [True, False], ids=["dropout", ""])
+def test_kept_graphs_and_wide_chunks_change_nothing(dtype, kept, forward_chunks, dropout):
+    planned = {"kept": kept, "forward_chunks": forward_chunks}
+    error, loss_error, _ = parity(dtype, 13, 2, 3, dropout=dropout, masked=(1, 7), **planned)
+    assert error <= BARS[dtype]
+    assert loss_error <= BARS[dtype]
+
+
+@pytest.mark.parametrize("kept", [0, 4, inf], ids=["none", "some", "all"])
+def test_what_is_kept_runs_once_and_changes_no_bit(kept, monkeypatch):
+    """The calls of each tower, and gradients bit for bit those of a step that keeps nothing."""
+    images, tokens = make_batch(12)
+    valid = torch.ones(12, dtype=torch.bool)
+    towers = make_towers(torch.float32, dropout=True)
+    run_step(towers, images, tokens, valid, 2, 3)
+    wanted = gradients(towers)
+    towers.model.zero_grad()
+    calls = {"image": [], "text": []}
+    for tower in (towers.image, towers.text):
+        real = tower.encoder.forward
+        note = calls[tower.name]
+
+        def counted(*args, real=real, note=note):
+            note.append(torch.is_grad_enabled())
+            return real(*args)
+
+        monkeypatch.setattr(tower.encoder, "forward", counted)
+    result = run_step(towers, images, tokens, valid, 2, 3, kept=kept)
+    slots = min(kept, 12)
+    for name, chunk in (("image", 2), ("text", 3)):
+        chunks = slots // chunk
+        without, with_grad = calls[name].count(False), calls[name].count(True)
+        assert (without, with_grad) == (12 // chunk - chunks, 12 // chunk)
+    assert result.kept_share == {0: 0, 4: (4 + 3) / 24, inf: 1}[kept]
+    for name, grad in gradients(towers).items():
+        assert torch.equal(grad, wanted[name]), name
+
+
+def test_kept_graphs_share_the_casts_of_the_weights_and_gather_in_float32():
+    """Under autocast each chunk's graph would hold a bf16 copy of its tower: counted are the storages."""
+    towers = make_towers(torch.float32, dropout=False)
+    for tower in (towers.image, towers.text):
+        tower.autocast = torch.bfloat16
+    images, tokens = make_batch(12)
+    step = partial(run_step, towers, images, tokens, torch.ones(12, dtype=torch.bool), 1, 12)
+    largest_activation = 17 * 4 * 32  # of one picture
+    weights = {p.numel() for p in towers.model.visual.parameters() if p.numel() > largest_activation}
+    held = set()
+
+    def note(tensor):
+        if tensor.dtype == torch.bfloat16 and tensor.untyped_storage().nbytes() // 2 in weights:
+            held.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        step(kept=inf)
+    found = gradients(towers)
+    of_one = sum(p.numel() in weights for p in towers.model.parameters())
+    assert 0 < len(held) <= of_one, "the graphs of twelve chunks hold one copy of each weight"
+    assert {grad.dtype for grad in found.values()} == {torch.float32}
+    towers.model.zero_grad()
+    step()
+    for name, grad in gradients(towers).items():
+        assert torch.equal(grad, found[name]), name
+
+
+@pytest.mark.parametrize("dtype", BARS, ids=["fp32", "fp64"])
 def test_masked_slots_have_no_part(dtype):
     error, loss_error, _ = parity(dtype, 13, 4, 5, masked=(0, 6, 12))
     assert error <= BARS[dtype]
@@ -137,9 +219,9 @@ def test_masked_slots_have_no_part(dtype):
 def test_a_locked_tower_is_not_replayed(locked, monkeypatch):
     """What learns gets the gradients it would get by plain autograd, and the locked tower no pass with grad."""
     replayed = []
-    real = gradcache.replay_backward
+    real = gradcache.TwoPasses.replay
     monkeypatch.setattr(
-        gradcache, "replay_backward", lambda tower, *rest: (replayed.append(tower.name), real(tower, *rest))
+        gradcache.TwoPasses, "replay", lambda self, *rest: (replayed.append(self.tower.name), real(self, *rest))
     )
     images, tokens = make_batch(13)
     valid = torch.ones(13, dtype=torch.bool)
@@ -224,14 +306,14 @@ def test_catches_randomness_that_is_not_replayed(monkeypatch):
 
 
 def test_catches_a_dropped_chunk(monkeypatch):
-    real = gradcache.replay_backward
+    real = gradcache.TwoPasses.replay
 
-    def drop_the_second(tower, inputs, d_embeddings, key):
-        d_embeddings = d_embeddings.clone()
-        d_embeddings[inputs.chunk : 2 * inputs.chunk] = 0
-        real(tower, inputs, d_embeddings, key)
+    def drop_the_second(self, d_VD, *rest):
+        d_VD = d_VD.clone()
+        d_VD[4:8] = 0
+        real(self, d_VD, *rest)
 
-    monkeypatch.setattr(gradcache, "replay_backward", drop_the_second)
+    monkeypatch.setattr(gradcache.TwoPasses, "replay", drop_the_second)
     error, _, _ = parity(torch.float64, 13, 4, 5)
     assert error > 1e-2
 
@@ -252,8 +334,8 @@ def test_every_gradient_equals_the_dense_one_on_a_gpu(chunk):
     towers = make_towers(torch.float32, dropout=True)
     towers.model.cuda()
     step = partial(contrastive_grads, precision="fp32", tile=5)
-    inputs = Held(images.pin_memory(), chunk), Held(tokens.pin_memory(), 4)
-    gradcache_step(towers, *inputs, valid, loss_and_grads=step, key=KEY)
+    inputs = Held(images.pin_memory(), chunk), tokens
+    gradcache_step(towers, *inputs, valid, plan=make_plan(chunk, 4), loss_and_grads=step, key=KEY)
     found = {name: grad.cpu() for name, grad in gradients(towers).items()}
     towers.model.zero_grad()
     dense_step(towers, images.cuda(), tokens.cuda(), valid.cuda(), chunk, 4)

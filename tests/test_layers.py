@@ -20,7 +20,7 @@ GROUND = {
     *("open_clip_files", "open_clip_flags"),
 }
 STAGES = {"data", "towers", "loss"}
-ASSEMBLY = {"gradcache", "parallel", "optim", "checkpoint", "fit_tokenizer", "eval"}
+ASSEMBLY = {"step", "parallel", "optim", "checkpoint", "fit_tokenizer", "eval"}
 ENTRIES = {"train", "train_report", "feed", "evaluate"}
 # What a room may import beside itself and (where nothing else is said) the ground.
 LAWS: dict[str, set[str]] = {
@@ -187,8 +187,8 @@ def test_imports_go_downwards_only():
         ("clipscale.data.pipeline", "from clipscale.data.load.loader import Loader"),
         ("clipscale.data.load.fill", "from clipscale.shardkit import checks"),
         ("clipscale.towers", "def f():\n    from clipscale import data"),
-        ("clipscale.loss.ring", "from clipscale.gradcache import embed"),
-        ("clipscale.gradcache", "import clipscale.optim as o"),
+        ("clipscale.loss.ring", "from clipscale.step.gradcache import TwoPasses"),
+        ("clipscale.step.gradcache", "import clipscale.optim as o"),
         ("clipscale.eval.suite", "from clipscale.checkpoint import verify"),
         ("clipscale.checkpoint", "from clipscale import train"),
         ("clipscale.train", "from data_tools import make_shards"),
@@ -214,7 +214,7 @@ def test_the_checker_catches(module, code):
         ("clipscale.dist", "from clipscale.errors import require"),
         ("clipscale.data.shard.tar", "from clipscale.data.shard.index import Shard\nfrom clipscale import __version__"),
         ("clipscale.data.load.loader", "from clipscale.data import source\nimport os"),
-        ("clipscale.gradcache", "from clipscale.loss import contrastive_grads"),
+        ("clipscale.step.gradcache", "from clipscale.loss import contrastive_grads"),
         ("clipscale.eval.suite", "from clipscale.eval.zeroshot import load_task\nfrom clipscale.data import source"),
         ("clipscale.bench.loss.case", "from clipscale.bench.common.spread import Spread\nimport clipscale.loss.tiles"),
         ("clipscale.bench.redraw", "from clipscale.bench.data import plots"),

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from spawn import run_ranks
-from test_gradcache import make_batch, make_towers, worst_error
+from test_gradcache import make_batch, make_plan, make_towers, worst_error
 
 from clipscale.config import Config, Train
 from clipscale.data.load.replay import Held
 from clipscale.dist import World
 from clipscale.errors import SharedError
-from clipscale.gradcache import gradcache_step
 from clipscale.loss import contrastive_grads
 from clipscale.parallel import broadcast_parameters, sum_gradients
+from clipscale.step import gradcache_step
 from clipscale.train import Trainer
 
 SLOTS, STEPS = 16, 5
@@ -49,8 +49,9 @@ def five_steps(rank: int, size: int, masked: tuple[int, ...], dtype: torch.dtype
         result = gradcache_step(
             towers,
             Held(images[share], 3),
-            Held(tokens[share], 5),
+            tokens[share],
             valid[share],
+            plan=make_plan(3, 5, kept=size),
             loss_and_grads=partial(contrastive_grads, tile=4),
             key=step,
         )
@@ -94,8 +95,8 @@ def missing_reduction(rank: int, size: int) -> float:
     images, tokens = make_batch(SLOTS)
     share = slice(rank * SLOTS // size, (rank + 1) * SLOTS // size)
     valid = torch.ones(SLOTS // size, dtype=torch.bool)
-    inputs = Held(images[share], 3), Held(tokens[share], 5)
-    gradcache_step(towers, *inputs, valid, loss_and_grads=contrastive_grads, key=0)
+    inputs = Held(images[share], 3), tokens[share]
+    gradcache_step(towers, *inputs, valid, plan=make_plan(3, 5), loss_and_grads=contrastive_grads, key=0)
     found = {name: p.grad.clone() for name, p in towers.model.named_parameters()}
     sum_gradients(towers.encoder_parameters(), World(rank, size, rank, torch.device("cpu")))
     return worst_error(found, {name: p.grad for name, p in towers.model.named_parameters()})

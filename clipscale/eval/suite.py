@@ -19,11 +19,17 @@ from clipscale.towers import Towers
 class EvalSuite:
     """Opens the evaluation sets at once, so that a wrong path or label ends a run before it begins. Collective.
 
+    Args:
+        chunks: pictures, and captions, that go through their tower at once.
+
     Raises:
         UserError: shards, class names or templates that cannot be used.
     """
 
-    def __init__(self, config: Config, towers: Towers, tokenize: Tokenize, world: World) -> None:
+    def __init__(
+        self, config: Config, towers: Towers, chunks: tuple[int, int], tokenize: Tokenize, world: World
+    ) -> None:
+        self._image_chunk, self._text_chunk = chunks
         self.config, self.towers, self.tokenize, self.world = config, towers, tokenize, world
         validation, zeroshot = config.eval.validation, config.eval.zeroshot
         self._pairs = None
@@ -45,7 +51,7 @@ class EvalSuite:
             self.world,
             self.config.eval.validation,
             self.config.loss,
-            chunk=self.config.gradcache.image_chunk,
+            chunk=self._image_chunk,
             **self._reading,
         )
         return {
@@ -67,7 +73,7 @@ class EvalSuite:
             self.tokenize,
             self.world,
             batch=self.config.eval.zeroshot.batch,
-            text_chunk=self.config.gradcache.text_chunk,
+            text_chunk=self._text_chunk,
             **self._reading,
         )
         return {"zeroshot/top1": result.top1, "zeroshot/top5": result.top5, "zeroshot/bad_pictures": result.bad}

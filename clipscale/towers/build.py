@@ -25,6 +25,7 @@ from torch import nn
 from clipscale.config import Model
 from clipscale.errors import UserError, require
 from clipscale.open_clip_files import TokenizerChoice, check_model, model_settings
+from clipscale.towers.captions import CaptionCut
 from clipscale.towers.tower import Tower, normalise_pixels, token_ids
 
 
@@ -88,7 +89,7 @@ def build_towers(
     towers = Towers(
         model=model,
         image=Tower("image", model.visual, normalise_pixels(OPENAI_DATASET_MEAN, OPENAI_DATASET_STD), autocast),
-        text=Tower("text", model.text, token_ids, autocast),
+        text=Tower("text", model.text, token_ids, autocast, CaptionCut.of(model.text)),
         embed_dim=settings["embed_dim"],
         image_size=side,
         vocabulary=_vocabulary(model.text),

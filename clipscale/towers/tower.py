@@ -6,12 +6,14 @@ Shapes: M chunk, D width of the embedding, S side of a picture, L tokens of a ca
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from clipscale.towers.captions import CaptionCut
 
 
 class Tower:
@@ -22,6 +24,7 @@ class Tower:
         encoder: module from prepared inputs to features [M, D].
         prepare: raw inputs (pixels, token ids), dtype of the encoder's first product -> what the encoder takes.
         autocast: dtype of the encoder's matrix products, or None for that of its weights.
+        cut: how the encoder takes captions that are cut at their end; None: it takes full ones only.
     """
 
     def __init__(
@@ -30,15 +33,23 @@ class Tower:
         encoder: nn.Module,
         prepare: Callable[[torch.Tensor, torch.dtype], torch.Tensor],
         autocast: torch.dtype | None = None,
+        cut: CaptionCut | None = None,
     ) -> None:
-        self.name, self.encoder, self.prepare, self.autocast = name, encoder, prepare, autocast
+        self.name, self.encoder, self.prepare, self.autocast, self.cut = name, encoder, prepare, autocast, cut
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         weight = next(self.encoder.parameters())
-        context = torch.autocast(weight.device.type, self.autocast) if self.autocast else nullcontext()
-        with context:
+        with self.shared_casts(), self.cut.at(inputs.shape[1]) if self.cut else nullcontext():
             features = self.encoder(self.prepare(inputs, self.autocast or weight.dtype))
         return F.normalize(features if features.dtype == torch.float64 else features.float(), dim=-1)
+
+    def shared_casts(self) -> AbstractContextManager:
+        """Within: the weights' copies in autocast's type are made once for all calls, and their graphs share them.
+
+        Gradients gather in the weights' own type, call by call. Calls with gradients come first: a copy that was made
+        without has no way back to its weight.
+        """
+        return torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext()
 
     @property
     def device(self) -> torch.device:
@@ -72,6 +83,6 @@ def normalise_pixels(mean: tuple[float, ...], std: tuple[float, ...]) -> Callabl
 
 
 def token_ids(tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Token ids [M, L] are what a text encoder takes."""
+    """Token ids [M, L], of any integer type, as what a text encoder takes: int64."""
     del dtype
-    return tokens
+    return tokens.long()

@@ -163,9 +163,10 @@ class Loader(Iterator[StepBatch]):
 
 def _planned(position: int, global_batch: int, shape: StepShape, passes: int) -> Iterator[tuple[int, int, int]]:
     """(position of the step, first slot, last slot + 1) of every chunk of the run, in the order they are used."""
+    walks = [shape.spans, shape.held_spans][:passes]
     for step in count(position, global_batch):
-        for _ in range(passes):
-            for start, stop in shape.spans:
+        for walk in walks:
+            for start, stop in walk:
                 yield step, start, stop
 
 
@@ -186,7 +187,8 @@ class _StepChunks:
         self._loader, self._position, self.tokens, self.valid = loader, position, tokens, valid
         self.skips: list[Skip] = []
         shape = loader.setup.shape
-        self._left, self._left_again = shape.chunks, shape.chunks * loader.tier.asks_twice
+        self.kept = shape.kept
+        self._left, self._left_again = shape.chunks, len(shape.held_spans) * loader.tier.asks_twice
         self._checksums = np.zeros(shape.slots, np.uint64)  # of the pictures of pass 1
         self._out: set[int] = set()  # blocks that the tier has and has not freed
 
@@ -244,16 +246,18 @@ class StepPictures:
     """uint8 [N, 3, S, S] of one step, walked twice (replay.Inputs); what `change` makes of them where there is one."""
 
     def __init__(self, chunks: _StepChunks, tier: Tier, positions: np.ndarray, change: Change | None) -> None:
-        self._chunks, self._tier, self._change = chunks, tier, change
+        self._chunks, self._tier, self._change, self._kept = chunks, tier, change, chunks.kept
         self._positions = torch.from_numpy(positions)
 
     def __len__(self) -> int:
         return len(self._positions)
 
-    def first(self, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
-        return self._changed(self._tier.first(self._chunks, device), device)
+    def first(self, device: torch.device, kept: int = 0) -> Iterator[tuple[int, torch.Tensor]]:
+        assert kept == self._kept
+        return self._changed(self._tier.first(self._chunks, device, kept), device)
 
-    def again(self, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
+    def again(self, device: torch.device, kept: int = 0) -> Iterator[tuple[int, torch.Tensor]]:
+        assert kept == self._kept
         return self._changed(self._tier.again(self._chunks, device), device)
 
     def _changed(

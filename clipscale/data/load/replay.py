@@ -33,11 +33,12 @@ class Inputs(Protocol):
 
     def __len__(self) -> int: ...
 
-    def first(self, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
-        """(start, inputs[start : start + M] on `device`), in order, for pass 1."""
+    def first(self, device: torch.device, kept: int = 0) -> Iterator[tuple[int, torch.Tensor]]:
+        """(start, inputs[start : start + M] on `device`), in order, for pass 1. The first `kept` slots, whole chunks
+        of them, are not asked for again."""
 
-    def again(self, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
-        """The same for pass 2. When it has ended, the memory may be filled anew."""
+    def again(self, device: torch.device, kept: int = 0) -> Iterator[tuple[int, torch.Tensor]]:
+        """The same for pass 2, from slot `kept` on. When it has ended, the memory may be filled anew."""
 
 
 class Held:
@@ -49,11 +50,13 @@ class Held:
     def __len__(self) -> int:
         return len(self.inputs)
 
-    def first(self, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
-        cuts = spans(0, len(self.inputs), self.chunk)
-        return to_device((Chunk(start, self.inputs[start:stop]) for start, stop in cuts), device)
+    def first(self, device: torch.device, kept: int = 0) -> Iterator[tuple[int, torch.Tensor]]:
+        del kept
+        return self.again(device)
 
-    again = first
+    def again(self, device: torch.device, kept: int = 0) -> Iterator[tuple[int, torch.Tensor]]:
+        cuts = spans(kept, len(self.inputs), self.chunk)
+        return to_device((Chunk(start, self.inputs[start:stop]) for start, stop in cuts), device)
 
 
 def _nothing() -> None:
@@ -128,8 +131,8 @@ class Host:
     def __init__(self) -> None:
         self._held: deque[Chunk] = deque()
 
-    def first(self, chunks: Chunks, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
-        return to_device(self._hold(chunks), device)
+    def first(self, chunks: Chunks, device: torch.device, kept: int) -> Iterator[tuple[int, torch.Tensor]]:
+        return to_device(self._hold(chunks, kept), device)
 
     def again(self, chunks: Chunks, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
         return to_device(self._give(), device)
@@ -141,10 +144,13 @@ class Host:
     def close(self) -> None:
         pass
 
-    def _hold(self, chunks: Chunks) -> Iterator[Chunk]:
+    def _hold(self, chunks: Chunks, kept: int) -> Iterator[Chunk]:
         for chunk in chunks.arrive():
-            self._held.append(chunk)
-            yield Chunk(chunk.start, chunk.data)
+            if chunk.start < kept:
+                yield chunk
+            else:
+                self._held.append(chunk)
+                yield Chunk(chunk.start, chunk.data)
 
     def _give(self) -> Iterator[Chunk]:
         while self._held:
@@ -152,24 +158,30 @@ class Host:
 
 
 class Gpu:
-    """[N, 3, S, S] on the GPU, filled in pass 1."""
+    """[N - kept, 3, S, S] on the GPU, filled in pass 1."""
 
     asks_twice = False
 
     def __init__(self, shape: StepShape, device: torch.device) -> None:
-        self._store = torch.empty(shape.slots, 3, shape.side, shape.side, dtype=torch.uint8, device=device)
+        self._store = torch.empty(shape.held_slots, 3, shape.side, shape.side, dtype=torch.uint8, device=device)
+        self._kept = shape.kept
         self._sizes: list[tuple[int, int]] = []
 
-    def first(self, chunks: Chunks, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
+    def first(self, chunks: Chunks, device: torch.device, kept: int) -> Iterator[tuple[int, torch.Tensor]]:
         self._sizes.clear()
         for start, data in to_device(chunks.arrive(), device):
-            self._sizes.append((start, len(data)))
-            kept = self._store[start : start + len(data)].copy_(data)
-            yield start, kept
+            if start < kept:
+                yield start, data
+            else:
+                self._sizes.append((start, len(data)))
+                yield start, self._stored(start, len(data)).copy_(data)
 
     def again(self, chunks: Chunks, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
         for start, size in self._sizes:
-            yield start, self._store[start : start + size]
+            yield start, self._stored(start, size)
+
+    def _stored(self, start: int, size: int) -> torch.Tensor:
+        return self._store[start - self._kept :][:size]
 
     def clear(self) -> None:
         pass
@@ -179,7 +191,7 @@ class Gpu:
 
 
 class Disk:
-    """A file of N pictures in `folder`, allocated at once and without a name, so that nothing is left behind."""
+    """A file of N - kept pictures in `folder`, allocated at once and without a name, so that nothing is left behind."""
 
     asks_twice = False
     _AHEAD = 2  # chunks read before they are asked for
@@ -187,7 +199,8 @@ class Disk:
     def __init__(self, shape: StepShape, folder: str, pin: bool) -> None:
         self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - closed by close
         self._picture_bytes = shape.picture_bytes
-        os.posix_fallocate(self._file.fileno(), 0, shape.step_bytes)
+        self._kept = shape.kept
+        os.posix_fallocate(self._file.fileno(), 0, max(shape.held_bytes, 1))
         self._buffers = [
             torch.empty(shape.chunk, 3, shape.side, shape.side, dtype=torch.uint8, pin_memory=pin)
             for _ in range(self._AHEAD + 2)
@@ -195,8 +208,8 @@ class Disk:
         self._thread = ThreadPoolExecutor(1, "replay-disk")
         self._sizes: list[tuple[int, int]] = []
 
-    def first(self, chunks: Chunks, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
-        return to_device(self._store(chunks), device)
+    def first(self, chunks: Chunks, device: torch.device, kept: int) -> Iterator[tuple[int, torch.Tensor]]:
+        return to_device(self._store(chunks, kept), device)
 
     def again(self, chunks: Chunks, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
         return to_device(self._load(), device)
@@ -208,9 +221,12 @@ class Disk:
         self._thread.shutdown()
         self._file.close()
 
-    def _store(self, chunks: Chunks) -> Iterator[Chunk]:
+    def _store(self, chunks: Chunks, kept: int) -> Iterator[Chunk]:
         self._sizes.clear()
         for start, data, free in chunks.arrive():
+            if start < kept:
+                yield Chunk(start, data, free)
+                continue
             self._sizes.append((start, len(data)))
             written = self._thread.submit(self._write, start, data)
 
@@ -232,10 +248,10 @@ class Disk:
             yield Chunk(start, data, lambda buffer=buffer: spare.append(buffer))
 
     def _write(self, start: int, data: torch.Tensor) -> None:
-        _whole(os.pwrite, self._file.fileno(), data, start * self._picture_bytes)
+        _whole(os.pwrite, self._file.fileno(), data, (start - self._kept) * self._picture_bytes)
 
     def _read(self, start: int, data: torch.Tensor) -> None:
-        _whole(_read_into, self._file.fileno(), data, start * self._picture_bytes)
+        _whole(_read_into, self._file.fileno(), data, (start - self._kept) * self._picture_bytes)
 
 
 def _read_into(file: int, view: memoryview, offset: int) -> int:
@@ -257,7 +273,8 @@ class Recompute:
 
     asks_twice = True
 
-    def first(self, chunks: Chunks, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
+    def first(self, chunks: Chunks, device: torch.device, kept: int) -> Iterator[tuple[int, torch.Tensor]]:
+        del kept
         return to_device(chunks.arrive(), device)
 
     def again(self, chunks: Chunks, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:

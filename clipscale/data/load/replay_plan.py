@@ -129,13 +129,13 @@ def _try(kind: str, shape: StepShape, budget: Budgets, local_ranks: int) -> Plan
     """The plan, or why it cannot be."""
     if kind == "gpu" and budget.gpu is None:
         return "this rank has none"
-    if kind == "gpu" and shape.step_bytes > budget.gpu:
-        return f"{_gb(shape.step_bytes)} needed, replay.gpu_bytes allows {_gb(budget.gpu)}"
+    if kind == "gpu" and shape.held_bytes > budget.gpu:
+        return f"{_gb(shape.held_bytes)} needed, replay.gpu_bytes allows {_gb(budget.gpu)}"
     if kind == "disk" and budget.disk is None:
         return "replay.dir is not set"
-    if kind == "disk" and shape.step_bytes * local_ranks > budget.disk:
-        return f"{_gb(shape.step_bytes * local_ranks)} needed, replay.disk_bytes allows {_gb(budget.disk)}"
-    held = shape.chunks if kind == "host" else 0
+    if kind == "disk" and shape.held_bytes * local_ranks > budget.disk:
+        return f"{_gb(shape.held_bytes * local_ranks)} needed, replay.disk_bytes allows {_gb(budget.disk)}"
+    held = len(shape.held_spans) if kind == "host" else 0
     room = budget.host // (local_ranks * shape.chunk_bytes) - held
     if room < _LEAST_AHEAD:
         least = (held + _LEAST_AHEAD) * shape.chunk_bytes * local_ranks
@@ -161,7 +161,7 @@ def build_tier(plan: Plan, replay: Replay, shape: StepShape, device: torch.devic
     try:
         return Disk(shape, replay.dir, pin=device.type == "cuda")
     except OSError as error:
-        size = _gb(shape.step_bytes)
+        size = _gb(shape.held_bytes)
         raise UserError(f"replay.dir={replay.dir!r}: a file of {size} cannot be made there: {reason(error)}") from error
 
 

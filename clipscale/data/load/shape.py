@@ -21,11 +21,12 @@ class StepShape:
     chunk: int  # M, at most N
     side: int  # S, pixels
     ahead: int  # chunks decoded ahead of the step that is computed on, as wanted
+    kept: int = 0  # first slots, whole chunks of them, whose pictures need not wait for the second pass
 
     @classmethod
-    def fit(cls, slots: int, *, chunk: int, side: int, ahead_steps: int, ahead_bytes: int) -> StepShape:
+    def fit(cls, slots: int, *, chunk: int, side: int, ahead_steps: int, ahead_bytes: int, kept: int = 0) -> StepShape:
         """Chunks of `chunk` slots, or of all there are; ahead, what `ahead_steps` steps have and `ahead_bytes` hold."""
-        shape = cls(slots, min(chunk, slots), side, ahead=0)
+        shape = cls(slots, min(chunk, slots), side, ahead=0, kept=kept)
         return replace(shape, ahead=min(ahead_steps * shape.chunks, ahead_bytes // shape.chunk_bytes))
 
     @property
@@ -36,6 +37,19 @@ class StepShape:
     def spans(self) -> list[tuple[int, int]]:
         """(start, stop) of each chunk."""
         return list(spans(0, self.slots, self.chunk))
+
+    @property
+    def held_spans(self) -> list[tuple[int, int]]:
+        """Those of the chunks that wait for the second pass."""
+        return [span for span in self.spans if span[0] >= self.kept]
+
+    @property
+    def held_slots(self) -> int:
+        return self.slots - self.kept
+
+    @property
+    def held_bytes(self) -> int:
+        return self.held_slots * self.picture_bytes
 
     @property
     def picture_bytes(self) -> int:

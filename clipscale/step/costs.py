@@ -1,0 +1,71 @@
+"""What the graphs of a chunk hold in memory, counted: for the decision how many are kept from pass 1 to pass 2.
+
+    graph_costs(towers)                       # (GraphCost of the image tower, GraphCost of the text tower)
+
+Counted are the tensors that autograd saves, each storage once, without the weights and without the copies of weights
+that all graphs share. A few small chunks tell the rest: the bytes are linear in samples, and in tokens where attention
+keeps no square; where it does (plain attention on a CPU), what lies between is overestimated.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from clipscale.step.plan import GraphCost
+from clipscale.towers import Tower, Towers
+
+_SAMPLES = 8, 16  # of the chunks that are measured
+_SHORT = 16  # tokens
+
+
+def graph_costs(towers: Towers) -> tuple[GraphCost, GraphCost]:
+    """Of the image and of the text tower, as they stand: a training mode counts what training keeps."""
+    side, length, device = towers.image_size, towers.context_length, towers.image.device
+
+    def pictures(samples: int) -> Tensor:
+        return torch.zeros(samples, 3, side, side, dtype=torch.uint8, device=device)
+
+    def captions(samples: int, tokens: int) -> Tensor:
+        return torch.zeros(samples, tokens, dtype=torch.int64, device=device)
+
+    few, many = _SAMPLES
+    image = _line(saved_bytes(towers.image, pictures(few)), saved_bytes(towers.image, pictures(many)))
+    full = saved_bytes(towers.text, captions(few, length))
+    text = _line(full, saved_bytes(towers.text, captions(many, length)))
+    if towers.text.cut is not None and length > _SHORT:
+        token = (full - saved_bytes(towers.text, captions(few, _SHORT))) / (few * (length - _SHORT))
+        text = GraphCost(text.fixed, max(0.0, text.sample - token * length), token)
+    return image, text
+
+
+def _line(few: int, many: int) -> GraphCost:
+    sample = (many - few) / (_SAMPLES[1] - _SAMPLES[0])
+    return GraphCost(max(0.0, few - sample * _SAMPLES[0]), sample)
+
+
+def saved_bytes(tower: Tower, inputs: Tensor) -> int:
+    """Bytes that the graph of one chunk keeps beyond what it shares with that of another chunk."""
+    devices = [tower.device] if tower.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.enable_grad(), tower.shared_casts():
+        shared, first = _saved(tower, inputs)
+        own, second = _saved(tower, inputs)
+    del first, second  # alive until here, or the second would lie where the first has been
+    return sum(size for storage, size in own.items() if storage not in shared)
+
+
+def _saved(tower: Tower, inputs: Tensor) -> tuple[dict[int, int], Tensor]:
+    """Bytes of each storage that a call's graph saves, by its address; and the embeddings, which hold the graph."""
+    weights = {each.untyped_storage().data_ptr() for each in tower.encoder.state_dict().values()}
+    found: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        embeddings = tower(inputs)
+    return found, embeddings

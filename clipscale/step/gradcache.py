@@ -1,0 +1,181 @@
+"""The step under gradient caching (Gao et al., arXiv 2101.06983): memory for a chunk, not for the batch.
+
+    plan = StepPlan(image=TowerPlan(chunk=256), text=TowerPlan(chunk=1024))
+    result = gradcache_step(towers, batch.images, batch.tokens, batch.valid, plan=plan, ...)
+    sum_gradients(towers.encoder_parameters(), world)      # parallel.py: once a step, then the optimizer
+
+Three movements: embed every chunk without grad; take the loss and its gradients on all embeddings of all ranks at once
+(loss/); embed every chunk again with grad and push its embeddings' gradients through. The chain rule makes the
+parameters' gradients those of the whole batch, whatever the chunks. As many chunks as the plan has memory for are
+embedded with grad at once, and their graphs kept: these need no second time.
+
+Dropout must draw the same in both passes. Randomness is keyed, not kept: the draws of a tower that makes them chunk by
+chunk are a function of (seed, step, rank, tower, chunk), so replaying needs no stored state and a resumed run draws the
+same. Patch dropout and drop path draw by position (towers/draws.py), whatever the chunks.
+
+Shapes: N slots of this rank, of which V valid; M of a chunk; D width; L tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from clipscale.counter import fold
+from clipscale.data.load.replay import Inputs
+from clipscale.loss import ContrastiveGrads
+from clipscale.step.places import Places, compact_
+from clipscale.step.plan import StepPlan
+from clipscale.step.walks import Captions, Chunk, Pictures
+from clipscale.towers import Tower, Towers
+
+LossAndGrads = Callable[..., ContrastiveGrads]
+
+
+class StepResult(NamedTuple):
+    """The same on every rank, but for the last two."""
+
+    loss: float  # mean over the valid pairs, in nats
+    pairs: int  # valid pairs of all ranks; 0: nothing was learned, and no gradient was set
+    image_accuracy: float
+    text_accuracy: float
+    logit_scale: float
+    tokens_per_caption: float  # that the text tower ran in a pass
+    kept_share: float  # of this rank's pictures and captions: those that went through their tower once
+
+
+def gradcache_step(
+    towers: Towers,
+    images: Inputs,
+    tokens: Tensor,
+    valid: Tensor,
+    *,
+    plan: StepPlan,
+    loss_and_grads: LossAndGrads,
+    key: int,
+    grad_scale: float = 1.0,
+) -> StepResult:
+    """Add the gradient of the mean loss over all valid pairs of all ranks to every parameter's `.grad`.
+
+    The towers' parameters get this rank's share: sum them over the ranks. `logit_scale.grad` is complete on every rank.
+
+    Args:
+        images: uint8 [N, 3, S, S], in chunks; walked first.
+        tokens: integers [N, L] in host memory; may be filled in while the images are walked.
+        valid: bool [N], like the tokens; the other slots run through the towers but have no part in the loss.
+        plan: the chunks, and what is kept.
+        loss_and_grads: (image [V, D], text [V, D], s, image_grad=, text_grad=) -> ContrastiveGrads over all ranks, for
+            the global mean. The embeddings are its own, to overwrite. The side of a tower in which nothing learns is
+            not wanted; that tower is not replayed.
+        key: of this step and rank, for the towers' randomness.
+        grad_scale: factor on every gradient (loss scaling for fp16).
+
+    Raises:
+        Whatever `loss_and_grads` raises, on embeddings that are not finite for one.
+    """
+    image = TwoPasses(towers.image, Pictures(images, plan.image, alike=draws_by_chunk(towers.image)), key)
+    image_VD = image.embed()
+    text = TwoPasses(towers.text, captions_of(towers.text, tokens, plan), key)
+    text_VD = text.embed()
+    image_VD, text_VD = compact_(image_VD, valid), compact_(text_VD, valid)
+    logit_scale = towers.logit_scale()
+    grads = loss_and_grads(image_VD, text_VD, logit_scale, image_grad=image.learns, text_grad=text.learns)
+    del image_VD, text_VD
+    if grads.pairs > 0:
+        places = Places(valid)
+        for tower, d_VD in ((image, grads.d_image_ND), (text, grads.d_text_ND)):
+            if d_VD is not None:
+                tower.replay(d_VD, places, grad_scale)
+        _add_logit_scale_grad(towers, grads.d_logit_scale * (logit_scale * grad_scale))
+    return StepResult(
+        grads.loss.item(),
+        grads.pairs,
+        grads.image_accuracy,
+        grads.text_accuracy,
+        logit_scale,
+        tokens_per_caption=text.walk.tokens / max(len(text.walk), 1),
+        kept_share=(image.walk.kept + text.walk.kept) / max(len(image.walk) + len(text.walk), 1),
+    )
+
+
+def captions_of(tower: Tower, tokens_NL: Tensor, plan: StepPlan) -> Captions:
+    """By length, where the tower can be cut and does not draw by chunk."""
+    alike = draws_by_chunk(tower)
+    lengths_N = tower.cut.lengths(tokens_NL) if tower.cut and not alike else None
+    return Captions(tokens_NL, plan.text, lengths_N, alike=alike)
+
+
+class TwoPasses:
+    """One tower in one step: its embeddings, and then its gradients."""
+
+    def __init__(self, tower: Tower, walk: Pictures | Captions, key: int) -> None:
+        self.tower, self.walk, self._key = tower, walk, key
+        self.learns = any(parameter.requires_grad for parameter in tower.encoder.parameters())
+        self._by_chunk = draws_by_chunk(tower)
+        self._kept: list[tuple[slice | Tensor, Tensor]] = []  # slots, embeddings
+
+    def embed(self) -> Tensor:
+        """Pass 1: embeddings [N, D] by slot, chunk by chunk; activations of kept chunks alone outlive it."""
+        out_ND = None
+        with self.tower.shared_casts():
+            for chunk in self.walk.first(self.tower.device):
+                with torch.set_grad_enabled(chunk.kept and self.learns):
+                    embeddings = self._run(chunk)
+                if embeddings.requires_grad:
+                    self._kept.append((chunk.slots, embeddings))
+                if out_ND is None:
+                    out_ND = embeddings.new_empty(len(self.walk), embeddings.shape[1], requires_grad=False)
+                out_ND[chunk.slots] = embeddings.detach()[: chunk.size]
+        return out_ND
+
+    def replay(self, d_VD: Tensor, places: Places, grad_scale: float) -> None:
+        """Pass 2: kept graphs, and the other chunks again with grad and the same randomness; `.grad` gathers."""
+        self._kept.reverse()
+        while self._kept:
+            slots, embeddings = self._kept.pop()
+            self._backward(embeddings, slots, d_VD, places, grad_scale)
+            del embeddings  # and with it the graph, before the next
+        with self.tower.shared_casts():
+            for chunk in self.walk.again(self.tower.device):
+                self._backward(self._run(chunk), chunk.slots, d_VD, places, grad_scale)
+
+    def _run(self, chunk: Chunk) -> Tensor:
+        with chunk_randomness(self._key, self.tower, chunk.first) if self._by_chunk else nullcontext():
+            return self.tower(chunk.inputs)
+
+    @staticmethod
+    def _backward(embeddings: Tensor, slots: slice | Tensor, d_VD: Tensor, places: Places, grad_scale: float) -> None:
+        d_MD = places.rows_of(d_VD, slots, len(embeddings)) * grad_scale
+        embeddings.backward(d_MD.to(embeddings.dtype))
+
+
+@contextmanager
+def chunk_randomness(key: int, tower: Tower, start: int) -> Iterator[None]:
+    """torch's generators, seeded for the chunk that begins at slot `start`; the outer state comes back afterwards."""
+    on_gpu = tower.device.type == "cuda"
+    seed = torch.manual_seed if on_gpu else torch.default_generator.manual_seed  # the first prepares absent GPUs too
+    with torch.random.fork_rng(devices=[tower.device] if on_gpu else []):
+        seed(fold(key, tower.name, start) >> 1)
+        yield
+
+
+def _add_logit_scale_grad(towers: Towers, d_log_scale: Tensor) -> None:
+    """The parameter is log s, hence the factor s = d s / d log s in the caller."""
+    parameter = towers.model.logit_scale
+    grad = d_log_scale.to(parameter).reshape(parameter.shape)
+    parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+
+
+def draws_by_chunk(tower: Tower) -> bool:
+    """Whether its draws are of a chunk, so that both passes must take the same ones. (Provisional.)"""
+    names = ("Dropout", "DropPath", "PatchDropout")
+    return any(
+        module.training
+        and type(module).__name__ in names
+        and any(getattr(module, field, 0) for field in ("p", "prob", "drop_prob"))
+        for module in tower.encoder.modules()
+    )

@@ -1,0 +1,160 @@
+"""The two walks through a step's inputs: chunk by chunk, the kept ones first, and in pass 2 only those not kept.
+
+    for chunk in walk.first(device):        # pass 1; chunk.kept says whether its graph is
+        tower(chunk.inputs)
+    for chunk in walk.again(device):        # pass 2
+
+Pictures come in order, as the loader has them (`Pictures`). Captions are there already and their order is free: the
+text tower walks them by length, in chunks of about equal work, each cut at its longest caption (`Captions`).
+
+Shapes: N slots of this rank, M slots of a chunk, L tokens of a caption.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from clipscale.data.load.replay import Inputs
+from clipscale.data.load.shape import spans
+from clipscale.step.plan import TowerPlan
+
+LENGTH_STEP, ROW_STEP = 16, 8
+"""Captions' lengths and chunks' rows are rounded up to multiples of these: few shapes, and on a CPU bit for bit what
+the full length gives."""
+
+
+class Chunk(NamedTuple):
+    """What goes through a tower at once."""
+
+    slots: slice | Tensor
+    """Where its M samples stand in the step; a tensor is int64 and in host memory."""
+    inputs: Tensor
+    """On the tower's device; rows beyond the M-th fill up the shape and mean nothing."""
+    kept: bool
+
+    @property
+    def first(self) -> int:
+        """Its first slot."""
+        return self.slots.start if isinstance(self.slots, slice) else int(self.slots[0])
+
+    @property
+    def size(self) -> int:
+        """M."""
+        return self.slots.stop - self.slots.start if isinstance(self.slots, slice) else len(self.slots)
+
+
+class Pictures:
+    """uint8 [N, 3, S, S] in the chunks they arrive in; those in which gradients are wanted are cut to `plan.chunk`.
+
+    Args:
+        alike: both passes take the same chunks.
+    """
+
+    def __init__(self, inputs: Inputs, plan: TowerPlan, *, alike: bool) -> None:
+        self._inputs, self._chunk, self._alike = inputs, plan.chunk, alike
+        self.kept = plan.kept_samples(len(inputs))
+
+    def __len__(self) -> int:
+        return len(self._inputs)
+
+    def first(self, device: torch.device) -> Iterator[Chunk]:
+        for start, block in self._inputs.first(device, self.kept):
+            kept = start < self.kept
+            yield from self._cut(start, block, self._chunk if kept or self._alike else len(block), kept)
+
+    def again(self, device: torch.device) -> Iterator[Chunk]:
+        for start, block in self._inputs.again(device, self.kept):
+            yield from self._cut(start, block, self._chunk, False)
+
+    @staticmethod
+    def _cut(start: int, block: Tensor, size: int, kept: bool) -> Iterator[Chunk]:
+        for first, last in spans(0, len(block), size):
+            yield Chunk(slice(start + first, start + last), block[first:last], kept)
+
+
+class Rows(NamedTuple):
+    """Captions that go through the tower at once."""
+
+    slots: slice | Tensor
+    size: int
+    length: int
+    """Tokens of each."""
+    rows: int
+    """`size` and what fills up the shape."""
+
+
+class Captions:
+    """Token ids [N, L] in host memory: by length where `lengths_N` is given, else in order and at full length.
+
+    Args:
+        lengths_N: tokens of each caption that the tower must see.
+        alike: both passes take the same chunks.
+    """
+
+    def __init__(self, tokens_NL: Tensor, plan: TowerPlan, lengths_N: Tensor | None, *, alike: bool) -> None:
+        self._tokens_NL = tokens_NL
+        chunks = _arranged(torch.arange(len(tokens_NL)), tokens_NL, lengths_N, plan.chunk)
+        count = _how_many(chunks, plan)
+        self._kept, self._others = chunks[:count], chunks[count:]
+        self._wide = self._others
+        if plan.wide > plan.chunk and self._others and not alike:
+            rest_M = torch.cat([torch.arange(len(tokens_NL))[rows.slots] for rows in self._others])
+            self._wide = _arranged(rest_M, tokens_NL, lengths_N, plan.wide)
+        self.kept = sum(rows.size for rows in self._kept)
+        self.tokens = sum(rows.size * rows.length for rows in chunks)
+        """That the tower runs in one pass."""
+
+    def __len__(self) -> int:
+        return len(self._tokens_NL)
+
+    def first(self, device: torch.device) -> Iterator[Chunk]:
+        for kept, some in ((True, self._kept), (False, self._wide)):
+            yield from (Chunk(rows.slots, self._inputs(rows, device), kept) for rows in some)
+
+    def again(self, device: torch.device) -> Iterator[Chunk]:
+        return (Chunk(rows.slots, self._inputs(rows, device), False) for rows in self._others)
+
+    def _inputs(self, rows: Rows, device: torch.device) -> Tensor:
+        """[rows, length] on the device; what fills up is the first caption again."""
+        part = self._tokens_NL[rows.slots][:, : rows.length]
+        if rows.rows > rows.size:
+            part = torch.cat([part, part[:1].expand(rows.rows - rows.size, -1)])
+        if device.type != "cuda":
+            return part.to(device)
+        return part.contiguous().pin_memory().to(device, non_blocking=True)  # from a cache of page-locked memory
+
+
+def _how_many(chunks: list[Rows], plan: TowerPlan) -> int:
+    """Chunks, from the first on, whose graphs fit `plan.keep_bytes` together."""
+    left = plan.keep_bytes
+    for count, rows in enumerate(chunks):
+        left -= plan.cost.of(rows.rows, rows.rows * rows.length)
+        if left < 0:
+            return count
+    return len(chunks) if plan.keep_bytes > 0 else 0
+
+
+def _arranged(slots_K: Tensor, tokens_NL: Tensor, lengths_N: Tensor | None, chunk: int) -> list[Rows]:
+    """`slots_K`, ascending, cut into chunks of as many tokens as `chunk` captions of full length have."""
+    longest = tokens_NL.shape[1]
+    if lengths_N is None:
+        first = int(slots_K[0]) if len(slots_K) else 0
+        return [
+            Rows(slice(first + start, first + stop), stop - start, longest, stop - start)
+            for start, stop in spans(0, len(slots_K), chunk)
+        ]
+    rounded_K = (-(-lengths_N[slots_K] // LENGTH_STEP) * LENGTH_STEP).clamp(max=longest)
+    chunks = []
+    for length in rounded_K.unique().tolist():
+        mine_M = slots_K[rounded_K == length]
+        most = max(1, chunk * longest // length)
+        most -= most % ROW_STEP if most > ROW_STEP else 0
+        for start, stop in spans(0, len(mine_M), most):
+            size = stop - start
+            rows = min(-(-size // ROW_STEP) * ROW_STEP, most)
+            chunks.append(Rows(mine_M[start:stop].contiguous(), size, length, rows))
+    return chunks
