@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from clipscale.towers.draws import drawing
+
 
 class Tower:
     """Raw inputs [M, ...] on the tower's device -> embeddings [M, D], float32 (float64 for a float64 tower).
@@ -22,6 +24,7 @@ class Tower:
         encoder: module from prepared inputs to features [M, D].
         prepare: raw inputs (pixels, token ids), dtype of the encoder's first product -> what the encoder takes.
         autocast: dtype of the encoder's matrix products, or None for that of its weights.
+        draw_key: of its draws by position (draws.py).
     """
 
     def __init__(
@@ -30,13 +33,19 @@ class Tower:
         encoder: nn.Module,
         prepare: Callable[[torch.Tensor, torch.dtype], torch.Tensor],
         autocast: torch.dtype | None = None,
+        draw_key: int = 0,
     ) -> None:
         self.name, self.encoder, self.prepare, self.autocast = name, encoder, prepare, autocast
+        self.draw_key = draw_key
 
-    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+    def __call__(self, inputs: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """`positions`: int64 [M] on the inputs' device, for layers that draw by position; None: they draw from torch's
+        generator like any other."""
         weight = next(self.encoder.parameters())
         context = torch.autocast(weight.device.type, self.autocast) if self.autocast else nullcontext()
-        with context:
+        assert positions is None or len(positions) == len(inputs)
+        draws = nullcontext() if positions is None else drawing(self.draw_key, positions)
+        with context, draws:
             features = self.encoder(self.prepare(inputs, self.autocast or weight.dtype))
         return F.normalize(features if features.dtype == torch.float64 else features.float(), dim=-1)
 
