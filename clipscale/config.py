@@ -117,7 +117,6 @@ class GradCache:
     image_chunk: int | str = 256  # pictures that go through the image tower at once; auto: the fastest, by a search
     text_chunk: int | str = 1024  # captions of full length, or as many tokens of shorter ones; auto: as above
     forward_chunks: int = 1  # chunks that pass 1 takes at once where it keeps no graph
-    sort_captions: bool = True  # walk them by length, each chunk cut at its longest; towers that cannot run them whole
     keep_bytes: int | str = "auto"  # of a rank's memory for graphs of pass 1, which spare pass 2; auto: what is free
 
     def __post_init__(self) -> None:

@@ -199,6 +199,7 @@ class Trainer:
             plan=self.plan,
             loss_and_grads=self._loss,
             key=fold(self.config.seed, "towers", self.steps_done, self.world.rank),
+            positions=torch.from_numpy(batch.positions),
             grad_scale=self.scaler.scale(torch.ones((), device=self.world.device)).item(),
         )
         if result.pairs:

@@ -57,6 +57,7 @@ def gradcache_step(
     plan: StepPlan,
     loss_and_grads: LossAndGrads,
     key: int,
+    positions: Tensor | None = None,
     grad_scale: float = 1.0,
 ) -> StepResult:
     """Add the gradient of the mean loss over all valid pairs of all ranks to every parameter's `.grad`.
@@ -71,15 +72,18 @@ def gradcache_step(
         loss_and_grads: (image [V, D], text [V, D], s, image_grad=, text_grad=) -> ContrastiveGrads over all ranks, for
             the global mean. The embeddings are its own, to overwrite. The side of a tower in which nothing learns is
             not wanted; that tower is not replayed.
-        key: of this step and rank, for the towers' randomness.
+        key: of this step and rank, for layers that draw by chunk.
+        positions: int64 [N] in host memory, unique in the run: for layers that draw by position.
         grad_scale: factor on every gradient (loss scaling for fp16).
 
     Raises:
         Whatever `loss_and_grads` raises, on embeddings that are not finite for one.
     """
-    image = TwoPasses(towers.image, Pictures(images, plan.image, alike=draws_by_chunk(towers.image)), key)
+    image = TwoPasses(towers.image, Pictures(images, plan.image), key, positions, by_chunk=plan.image.by_chunk)
     image_VD = image.embed()
-    text = TwoPasses(towers.text, captions_of(towers.text, tokens, plan), key)
+    in_order = towers.text.cut is None or plan.text.by_chunk
+    walk = Captions(tokens, plan.text, None if in_order else towers.text.cut.lengths(tokens))
+    text = TwoPasses(towers.text, walk, key, positions, by_chunk=plan.text.by_chunk)
     text_VD = text.embed()
     image_VD, text_VD = compact_(image_VD, valid), compact_(text_VD, valid)
     logit_scale = towers.logit_scale()
@@ -102,20 +106,14 @@ def gradcache_step(
     )
 
 
-def captions_of(tower: Tower, tokens_NL: Tensor, plan: StepPlan) -> Captions:
-    """By length, where the tower can be cut and does not draw by chunk."""
-    alike = draws_by_chunk(tower)
-    lengths_N = tower.cut.lengths(tokens_NL) if tower.cut and not alike else None
-    return Captions(tokens_NL, plan.text, lengths_N, alike=alike)
-
-
 class TwoPasses:
     """One tower in one step: its embeddings, and then its gradients."""
 
-    def __init__(self, tower: Tower, walk: Pictures | Captions, key: int) -> None:
-        self.tower, self.walk, self._key = tower, walk, key
+    def __init__(
+        self, tower: Tower, walk: Pictures | Captions, key: int, positions: Tensor | None, *, by_chunk: bool
+    ) -> None:
+        self.tower, self.walk, self._key, self._positions, self._by_chunk = tower, walk, key, positions, by_chunk
         self.learns = any(parameter.requires_grad for parameter in tower.encoder.parameters())
-        self._by_chunk = draws_by_chunk(tower)
         self._kept: list[tuple[slice | Tensor, Tensor]] = []  # slots, embeddings
 
     def embed(self) -> Tensor:
@@ -144,8 +142,13 @@ class TwoPasses:
                 self._backward(self._run(chunk), chunk.slots, d_VD, places, grad_scale)
 
     def _run(self, chunk: Chunk) -> Tensor:
+        positions_M = None
+        if self._positions is not None:
+            positions_M = self._positions[chunk.slots]
+            filled = positions_M[-1:].expand(len(chunk.inputs) - chunk.size)
+            positions_M = torch.cat([positions_M, filled]).to(self.tower.device, non_blocking=True)
         with chunk_randomness(self._key, self.tower, chunk.first) if self._by_chunk else nullcontext():
-            return self.tower(chunk.inputs)
+            return self.tower(chunk.inputs, positions_M)
 
     @staticmethod
     def _backward(embeddings: Tensor, slots: slice | Tensor, d_VD: Tensor, places: Places, grad_scale: float) -> None:
@@ -168,14 +171,3 @@ def _add_logit_scale_grad(towers: Towers, d_log_scale: Tensor) -> None:
     parameter = towers.model.logit_scale
     grad = d_log_scale.to(parameter).reshape(parameter.shape)
     parameter.grad = grad if parameter.grad is None else parameter.grad + grad
-
-
-def draws_by_chunk(tower: Tower) -> bool:
-    """Whether its draws are of a chunk, so that both passes must take the same ones. (Provisional.)"""
-    names = ("Dropout", "DropPath", "PatchDropout")
-    return any(
-        module.training
-        and type(module).__name__ in names
-        and any(getattr(module, field, 0) for field in ("p", "prob", "drop_prob"))
-        for module in tower.encoder.modules()
-    )

@@ -21,6 +21,7 @@ from clipscale.data.load.replay_plan import available_bytes
 from clipscale.dist import World
 from clipscale.step.costs import graph_costs
 from clipscale.step.plan import GraphCost, StepPlan, TowerPlan
+from clipscale.tell import tell
 from clipscale.towers import Towers
 from clipscale.words import counted
 
@@ -35,10 +36,23 @@ def plan_step(config: Config, towers: Towers, world: World, recorded: dict[str, 
     settings, slots = config.gradcache, config.train.global_batch // world.size
     if recorded and recorded["settings"] == _settings(config, world):
         return StepPlan(*(_tower_plan(recorded[name]) for name in ("image", "text")))
-    costs = graph_costs(towers)
+    training = towers.model.training
+    towers.model.train()
+    costs, by_chunk = graph_costs(towers), towers.draws_by_chunk()
+    towers.model.train(training)
+    for name, layers in by_chunk.items():
+        if layers:
+            tell(
+                f"the {name} tower draws by chunk in {counted(len(layers), 'layer')} ({layers[0]}): its chunks are the "
+                "same in both passes and in the order of the batch, and a run on other ranks or chunks draws otherwise"
+            )
+    if towers.text.cut is None:
+        tell("the text tower looks beyond the end of a caption: captions run at full length")
     plans = [
-        TowerPlan(min(chunk, slots), min(chunk, slots) * settings.forward_chunks, cost=cost)
-        for chunk, cost in zip((settings.image_chunk, settings.text_chunk), costs, strict=True)
+        TowerPlan(
+            min(chunk, slots), min(chunk, slots) * settings.forward_chunks, cost=cost, by_chunk=bool(by_chunk[name])
+        )
+        for name, chunk, cost in zip(by_chunk, (settings.image_chunk, settings.text_chunk), costs, strict=True)
     ]
     keep_bytes = settings.keep_bytes
     if keep_bytes == "auto":
