@@ -26,6 +26,7 @@ from clipscale.dist import World
 from clipscale.errors import SharedError
 from clipscale.files import append_rows, keep_rows
 from clipscale.fit_tokenizer import fitting_tokenizer
+from clipscale.parts import UNTIMED, Parts
 from clipscale.tell import tell
 from clipscale.towers import Towers
 from clipscale.words import counted
@@ -45,6 +46,7 @@ class Feed:
         *,
         recorded: dict[str, Any] | None,
         position: int,
+        parts: Parts = UNTIMED,
     ) -> None:
         data = config.data
         self.world, self.global_batch = world, config.train.global_batch
@@ -81,6 +83,7 @@ class Feed:
             build_tier(plan, config.replay, shape, world.device),
             start=position,
             change=change,
+            parts=parts,
         )
         tell(
             "data: "

@@ -25,19 +25,22 @@ from torch import Tensor
 from clipscale.counter import fold
 from clipscale.data.load.replay import Inputs
 from clipscale.loss import ContrastiveGrads
+from clipscale.parts import UNTIMED, Parts
 from clipscale.towers import Tower, Towers
 
 LossAndGrads = Callable[..., ContrastiveGrads]
 
 
 class StepResult(NamedTuple):
-    """The same on every rank."""
+    """The same on every rank, the last two apart, which are of this rank."""
 
     loss: float  # mean over the valid pairs, in nats
     pairs: int  # valid pairs of all ranks; 0: nothing was learned, and no gradient was set
     image_accuracy: float
     text_accuracy: float
     logit_scale: float
+    tokens_per_caption: float = 0.0  # mean number of tokens that the text tower ran for a caption
+    kept_share: float = 0.0  # of the chunks of both towers: those whose graph was kept, which ran forward once
 
 
 def gradcache_step(
@@ -49,6 +52,7 @@ def gradcache_step(
     loss_and_grads: LossAndGrads,
     key: int,
     grad_scale: float = 1.0,
+    parts: Parts = UNTIMED,
 ) -> StepResult:
     """Add the gradient of the mean loss over all valid pairs of all ranks to every parameter's `.grad`.
 
@@ -62,25 +66,38 @@ def gradcache_step(
             the global mean. The side of a tower in which nothing learns is not wanted; that tower is not replayed.
         key: of this step and rank, for the towers' randomness.
         grad_scale: factor on every gradient (loss scaling for fp16).
+        parts: counts the time of each tower's passes and of the loss.
 
     Raises:
         Whatever `loss_and_grads` raises, on embeddings that are not finite for one.
     """
     inputs = ((towers.image, images), (towers.text, tokens))
-    image_ND, text_ND = (embed(tower, batch, key) for tower, batch in inputs)
-    slots = valid.nonzero().squeeze(1).to(towers.image.device)
-    image_VD, text_VD = image_ND[slots], text_ND[slots]
+    with parts.part("image forward"):
+        image_ND = embed(towers.image, images, key)
+    with parts.part("text forward"):
+        text_ND = embed(towers.text, tokens, key)
     logit_scale = towers.logit_scale()
-    grads = loss_and_grads(
-        image_VD, text_VD, logit_scale, image_grad=_learns(towers.image), text_grad=_learns(towers.text)
-    )
+    with parts.part("loss"):
+        slots = valid.nonzero().squeeze(1).to(towers.image.device)
+        image_VD, text_VD = image_ND[slots], text_ND[slots]
+        grads = loss_and_grads(
+            image_VD, text_VD, logit_scale, image_grad=_learns(towers.image), text_grad=_learns(towers.text)
+        )
     if grads.pairs > 0:
         for (tower, batch), d_VD in zip(inputs, (grads.d_image_ND, grads.d_text_ND), strict=True):
             if d_VD is not None:
-                d_ND = d_VD.new_zeros(len(batch), d_VD.shape[1]).index_copy_(0, slots, d_VD * grad_scale)
-                replay_backward(tower, batch, d_ND, key)
+                with parts.part(f"{tower.name} backward"):
+                    d_ND = d_VD.new_zeros(len(batch), d_VD.shape[1]).index_copy_(0, slots, d_VD * grad_scale)
+                    replay_backward(tower, batch, d_ND, key)
         _add_logit_scale_grad(towers, grads.d_logit_scale * (logit_scale * grad_scale))
-    return StepResult(grads.loss.item(), grads.pairs, grads.image_accuracy, grads.text_accuracy, logit_scale)
+    return StepResult(
+        grads.loss.item(),
+        grads.pairs,
+        grads.image_accuracy,
+        grads.text_accuracy,
+        logit_scale,
+        tokens_per_caption=float(towers.context_length),
+    )
 
 
 def _learns(tower: Tower) -> bool:
