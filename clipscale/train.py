@@ -34,7 +34,7 @@ from clipscale.config_load import dump_config
 from clipscale.counter import fold
 from clipscale.data.load.loader import StepBatch
 from clipscale.dist import World, start_world
-from clipscale.errors import SharedError, UserError, require
+from clipscale.errors import SharedError, UserError, reason, require
 from clipscale.eval.suite import EvalSuite
 from clipscale.feed import Feed, Skips
 from clipscale.files import write_file
@@ -43,6 +43,8 @@ from clipscale.loss import ContrastiveGrads, contrastive_grads
 from clipscale.loss.engines import adopt_shapes, check_engine, tuned_shapes
 from clipscale.optim import build_optimizer, restore_optimizer, set_lr
 from clipscale.parallel import broadcast_parameters, sum_gradients
+from clipscale.parts import Parts
+from clipscale.parts_picture import draw_parts
 from clipscale.preflight.checks import check_training
 from clipscale.preflight.prepare import prepare_files
 from clipscale.progress import duration
@@ -54,6 +56,8 @@ from clipscale.tell import tell
 from clipscale.towers import autocast_dtype, build_towers
 from clipscale.train_report import evaluation_lines, start_lines, step_line, summary_lines
 from clipscale.words import counted
+
+_STEPS_OF_A_PICTURE = 20  # a run of fewer is not drawn: its first steps start threads and tune kernels
 
 
 def train(config: Config, notes: list[str] | None = None) -> list[str]:
@@ -88,7 +92,7 @@ class Trainer:
             check_engine(config.loss.engine, config.loss.precision, world.device)
         except ValueError as error:
             raise SharedError(str(error)) from error
-        self.config, self.world = config, world
+        self.config, self.world, self.parts = config, world, Parts(world.device)
         self._resources = ExitStack()
         try:
             self._resume(notes, prepared)
@@ -131,9 +135,10 @@ class Trainer:
             return self._summary("already complete: nothing to do")
         self.towers.model.train()
         first, pace = self.steps_done, Pace()
+        self.parts.take()  # what building took is no step's
         while self.steps_done < self.last_step:
             step, scores = self._timed_step(pace), self._evaluate_if_due(pace)
-            row = self.last_row = step | scores
+            row = self.last_row = step | scores | pace.spent(self.parts.take())
             eta_seconds = self._eta_seconds(pace)
             self.log.metrics(row)
             self.log.advance(self.steps_done, eta_seconds)
@@ -142,8 +147,10 @@ class Trainer:
             for line in evaluation_lines(scores, step=self.steps_done, last_step=self.last_step):
                 tell(line)
             if self._due(config.checkpoint.every_steps):
-                with pace.other("checkpoint"):
+                with pace.other("checkpoint"), self.parts.part("checkpoint"):
                     self._save()
+        if self.world.is_main and self.last_step >= _STEPS_OF_A_PICTURE:
+            self._draw()
         return self._summary(f"trained {counted(self.last_step - first, 'step')} in {duration(pace.elapsed())}")
 
     def step(self, batch: StepBatch) -> dict[str, Any]:
@@ -153,7 +160,8 @@ class Trainer:
         set_lr(self.optimizer, lr)
         self.optimizer.zero_grad(set_to_none=True)
         result = self._gradients(batch)
-        grad_norm = self._update() if result.pairs else 0.0
+        with self.parts.part("optimizer"):
+            grad_norm = self._update() if result.pairs else 0.0
         self.steps_done += 1
         self.position += config.train.global_batch
         self.skips.account(batch, masked=result.pairs < config.train.global_batch, seen=self.position)
@@ -168,9 +176,9 @@ class Trainer:
             "lr": lr,
             "image_accuracy": result.image_accuracy,
             "text_accuracy": result.text_accuracy,
-            "masked_samples": self.skips.counts.total(),
             "tokens_per_caption": result.tokens_per_caption,
             "kept_share": result.kept_share,
+            "masked_samples": self.skips.counts.total(),
             **repeats,
             **memory(),
         }
@@ -185,7 +193,9 @@ class Trainer:
         """The step on the next batch; its row with how fast it went."""
         loader, begin = self.feed.loader, time.perf_counter()
         waited = loader.waited_seconds
-        row = self.step(next(loader))
+        with self.parts.part("data wait"):
+            batch = next(loader)
+        row = self.step(batch)
         waited = loader.waited_seconds - waited
         return row | pace.add(self.config.train.global_batch, waited, time.perf_counter() - begin)
 
@@ -201,9 +211,11 @@ class Trainer:
             key=fold(self.config.seed, "towers", self.steps_done, self.world.rank),
             positions=torch.from_numpy(batch.positions),
             grad_scale=self.scaler.scale(torch.ones((), device=self.world.device)).item(),
+            parts=self.parts,
         )
         if result.pairs:
-            sum_gradients(self.towers.encoder_parameters(), self.world)
+            with self.parts.part("communication"):
+                sum_gradients(self.towers.encoder_parameters(), self.world)
         return result
 
     def _loss(self, image_VD: Tensor, text_VD: Tensor, logit_scale: float, **wanted: bool) -> ContrastiveGrads:
@@ -243,10 +255,10 @@ class Trainer:
     def _evaluate_if_due(self, pace: Pace) -> dict[str, float]:
         row = {}
         if self._due(self.config.eval.validation.every_steps):
-            with pace.other("validation"):
+            with pace.other("validation"), self.parts.part("evaluation"):
                 row |= self.evaluations.validation()
         if self._due(self.config.eval.zeroshot.every_steps):
-            with pace.other("zeroshot"):
+            with pace.other("zeroshot"), self.parts.part("evaluation"):
                 row |= self.evaluations.zeroshot()
         return row
 
@@ -264,6 +276,15 @@ class Trainer:
     def _summary(self, what: str) -> list[str]:
         config = self.config
         return summary_lines(what, self.last_row, run_dir=config.run.dir, pairs=config.train.global_batch)
+
+    def _draw(self) -> None:
+        """Where the time went, as a picture in the run's folder. The run is over: what goes wrong here is told."""
+        run, picture = self.config.run.dir, Path(self.config.run.dir, "parts.png")
+        try:
+            problem = draw_parts(run, picture)
+        except OSError as error:
+            problem = f"no {picture.name}: {reason(error)}"
+        tell(problem or f"where the time went: {picture}")
 
     def _save(self) -> None:
         """Every rank reaches this at the same step; the main rank writes, an error is everyone's."""
@@ -325,7 +346,13 @@ class Trainer:
     def _build_data(self, recorded: dict[str, Any] | None) -> None:
         """Sources and evaluation sets."""
         self.feed = Feed(
-            self.config, self.towers, self.plan.image, self.world, recorded=recorded, position=self.position
+            self.config,
+            self.towers,
+            self.plan.image,
+            self.world,
+            recorded=recorded,
+            position=self.position,
+            parts=self.parts,
         )
         self._resources.callback(self.feed.close)
         tell(plan_line(self.plan, self.config.train.global_batch // self.world.size))

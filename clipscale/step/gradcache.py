@@ -28,6 +28,7 @@ from torch import Tensor
 from clipscale.counter import fold
 from clipscale.data.load.replay import Inputs
 from clipscale.loss import ContrastiveGrads
+from clipscale.parts import UNTIMED, Parts
 from clipscale.step.places import Places, compact_
 from clipscale.step.plan import StepPlan
 from clipscale.step.walks import Captions, Chunk, Pictures
@@ -59,6 +60,7 @@ def gradcache_step(
     key: int,
     positions: Tensor | None = None,
     grad_scale: float = 1.0,
+    parts: Parts = UNTIMED,
 ) -> StepResult:
     """Add the gradient of the mean loss over all valid pairs of all ranks to every parameter's `.grad`.
 
@@ -75,25 +77,30 @@ def gradcache_step(
         key: of this step and rank, for layers that draw by chunk.
         positions: int64 [N] in host memory, unique in the run: for layers that draw by position.
         grad_scale: factor on every gradient (loss scaling for fp16).
+        parts: counts the time of each tower's passes and of the loss.
 
     Raises:
         Whatever `loss_and_grads` raises, on embeddings that are not finite for one.
     """
     image = TwoPasses(towers.image, Pictures(images, plan.image), key, positions, by_chunk=plan.image.by_chunk)
-    image_VD = image.embed()
+    with parts.part("image forward"):
+        image_VD = image.embed()
     in_order = towers.text.cut is None or plan.text.by_chunk
-    walk = Captions(tokens, plan.text, None if in_order else towers.text.cut.lengths(tokens))
-    text = TwoPasses(towers.text, walk, key, positions, by_chunk=plan.text.by_chunk)
-    text_VD = text.embed()
-    image_VD, text_VD = compact_(image_VD, valid), compact_(text_VD, valid)
+    with parts.part("text forward"):
+        walk = Captions(tokens, plan.text, None if in_order else towers.text.cut.lengths(tokens))
+        text = TwoPasses(towers.text, walk, key, positions, by_chunk=plan.text.by_chunk)
+        text_VD = text.embed()
     logit_scale = towers.logit_scale()
-    grads = loss_and_grads(image_VD, text_VD, logit_scale, image_grad=image.learns, text_grad=text.learns)
+    with parts.part("loss"):
+        image_VD, text_VD = compact_(image_VD, valid), compact_(text_VD, valid)
+        grads = loss_and_grads(image_VD, text_VD, logit_scale, image_grad=image.learns, text_grad=text.learns)
     del image_VD, text_VD
     if grads.pairs > 0:
         places = Places(valid)
         for tower, d_VD in ((image, grads.d_image_ND), (text, grads.d_text_ND)):
             if d_VD is not None:
-                tower.replay(d_VD, places, grad_scale)
+                with parts.part(f"{tower.tower.name} backward"):
+                    tower.replay(d_VD, places, grad_scale)
         _add_logit_scale_grad(towers, grads.d_logit_scale * (logit_scale * grad_scale))
     return StepResult(
         grads.loss.item(),

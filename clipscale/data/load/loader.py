@@ -33,6 +33,7 @@ from clipscale.data.load.replay_plan import Tier
 from clipscale.data.load.shape import StepShape, spans
 from clipscale.data.load.workers import InlineWorkers, LoaderError, LoaderProcess
 from clipscale.data.pipeline import Pipeline, Share
+from clipscale.parts import UNTIMED, Parts
 
 SLOTS_PER_JOB = 64
 Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (uint8 [M, 3, S, S], positions [M]) -> [M, 3, S, S]
@@ -81,15 +82,27 @@ class Filled:
 class Loader(Iterator[StepBatch]):
     """An endless iterator of step batches. Taking the next one ends the one before.
 
+    Args:
+        parts: counts the time spent waiting for data, and for their copies.
+
     Raises (from `next` and from walking the images):
         LoaderError: the loader's process has ended or failed, or pass 2 reads other pixels than pass 1 did.
     """
 
     def __init__(
-        self, pipeline: Pipeline, share: Share, setup: Setup, tier: Tier, *, start: int, change: Change | None = None
+        self,
+        pipeline: Pipeline,
+        share: Share,
+        setup: Setup,
+        tier: Tier,
+        *,
+        start: int,
+        change: Change | None = None,
+        parts: Parts = UNTIMED,
     ) -> None:
         assert (setup.shape.slots, setup.shape.side) == (share.slots, pipeline.image_size)
         self.pipeline, self.share, self.setup, self.tier, self.change = pipeline, share, setup, tier, change
+        self.parts = parts
         self.waited_seconds = 0.0  # in all, for chunks that were not filled yet
         self._next_position = start
         layout = Layout(setup.blocks, setup.shape.chunk, setup.shape.side, pipeline.context_length)
@@ -115,7 +128,7 @@ class Loader(Iterator[StepBatch]):
         positions = self.share.positions(self.pipeline, position)
         self._next_position += self.share.global_batch
         step = self._step = _StepChunks(self, position, self._tokens, self._valid)
-        images = StepPictures(step, self.tier, positions, self.change)
+        images = StepPictures(step, self.tier, positions, self.change, self.parts)
         return StepBatch(position, positions, images, step.tokens, step.valid, step.skips)
 
     def close(self) -> None:
@@ -130,7 +143,8 @@ class Loader(Iterator[StepBatch]):
     def take(self) -> Filled:
         """The next chunk of the run, once it is filled. Its block is the caller's until it is released."""
         coming, begin = self._coming.popleft(), time.perf_counter()
-        done = [self.workers.wait(number) for number in coming.numbers]
+        with self.parts.part("data wait"):
+            done = [self.workers.wait(number) for number in coming.numbers]
         self.waited_seconds += time.perf_counter() - begin
         here = coming.block, slice(coming.stop - coming.start)
         return Filled(
@@ -245,8 +259,11 @@ class _StepChunks:
 class StepPictures:
     """uint8 [N, 3, S, S] of one step, walked twice (replay.Inputs); what `change` makes of them where there is one."""
 
-    def __init__(self, chunks: _StepChunks, tier: Tier, positions: np.ndarray, change: Change | None) -> None:
-        self._chunks, self._tier, self._change, self._kept = chunks, tier, change, chunks.kept
+    def __init__(
+        self, chunks: _StepChunks, tier: Tier, positions: np.ndarray, change: Change | None, parts: Parts
+    ) -> None:
+        self._chunks, self._tier, self._change, self._parts = chunks, tier, change, parts
+        self._kept = chunks.kept
         self._positions = torch.from_numpy(positions)
 
     def __len__(self) -> int:
@@ -254,11 +271,11 @@ class StepPictures:
 
     def first(self, device: torch.device, kept: int = 0) -> Iterator[tuple[int, torch.Tensor]]:
         assert kept == self._kept
-        return self._changed(self._tier.first(self._chunks, device, kept), device)
+        return self._changed(self._parts.walk("copies", self._tier.first(self._chunks, device, kept)), device)
 
     def again(self, device: torch.device, kept: int = 0) -> Iterator[tuple[int, torch.Tensor]]:
         assert kept == self._kept
-        return self._changed(self._tier.again(self._chunks, device), device)
+        return self._changed(self._parts.walk("copies", self._tier.again(self._chunks, device)), device)
 
     def _changed(
         self, walk: Iterator[tuple[int, torch.Tensor]], device: torch.device
