@@ -119,6 +119,9 @@ class Chunks(Protocol):
     def arrive_again(self) -> Iterator[Chunk]:
         """The same once more, for tiers with `asks_twice`."""
 
+    def locked(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+        """Chunks of the loader's memory, in memory that a GPU can copy from while it computes."""
+
 
 class Host:
     """The loader's own memory is the buffer: nothing is copied."""
@@ -129,10 +132,10 @@ class Host:
         self._held: deque[Chunk] = deque()
 
     def first(self, chunks: Chunks, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
-        return to_device(self._hold(chunks), device)
+        return to_device(chunks.locked(self._hold(chunks)), device)
 
     def again(self, chunks: Chunks, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
-        return to_device(self._give(), device)
+        return to_device(chunks.locked(self._give()), device)
 
     def clear(self) -> None:
         """Forget what pass 2 did not ask for: the loader has it back."""
@@ -162,7 +165,7 @@ class Gpu:
 
     def first(self, chunks: Chunks, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
         self._sizes.clear()
-        for start, data in to_device(chunks.arrive(), device):
+        for start, data in to_device(chunks.locked(chunks.arrive()), device):
             self._sizes.append((start, len(data)))
             kept = self._store[start : start + len(data)].copy_(data)
             yield start, kept
@@ -196,7 +199,7 @@ class Disk:
         self._sizes: list[tuple[int, int]] = []
 
     def first(self, chunks: Chunks, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
-        return to_device(self._store(chunks), device)
+        return to_device(chunks.locked(self._store(chunks)), device)
 
     def again(self, chunks: Chunks, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
         return to_device(self._load(), device)
@@ -258,10 +261,10 @@ class Recompute:
     asks_twice = True
 
     def first(self, chunks: Chunks, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
-        return to_device(chunks.arrive(), device)
+        return to_device(chunks.locked(chunks.arrive()), device)
 
     def again(self, chunks: Chunks, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
-        return to_device(chunks.arrive_again(), device)
+        return to_device(chunks.locked(chunks.arrive_again()), device)
 
     def clear(self) -> None:
         pass
