@@ -71,6 +71,8 @@ class Feed:
             ahead_bytes=data.prefetch_bytes,
         )
         plan = plan_replay(config.replay, shape, world)
+        for note in plan.notes:
+            tell(note)
         change = None
         if data.augment != AugmentSettings():
             change = Augment(data.augment, config.seed)
