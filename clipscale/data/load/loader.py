@@ -28,7 +28,7 @@ import torch
 
 from clipscale.data.load.blocks import Blocks, Layout
 from clipscale.data.load.fill import Job, Skip
-from clipscale.data.load.replay import Chunk
+from clipscale.data.load.replay import Chunk, handed_over
 from clipscale.data.load.replay_plan import Tier
 from clipscale.data.load.shape import StepShape, spans
 from clipscale.data.load.staging import Staging
@@ -285,5 +285,5 @@ class StepPictures:
     ) -> Iterator[tuple[int, torch.Tensor]]:
         if self._change is None:
             return walk
-        positions = self._positions.to(device)
+        positions = handed_over(self._positions, device)
         return ((start, self._change(images, positions[start : start + len(images)])) for start, images in walk)

@@ -110,6 +110,11 @@ def _finish(copied: torch.cuda.Event, free: Callable[[], None]) -> None:
     free()
 
 
+def handed_over(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A small tensor of the host on `device`. Neither waits for a GPU: the copy is behind what it has to do."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 class Chunks(Protocol):
     """One step's pixels as the loader has them; what a tier asks of it."""
 
