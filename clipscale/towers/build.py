@@ -23,6 +23,7 @@ from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from torch import nn
 
 from clipscale.config import Model
+from clipscale.deterministic import naming_who_is_not
 from clipscale.errors import UserError, require
 from clipscale.open_clip_files import TokenizerChoice, check_model, model_settings
 from clipscale.towers.tower import Tower, normalise_pixels, token_ids
@@ -101,15 +102,10 @@ def build_towers(
 
 def _try_out(towers: Towers, what: str) -> None:
     """One black picture and one blank caption tell whether the fields fit each other, before any data are read."""
-    side, length, device = towers.image_size, towers.context_length, towers.image.device
-    picture = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device)
-    caption = torch.zeros(1, length, dtype=torch.int64, device=device)
-    training = towers.model.training
+    side, length, training = towers.image_size, towers.context_length, towers.model.training
     towers.model.eval()
-    for tower, example, kind in (
-        (towers.image, picture, f"pictures of {side} x {side}"),
-        (towers.text, caption, f"captions of {length} tokens"),
-    ):
+    kinds = (f"pictures of {side} x {side}", f"captions of {length} tokens")
+    for (tower, example), kind in zip(_examples(towers), kinds, strict=True):
         try:
             with torch.no_grad():
                 shape = tower(example).shape[1:]
@@ -121,6 +117,33 @@ def _try_out(towers: Towers, what: str) -> None:
             "towers; mend its pooling and projection",
         )
     towers.model.train(training)
+
+
+def try_backward(towers: Towers) -> None:
+    """The same pass of each tower as in training, forth and back; nothing of it stays.
+
+    Raises:
+        SharedError: under train.deterministic, an operation that is not repeatable.
+    """
+    model, device = towers.model, towers.image.device
+    training = model.training
+    model.train()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for tower, example in _examples(towers):
+            with naming_who_is_not(f"the {tower.name} tower"):
+                embeddings = tower(example)
+                if embeddings.requires_grad:
+                    embeddings.sum().backward()
+    model.zero_grad(set_to_none=True)
+    model.train(training)
+
+
+def _examples(towers: Towers) -> list[tuple[Tower, torch.Tensor]]:
+    """Each tower with what it takes: one black picture, one blank caption."""
+    side, length, device = towers.image_size, towers.context_length, towers.image.device
+    picture = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device)
+    caption = torch.zeros(1, length, dtype=torch.int64, device=device)
+    return [(towers.image, picture), (towers.text, caption)]
 
 
 def _reason(error: Exception) -> str:
