@@ -65,6 +65,7 @@ class Train:
     samples: int = 12_800_000  # pairs to see in all; steps = ceil(samples / global_batch)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # autocast of the towers; auto: bf16 on CUDA, else fp32
     grad_clip_norm: float | None = 1.0  # a gradient that is longer is scaled down to this; null: never
+    deterministic: bool = False  # on a GPU too, the same steps give the same bits; some operations become slower
     max_nonfinite_steps: int = 10  # so many skipped steps in a row, for a gradient that is not finite, end the run
 
     def __post_init__(self) -> None:

@@ -80,6 +80,8 @@ class Feed:
             kept=plan.kept_samples(share.slots),
         )
         replay = plan_replay(config.replay, shape, world)
+        for note in replay.notes:
+            tell(note)
         change = None
         if data.augment != AugmentSettings():
             change = Augment(data.augment, config.seed)

@@ -33,6 +33,7 @@ from clipscale.config import Config
 from clipscale.config_load import dump_config
 from clipscale.counter import fold
 from clipscale.data.load.loader import StepBatch
+from clipscale.deterministic import deterministic
 from clipscale.dist import World, start_world
 from clipscale.errors import SharedError, UserError, reason, require
 from clipscale.eval.suite import EvalSuite
@@ -53,7 +54,7 @@ from clipscale.schedule import learning_rate, rate_jump, total_steps
 from clipscale.step import StepResult, gradcache_step
 from clipscale.step.planning import plan_line, plan_record, plan_step
 from clipscale.tell import tell
-from clipscale.towers import autocast_dtype, build_towers
+from clipscale.towers import autocast_dtype, build_towers, try_backward
 from clipscale.train_report import evaluation_lines, start_lines, step_line, summary_lines
 from clipscale.words import counted
 
@@ -70,7 +71,7 @@ def train(config: Config, notes: list[str] | None = None) -> list[str]:
         UserError: anything the person can mend, in one line.
     """
     notes = check_training(config) if notes is None else notes
-    with start_world(config.device) as world:
+    with start_world(config.device) as world, deterministic(config.train.deterministic):
         trainer = Trainer(config, world, notes, prepared=world.size == 1)  # `check_training` did, for one rank alone
         try:
             return trainer.run()
@@ -320,6 +321,8 @@ class Trainer:
         config, device = self.config, self.world.device
         autocast = autocast_dtype(config.train.precision, device)
         self.towers = build_towers(config.model, device=device, autocast=autocast, seed=config.seed)
+        if config.train.deterministic:
+            try_backward(self.towers)
         self.optimizer = build_optimizer(self.towers.model, config.optim)
         self.scaler = torch.amp.GradScaler(device.type, enabled=autocast == torch.float16)
         if snapshot is not None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from clipscale.config import Config, GradCache
-from clipscale.data.load.replay_plan import available_bytes
+from clipscale.data.load.replay_plan import host_memory
 from clipscale.dist import World
 from clipscale.step.costs import graph_costs
 from clipscale.step.plan import GraphCost, StepPlan, TowerPlan
@@ -110,7 +110,7 @@ def _free_bytes(config: Config, towers: Towers, world: World, plan: StepPlan, sl
     hosts = Counter(world.gather(socket.gethostname()))
     device = towers.image.device
     if device.type != "cuda":
-        return available_bytes() // 4 // hosts[socket.gethostname()]
+        return host_memory().left // 4 // hosts[socket.gethostname()]
     free, total = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     parameters = sum(parameter.numel() for parameter in towers.model.parameters() if parameter.requires_grad)

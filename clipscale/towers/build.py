@@ -25,6 +25,7 @@ from torch import nn
 
 from clipscale.config import Model
 from clipscale.counter import fold
+from clipscale.deterministic import naming_who_is_not
 from clipscale.errors import UserError, require
 from clipscale.open_clip_files import TokenizerChoice, check_model, model_settings
 from clipscale.towers.captions import CaptionCut
@@ -150,6 +151,25 @@ def _try_out(towers: Towers, what: str) -> None:
             "towers; mend its pooling and projection",
         )
     towers.model.train(training)
+
+
+def try_backward(towers: Towers) -> None:
+    """The same pass of each tower as in training, forth and back; nothing of it stays.
+
+    Raises:
+        SharedError: under train.deterministic, an operation that is not repeatable.
+    """
+    model, device = towers.model, towers.image.device
+    training = model.training
+    model.train()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for tower, example in towers.examples():
+            with naming_who_is_not(f"the {tower.name} tower"):
+                embeddings = tower(example)
+                if embeddings.requires_grad:
+                    embeddings.sum().backward()
+    model.zero_grad(set_to_none=True)
+    model.train(training)
 
 
 def _reason(error: Exception) -> str:

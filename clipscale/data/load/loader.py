@@ -28,12 +28,16 @@ import torch
 
 from clipscale.data.load.blocks import Blocks, Layout
 from clipscale.data.load.fill import Job, Skip
-from clipscale.data.load.replay import Chunk
+from clipscale.data.load.replay import Chunk, handed_over
 from clipscale.data.load.replay_plan import Tier
 from clipscale.data.load.shape import StepShape, spans
+from clipscale.data.load.staging import Staging
 from clipscale.data.load.workers import InlineWorkers, LoaderError, LoaderProcess
 from clipscale.data.pipeline import Pipeline, Share
+from clipscale.errors import reason
 from clipscale.parts import UNTIMED, Parts
+from clipscale.tell import tell
+from clipscale.words import counted
 
 SLOTS_PER_JOB = 64
 Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (uint8 [M, 3, S, S], positions [M]) -> [M, 3, S, S]
@@ -107,10 +111,10 @@ class Loader(Iterator[StepBatch]):
         self._next_position = start
         layout = Layout(setup.blocks, setup.shape.chunk, setup.shape.side, pipeline.context_length)
         self._blocks = Blocks.make(layout)
-        if setup.pin:
-            self._blocks.pin()
         work = {"process": LoaderProcess, "inline": InlineWorkers}[setup.mode]
         self.workers = work(pipeline, share, self._blocks, setup.threads)
+        self._blocks.fault_in(setup.threads)  # while the process starts
+        self.staging = self._lock() if setup.pin else None
         tokens = torch.zeros(share.slots, pipeline.context_length, dtype=torch.int64)
         self._tokens = tokens.pin_memory() if setup.pin else tokens
         self._valid = torch.zeros(share.slots, dtype=torch.bool)
@@ -135,7 +139,9 @@ class Loader(Iterator[StepBatch]):
         """Stop the workers; slots not yet decoded are given up."""
         self.workers.close()
         self.tier.close()
-        if self.setup.pin:
+        if self.staging is not None:
+            self.staging.close()
+        elif self.setup.pin:
             self._blocks.unpin()
         self._blocks.close()
         self._step = None  # which holds on to this loader
@@ -162,6 +168,20 @@ class Loader(Iterator[StepBatch]):
         """Nothing reads this block any more: the workers fill it anew."""
         self._free.append(block)
         self._submit()
+
+    def _lock(self) -> Staging | None:
+        """Page-lock the blocks; where CUDA refuses, what pictures take instead."""
+        try:
+            self._blocks.pin()
+        except RuntimeError as error:
+            size = counted(self._blocks.layout.total_bytes, "byte")
+            tell(
+                f"warning: the loader's memory ({size}) cannot be page-locked: {reason(error)}; its pictures take the "
+                f"way over {counted(Staging.BUFFERS, 'buffer')} of {counted(self.setup.shape.chunk, 'picture')}, a "
+                "copy more by a thread of its own",
+                every_rank=True,
+            )
+            return Staging(self.setup.shape)
 
     def _submit(self) -> None:
         """Every free block is put to work."""
@@ -234,6 +254,10 @@ class _StepChunks:
                 )
             yield self._lend(filled)
 
+    def locked(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+        staging = self._loader.staging
+        return chunks if staging is None else staging.through(chunks)
+
     def finish(self) -> None:
         """Take back what was not freed, and take what was not asked for, so that its blocks go round again."""
         self._loader.tier.clear()
@@ -282,5 +306,5 @@ class StepPictures:
     ) -> Iterator[tuple[int, torch.Tensor]]:
         if self._change is None:
             return walk
-        positions = self._positions.to(device)
+        positions = handed_over(self._positions, device)
         return ((start, self._change(images, positions[start : start + len(images)])) for start, images in walk)
