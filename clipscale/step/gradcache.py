@@ -30,7 +30,7 @@ from clipscale.data.load.replay import Inputs
 from clipscale.loss import ContrastiveGrads
 from clipscale.parts import UNTIMED, Parts
 from clipscale.step.places import Places, compact_
-from clipscale.step.plan import StepPlan
+from clipscale.step.plan import StepPlan, TowerPlan
 from clipscale.step.walks import Captions, Chunk, Pictures
 from clipscale.towers import Tower, Towers
 
@@ -85,10 +85,10 @@ def gradcache_step(
     image = TwoPasses(towers.image, Pictures(images, plan.image), key, positions, by_chunk=plan.image.by_chunk)
     with parts.part("image forward"):
         image_VD = image.embed()
-    in_order = towers.text.cut is None or plan.text.by_chunk
     with parts.part("text forward"):
-        walk = Captions(tokens, plan.text, None if in_order else towers.text.cut.lengths(tokens))
-        text = TwoPasses(towers.text, walk, key, positions, by_chunk=plan.text.by_chunk)
+        text = TwoPasses(
+            towers.text, captions_of(towers.text, tokens, plan.text), key, positions, by_chunk=plan.text.by_chunk
+        )
         text_VD = text.embed()
     logit_scale = towers.logit_scale()
     with parts.part("loss"):
@@ -113,11 +113,22 @@ def gradcache_step(
     )
 
 
+def captions_of(tower: Tower, tokens_NL: Tensor, plan: TowerPlan) -> Captions:
+    """By length, where the tower can be cut and does not draw by chunk."""
+    return Captions(tokens_NL, plan, tower.cut.lengths(tokens_NL) if tower.cut and not plan.by_chunk else None)
+
+
 class TwoPasses:
     """One tower in one step: its embeddings, and then its gradients."""
 
     def __init__(
-        self, tower: Tower, walk: Pictures | Captions, key: int, positions: Tensor | None, *, by_chunk: bool
+        self,
+        tower: Tower,
+        walk: Pictures | Captions,
+        key: int,
+        positions: Tensor | None = None,
+        *,
+        by_chunk: bool = False,
     ) -> None:
         self.tower, self.walk, self._key, self._positions, self._by_chunk = tower, walk, key, positions, by_chunk
         self.learns = any(parameter.requires_grad for parameter in tower.encoder.parameters())

@@ -20,7 +20,7 @@ from clipscale.config import Config, GradCache, Replay, Train
 from clipscale.data.load.replay import Held
 from clipscale.dist import World
 from clipscale.loss import ContrastiveGrads, contrastive_grads
-from clipscale.step import StepPlan, StepResult, TowerPlan, gradcache_step
+from clipscale.step import StepResult, TowerPlan, gradcache_step
 from clipscale.step.gradcache import TwoPasses, captions_of
 from clipscale.step.places import Places
 from clipscale.step.planning import plan_line, plan_step
@@ -89,7 +89,7 @@ def own_text(trainee: Trainee, batch: Batch, d_text_ND: Tensor, *, chunk: int) -
 
     def take() -> None:
         trainee.begin()
-        passes = TwoPasses(tower, captions_of(tower, batch.tokens, StepPlan(only, only)), key=0)
+        passes = TwoPasses(tower, captions_of(tower, batch.tokens, only), key=0)
         passes.embed()
         passes.replay(d_text_ND, places, 1.0)
 
