@@ -66,7 +66,7 @@ _HOPPER = (
 _BLACKWELL = (Shape(128, 128, 64, 8, 3, descriptors=True), Shape(128, 128, 64, 8, 3))
 _TF32 = (Shape(128, 128, 32, 8, 3), Shape(128, 128, 32, 8, 3, descriptors=True))
 _TF32_AMPERE = (Shape(128, 128, 32, 8, 3), Shape(64, 128, 32, 4, 3))
-_FLOAT32 = (Shape(64, 64, 32, 4, 2), Shape(128, 64, 16, 8, 2), Shape(128, 128, 16, 8, 2))
+_FLOAT32 = (Shape(64, 64, 64, 4, 2), Shape(128, 64, 64, 8, 2), Shape(64, 64, 32, 4, 2))
 
 
 def candidates(precision: str, capability: tuple[int, int]) -> tuple[Shape, ...]:
