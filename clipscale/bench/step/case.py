@@ -193,7 +193,12 @@ class CaseRun:
             return {}
         self.trainee.restore()
         takes = {entry.contestant.name: entry.contestant.take for entry in entries}
-        turns = self._in_turn(takes, max(entry.step_seconds for entry in entries), between)
+        try:
+            turns = self._in_turn(takes, max(entry.step_seconds for entry in entries), between)
+        except Exception as error:  # as in `_guarded`, though whose it was is not known
+            for entry in entries:
+                entry.status = f"failed: {first_line(error)}"
+            return {}
         for name, done in turns.items():
             self.budget.record(
                 self.case, name, statistics.median(_step_seconds(turn, self.case.pairs) for turn in done)
@@ -214,6 +219,7 @@ class CaseRun:
 
         def say(line: str) -> None:
             _say(f"  {line}")
+            self.trainee.restore_weights()
             between()
 
         rounds = self.budget.rounds(step_seconds)
