@@ -61,7 +61,10 @@ def test_json_has_every_number_and_what_made_it(result):
         assert rows[OPEN_CLIP]["to_open_clip"] == rows[DENSE]["to_full_batch"] == 1.0
         assert rows[NOTHING_KEPT]["to_open_clip"] > 0
         assert [row["kept_share"] for row in rows.values()] == [0.0, 1.0, 0.0, 0.0]
-        assert set(rows[NOTHING_KEPT]["peak_bytes_by_part"]) == set(PARTS)
+        for name in (NOTHING_KEPT, KEPT):
+            assert set(rows[name]["peak_bytes_by_part"]) == set(rows[name]["seconds_by_part"]) == set(PARTS)
+            assert 0 < sum(rows[name]["seconds_by_part"].values()) < 3 * max(rows[name]["step_seconds"]["all"])
+        assert rows[NOTHING_KEPT]["tokens_per_caption"] == 8
         assert {spread["repeats"] for spread in (case["text"][name] for name in ("own_us", "full_us"))} != {0}
         assert case["text"]["length"] == 8
 
@@ -86,7 +89,8 @@ def test_table_is_the_same_on_the_terminal_and_in_markdown(result):
             line = cells(case, row)
             assert "| " + " | ".join(line) + " |" in text
             assert "  ".join(line).split() in [line.split() for line in printed.splitlines()]
-    assert printed.count("Text tower, both passes") == text.count("Text tower, both passes") == 2
+    for line in ("Text tower, both passes", "nothing kept, time by part: image forward"):
+        assert printed.count(line) == text.count(line) == 2
     assert f"written: {folder}/small.json {folder}/small.md {folder}/small-speed.png" in printed
 
 
