@@ -25,7 +25,7 @@ bench.py          all parts and the bars; report.py and plots.py: tables, pictur
 gpu/
 options.py        the command's words -> GpuBench, without torch
 parts.py          the parts in order of worth: commands, shares of the time; processes.py: one within its limit
-measure.py        a part of its own, in a process: device.py, pieces.py, towers.py, pinned.py; timing.py
+measure.py        a part of its own, in a process: device.py, pieces.py, towers.py, pinned.py, million.py; timing.py
 found.py          what a part left on the disk, as rows; bars.py: what they should say, and what to try
 bench.py          all parts, written down one by one; report.py: tables
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from clipscale.bench.common.clock import between, mark, seconds_of
 from clipscale.bench.common.matmul import Matmul
+from clipscale.loss.precision import OPERAND_DTYPE, exact_products
 
 _PRODUCTS = {"cuda": 20, "cpu": 2}
 
@@ -41,7 +43,8 @@ class Product(NamedTuple):
 
 def product_rate(precision: str, device: torch.device) -> Product:
     """The rate of the plain matrix product that shares are held against, TFLOP/s."""
-    matmul = Matmul(precision, device, lambda call: seconds_of(call, device))
+    within = partial(exact_products, precision, device)
+    matmul = Matmul(OPERAND_DTYPE[precision], device, lambda call: seconds_of(call, device), within)
     matmul.sample(_PRODUCTS[device.type])
     found = matmul.summary()
     return Product(found["size"], found["tflops"])
