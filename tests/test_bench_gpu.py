@@ -181,7 +181,6 @@ def test_an_interruption_keeps_what_was_measured(tmp_path, number):
     assert [part["status"] for part in result["parts"]] == ["measured", "interrupted", "not begun"]
     assert result["parts"][0]["rows"] == [{"value": 1}]
     assert not result["finished"]
-    assert result["bars"]
     wait_until(lambda: not descendants_of_hangs(tmp_path), seconds=10)
 
 
@@ -199,9 +198,10 @@ def test_a_part_at_tiny_sizes(part):
         assert all(row["GFLOP a sample"] > 0 and row["samples/s"] > 0 and row["of matmul"] > 0 for row in rows)
     elif part == "million":
         assert [row["pairs"] for row in rows] == [4, 8]
-        names = [f"{when} s" for when in MILLION_PARTS]
-        assert all(sum(row[name] for name in names) == pytest.approx(row["step s"]) for row in rows)
-        assert all(row[name] > 0 for row in rows for name in names)
+        for row in rows:
+            spent = {name.removesuffix(" s"): value for name, value in row.items() if name.endswith(" s")}
+            assert spent.pop("step") == pytest.approx(sum(spent.values()))
+            assert spent.keys() >= set(MILLION_PARTS)
     else:
         assert len(rows) >= 2
         assert all(row["value"] for row in rows)
@@ -229,12 +229,9 @@ def test_one_part_by_the_command(tmp_path, capsys):
     assert result["command"] == f"clipscale {' '.join(words)} --output {tmp_path}"
     assert ends(result) == {"pinned": ("measured", "")}
     assert any(row["what"].startswith("copy a chunk") and row["value"] > 0 for row in result["parts"][0]["rows"])
-    assert {bar["met"] for bar in result["bars"]} == {None}
-    assert "not measured (device: not asked for)" in (printed := capsys.readouterr().out)
-    assert str(file) in printed
-    page = file.with_suffix(".md").read_text()
-    assert "| plain fp16 product, TFLOP/s | at least 700 | not measured (device: not asked for) | - |" in page
-    assert "the figures mean nothing" in page
+    assert result["bars"] == [], "no part was asked for that has one"
+    assert str(file) in capsys.readouterr().out
+    assert "the figures mean nothing" in file.with_suffix(".md").read_text()
 
 
 @pytest.mark.slow
@@ -402,7 +399,7 @@ def test_a_bar_that_was_not_measured_says_why():
     slow = part("loss", [loss_row("clipscale", 2**16, 48.0)], "stopped", "not done after 90 s")
     cut = part("tests", [{"what": w, "value": int(w == "passed")} for w in ("passed", "failed", "error", "skipped")])
     found = {bar["what"]: bar for bar in bars([slow, cut | {"status": "stopped", "note": "not done after 9 s"}])}
-    assert found["plain fp16 product, TFLOP/s"]["reached"] == "not measured (device: not asked for)"
+    assert "plain fp16 product, TFLOP/s" not in found, "its part was not asked for"
     assert found["loss at 64k pairs, of the plain product"]["met"], "what was measured before it was stopped counts"
     inf_cl = found["times as fast as inf-cl at 64k and 256k"]
     assert inf_cl["reached"] == "not measured (loss: stopped: not done after 90 s; large-loss: not asked for)"

@@ -49,10 +49,10 @@ class Bar:
 
 
 def bars(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every bar of the list, with what the parts found."""
+    """The bars that any of these parts is for, with what the parts found."""
     rows = {part["name"]: part["rows"] for part in parts if part["rows"]}
     ends = {part["name"]: end_of(part) for part in parts}
-    return [bar.judge(rows, ends) for bar in BARS]
+    return [bar.judge(rows, ends) for bar in BARS if not ends.keys().isdisjoint(bar.parts)]
 
 
 def end_of(part: dict[str, Any]) -> str:

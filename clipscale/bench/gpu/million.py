@@ -11,14 +11,12 @@ Shapes: N pairs, M pictures of a chunk, S side of a picture.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from itertools import pairwise
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from clipscale.bench.common.clock import between, mark
 from clipscale.bench.gpu.towers import TINY
 from clipscale.bench.step.captions import draw_captions, read_lengths
 from clipscale.bench.step.trainee import Trainee, build_trainee
@@ -26,7 +24,8 @@ from clipscale.config import Model
 from clipscale.data.load.replay import Chunk, to_device
 from clipscale.data.load.shape import spans
 from clipscale.dist import World
-from clipscale.loss import ContrastiveGrads, contrastive_grads
+from clipscale.loss import contrastive_grads
+from clipscale.parts import Parts
 from clipscale.step import StepPlan, TowerPlan, gradcache_step
 
 _DISTINCT_CHUNKS = 8
@@ -52,72 +51,57 @@ def million_rows(world: World) -> Iterator[dict[str, Any]]:
     trainee = build_trainee(size.model, device=world.device, precision=size.precision, seed=0)
     for pairs in size.pairs:
         trainee.restore()
-        yield {"pairs": pairs, **_step(trainee, pairs, size)}
+        yield _step(trainee, pairs, size)
 
 
 def _step(trainee: Trainee, pairs: int, size: _Size) -> dict[str, Any]:
     device, towers = trainee.device, trainee.towers
-    marks: list[tuple[str, Any]] = []
-
-    def begin(part: str) -> None:
-        marks.append((part, mark(device)))
-
-    def loss(image_ND: Tensor, text_ND: Tensor, logit_scale: float, **wanted: bool) -> ContrastiveGrads:
-        begin("loss")
-        return contrastive_grads(image_ND, text_ND, logit_scale, **wanted)
-
-    images = _Noise(pairs, size.image_chunk, towers.image_size, device, begin)
+    images = _Noise(pairs, size.image_chunk, towers.image_size, pin=device.type == "cuda")
     tokens = draw_captions(
         read_lengths(None), pairs, length=towers.context_length, vocabulary=towers.vocabulary, seed=0
     )
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     trainee.begin()
+    parts = Parts(device)
     result = gradcache_step(
         towers,
         images,
         tokens,
         torch.ones(pairs, dtype=torch.bool),
         plan=StepPlan(TowerPlan(size.image_chunk), TowerPlan(size.text_chunk)),
-        loss_and_grads=loss,
+        loss_and_grads=contrastive_grads,
         key=0,
+        parts=parts,
     )
-    begin("optimizer")
-    trainee.finish(clip=math.inf)
-    begin("end")
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    seconds = {f"{part} s": between(start, end) for (part, start), (_, end) in pairwise(marks)}
+    with parts.part("optimizer"):
+        trainee.finish(clip=math.inf)
+    seconds = parts.take()
     whole = sum(seconds.values())
-    found = {"step s": whole, "pairs/s": pairs / whole, **seconds, "tokens a caption": result.tokens_per_caption}
+    found = {"pairs": pairs, "step s": whole, "pairs/s": pairs / whole}
+    found |= {f"{part} s": spent for part, spent in seconds.items()}
+    found["tokens a caption"] = result.tokens_per_caption
     if device.type == "cuda":
         found["peak GB"] = torch.cuda.max_memory_allocated() / 1e9
     return found
 
 
 class _Noise:
-    """Pictures [N, 3, S, S] that say when the walks over them begin and end: the captions' passes follow."""
+    """Pictures [N, 3, S, S], the same few chunks of M again and again."""
 
-    def __init__(self, pairs: int, chunk: int, side: int, device: torch.device, begin: Callable[[str], None]) -> None:
-        self._pairs, self._chunk, self._begin = pairs, chunk, begin
+    def __init__(self, pairs: int, chunk: int, side: int, *, pin: bool) -> None:
+        self._pairs, self._chunk = pairs, chunk
         noise = torch.randint(0, 256, (_DISTINCT_CHUNKS, chunk, 3, side, side), dtype=torch.uint8)
-        self._noise = noise.pin_memory() if device.type == "cuda" else noise
+        self._noise = noise.pin_memory() if pin else noise
 
     def __len__(self) -> int:
         return self._pairs
 
     def first(self, device: torch.device, kept: int = 0) -> Iterator[tuple[int, Tensor]]:
         del kept
-        self._begin("image forward")
-        yield from self._walk(device, 0)
-        self._begin("text forward")
+        return self.again(device)
 
     def again(self, device: torch.device, kept: int = 0) -> Iterator[tuple[int, Tensor]]:
-        self._begin("image backward")
-        yield from self._walk(device, kept)
-        self._begin("text backward")
-
-    def _walk(self, device: torch.device, kept: int) -> Iterator[tuple[int, Tensor]]:
         def chunks() -> Iterator[Chunk]:
             for number, (start, stop) in enumerate(spans(kept, self._pairs, self._chunk)):
                 yield Chunk(start, self._noise[number % _DISTINCT_CHUNKS][: stop - start])

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -27,8 +26,7 @@ def pinned_rows(world: World) -> Iterator[dict[str, Any]]:
     size = f"{layout.total_bytes / 1e9:.1f} GB"
     yield {"what": "threads of this process's machine", "value": os.cpu_count(), "unit": ""}
     blocks = Blocks.make(layout)
-    with ThreadPoolExecutor(_FAULT_THREADS) as pool:
-        yield _seconds(f"fault in {size} by {_FAULT_THREADS} threads", lambda: blocks.fault_in(pool))
+    yield _seconds(f"fault in {size} by {_FAULT_THREADS} threads", lambda: blocks.fault_in(_FAULT_THREADS))
     target = torch.empty(blocks.images[0].shape, dtype=torch.uint8, device=device)
 
     def rate(what: str, source: torch.Tensor) -> dict[str, Any]:
