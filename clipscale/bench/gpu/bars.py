@@ -39,7 +39,8 @@ class Bar:
         bound = "that it runs" if math.isinf(self.bound) else f"at {'most' if self.at_most else 'least'} {self.bound:g}"
         judged = {"what": self.what, "bound": bound}
         if not found:
-            why = "; ".join(f"{part}: {ends.get(part, 'not asked for')}" for part in self.parts)
+            told = ((part, ends.get(part, "not asked for")) for part in self.parts)
+            why = "; ".join(f"{part}: {'no such row' if end == 'measured' else end}" for part, end in told)
             return judged | {"reached": f"not measured ({why})", "met": None, "next": ""}
         met = all(value <= self.bound if self.at_most else value >= self.bound for value in found.values())
         reached = ", ".join(f"{short(value)} {where}".strip() for where, value in found.items())

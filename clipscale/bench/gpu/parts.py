@@ -110,7 +110,7 @@ _STEP = {
     "step-b16": "--peers --models ViT-B-16 --batches 4k --seconds 5",
     "step-l14": "--peers --models ViT-L-14 --batches 2k --seconds 5",
 }
-_TINY_STEP = "--models small --batches 16 --seconds 0.01"
+_TINY_STEP = "--models small --batches 2 --seconds 0.01"
 
 PARTS = (
     _measured("device", "what the device is; plain matrix products in fp16, bf16, tf32; copies on it", 40, 20),
