@@ -37,11 +37,11 @@ time.sleep(600)
 """
 
 
-def python(name: str, code: str, **more) -> Part:
-    """A part that is a small program; {folder} in it is where its files go. Its rows: those of <name>.jsonl there."""
+def python(name: str, *codes: str, **more) -> Part:
+    """A part that is small programs; {folder} in them is where its files go. Its rows: those of <name>.jsonl there."""
 
     def commands(place):
-        return [[sys.executable, "-c", code.replace("{folder}", str(place.folder))]]
+        return [[sys.executable, "-c", code.replace("{folder}", str(place.folder))] for code in codes]
 
     return Part(name, f"what {name} is", 60, 1, commands, lambda folder: own_rows(folder / f"{name}.jsonl"), **more)
 
@@ -107,6 +107,13 @@ def test_a_part_that_crashes_is_told(tmp_path):
     }
     assert result["parts"][0]["rows"] == [{"value": 1}]
     assert result["finished"]
+
+
+def test_a_command_that_fails_does_not_keep_its_part_from_the_next(tmp_path):
+    several = python("several", "raise SystemExit(3)", "raise SystemExit(4)", writes("several", {"value": 1}))
+    status, result = run([several], tmp_path)
+    assert (status, ends(result)) == (1, {"several": ("failed", "status 3, ")})
+    assert result["parts"][0]["rows"] == [{"value": 1}]
 
 
 def test_results_are_on_the_disk_after_each_part(tmp_path):

@@ -92,18 +92,15 @@ def _run(part: Part, told: dict[str, Any], place: Place, limit: float | None, en
 
 
 def _outcome(part: Part, place: Place, end: float) -> dict[str, str]:
-    """How the commands of a part ended: status and note."""
-    log = place.folder / f"{part.name}.log"
+    """How the commands of a part ended: status and note. After one that fails the next is begun all the same."""
+    log, outcome = place.folder / f"{part.name}.log", {"status": "measured", "note": ""}
     for command in part.commands(place):
         ended = run_within(command, limit_seconds=max(1.0, end - time.monotonic()), log=log)
         if ended.status is None:
-            return {
-                "status": "stopped",
-                "note": f"not done after {ended.seconds:.0f} s",
-            }
-        if ended.status not in part.fine:
-            return {"status": "failed", "note": f"status {ended.status}, {last_line(log)}"}
-    return {"status": "measured", "note": ""}
+            return {"status": "stopped", "note": f"not done after {ended.seconds:.0f} s"}
+        if ended.status not in part.fine and outcome["status"] == "measured":
+            outcome = {"status": "failed", "note": f"status {ended.status}, {last_line(log)}"}
+    return outcome
 
 
 def _ask_device(device: str) -> dict[str, Any]:
