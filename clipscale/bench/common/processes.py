@@ -39,15 +39,15 @@ def cpu_seconds() -> float:
     return time.process_time() + ended.ru_utime + ended.ru_stime + sum(map(_cpu_seconds_of, descendants()))
 
 
-def descendants() -> list[int]:
-    """Process numbers of the children, their children, and so on."""
+def descendants(pid: int | None = None) -> list[int]:
+    """Process numbers of the children, their children, and so on, of a process; by default of this one."""
     children: dict[int, list[int]] = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit() and (stat := _stat(int(entry))):
             children.setdefault(int(stat[1]), []).append(int(entry))
-    found = [os.getpid()]
-    for pid in found:  # grows while it is walked
-        found += children.get(pid, [])
+    found = [os.getpid() if pid is None else pid]
+    for parent in found:  # grows while it is walked
+        found += children.get(parent, [])
     return found[1:]
 
 
