@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 GROUND = {
     *("__init__", "errors", "counter", "escape", "words", "paths", "tell", "files", "progress", "pool", "dist"),
     *("config_data", "config", "config_read", "config_load", "config_help", "recipes", "launch", "schedule", "runlog"),
-    *("open_clip_files", "open_clip_flags"),
+    *("open_clip_files", "open_clip_flags", "remembered", "device"),
 }
 STAGES = {"data", "towers", "loss"}
 ASSEMBLY = {"step", "parallel", "optim", "checkpoint", "fit_tokenizer", "eval"}
