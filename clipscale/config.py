@@ -65,6 +65,7 @@ class Train:
     samples: int = 12_800_000  # pairs to see in all; steps = ceil(samples / global_batch)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # autocast of the towers; auto: bf16 on CUDA, else fp32
     grad_clip_norm: float | None = 1.0  # a gradient that is longer is scaled down to this; null: never
+    deterministic: bool = False  # on a GPU too, the same steps give the same bits; some operations become slower
     max_nonfinite_steps: int = 10  # so many skipped steps in a row, for a gradient that is not finite, end the run
 
     def __post_init__(self) -> None:
@@ -117,7 +118,6 @@ class GradCache:
     image_chunk: int | str = 256  # pictures that go through the image tower at once; auto: the fastest, by a search
     text_chunk: int | str = 1024  # captions of full length, or as many tokens of shorter ones; auto: as above
     forward_chunks: int | str = 1  # chunks that pass 1 takes at once where it keeps no graph; auto: 1, 2 or 4, as above
-    sort_captions: bool = True  # walk them by length, each chunk cut at its longest; towers that cannot run them whole
     keep_bytes: int | str = "auto"  # of a rank's memory for graphs of pass 1, which spare pass 2; auto: what is free
 
     def __post_init__(self) -> None:

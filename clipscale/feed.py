@@ -26,6 +26,7 @@ from clipscale.dist import World
 from clipscale.errors import SharedError
 from clipscale.files import append_rows, keep_rows
 from clipscale.fit_tokenizer import fitting_tokenizer
+from clipscale.parts import UNTIMED, Parts
 from clipscale.step import TowerPlan
 from clipscale.tell import tell
 from clipscale.towers import Towers
@@ -51,6 +52,7 @@ class Feed:
         *,
         recorded: dict[str, Any] | None,
         position: int,
+        parts: Parts = UNTIMED,
     ) -> None:
         data = config.data
         self.world, self.global_batch = world, config.train.global_batch
@@ -78,6 +80,8 @@ class Feed:
             kept=plan.kept_samples(share.slots),
         )
         replay = plan_replay(config.replay, shape, world)
+        for note in replay.notes:
+            tell(note)
         change = None
         if data.augment != AugmentSettings():
             change = Augment(data.augment, config.seed)
@@ -88,6 +92,7 @@ class Feed:
             build_tier(replay, config.replay, shape, world.device),
             start=position,
             change=change,
+            parts=parts,
         )
         tell(
             "data: "

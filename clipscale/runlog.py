@@ -16,7 +16,7 @@ import math
 import resource
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -28,6 +28,7 @@ from rich.progress import TextColumn
 from torch.utils.tensorboard import SummaryWriter
 
 from clipscale.files import keep_rows
+from clipscale.parts import to_columns
 from clipscale.progress import bar_on, time_left
 from clipscale.tell import listening
 
@@ -105,6 +106,7 @@ class Pace:
     def __init__(self) -> None:
         self._started = time.perf_counter()
         self._samples, self._waited, self._seconds = 0, 0.0, 0.0
+        self._parts: Counter[str] = Counter()  # seconds of each, since the last log line
         self._recent: deque[float] = deque(maxlen=_RECENT_STEPS)  # seconds of a step each
         self._steps = 0
         self._others: dict[str, float] = {}  # seconds that each took last
@@ -120,13 +122,19 @@ class Pace:
         self._recent.append(seconds)
         return {"samples_per_second": samples / seconds, "data_wait_share": waited / seconds}
 
+    def spent(self, parts: dict[str, float]) -> dict[str, float]:
+        """Count where the time since the last row went, by part (parts.py); returns it as columns of the row."""
+        self._parts.update(parts)
+        return to_columns(parts)
+
     def interval(self) -> dict[str, float]:
-        """The rates over all steps since the last call."""
+        """The rates, and the seconds by part, over all steps since the last call."""
         rates = {
             "samples_per_second": self._samples / self._seconds,
             "data_wait_share": self._waited / self._seconds,
-        }
+        } | to_columns(self._parts)
         self._samples, self._waited, self._seconds = 0, 0.0, 0.0
+        self._parts.clear()
         return rates
 
     def elapsed(self) -> float:

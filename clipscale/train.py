@@ -33,8 +33,9 @@ from clipscale.config import Config
 from clipscale.config_load import dump_config
 from clipscale.counter import fold
 from clipscale.data.load.loader import StepBatch
+from clipscale.deterministic import deterministic
 from clipscale.dist import World, start_world
-from clipscale.errors import SharedError, UserError, require
+from clipscale.errors import SharedError, UserError, reason, require
 from clipscale.eval.suite import EvalSuite
 from clipscale.feed import Feed, Skips
 from clipscale.files import write_file
@@ -43,6 +44,8 @@ from clipscale.loss import ContrastiveGrads, contrastive_grads
 from clipscale.loss.engines import adopt_shapes, check_engine, tuned_shapes
 from clipscale.optim import build_optimizer, restore_optimizer, set_lr
 from clipscale.parallel import broadcast_parameters, sum_gradients
+from clipscale.parts import Parts
+from clipscale.parts_picture import draw_parts
 from clipscale.preflight.checks import check_training
 from clipscale.preflight.prepare import prepare_files
 from clipscale.progress import duration
@@ -52,9 +55,11 @@ from clipscale.step import StepResult, gradcache_step
 from clipscale.step.planning import plan_line, plan_record, plan_step
 from clipscale.step.shortage import shortage_explained
 from clipscale.tell import tell
-from clipscale.towers import autocast_dtype, build_towers
+from clipscale.towers import autocast_dtype, build_towers, try_backward
 from clipscale.train_report import evaluation_lines, start_lines, step_line, summary_lines
 from clipscale.words import counted
+
+_STEPS_OF_A_PICTURE = 20  # a run of fewer is not drawn: its first steps start threads and tune kernels
 
 
 def train(config: Config, notes: list[str] | None = None) -> list[str]:
@@ -67,7 +72,7 @@ def train(config: Config, notes: list[str] | None = None) -> list[str]:
         UserError: anything the person can mend, in one line.
     """
     notes = check_training(config) if notes is None else notes
-    with start_world(config.device) as world:
+    with start_world(config.device) as world, deterministic(config.train.deterministic):
         trainer = Trainer(config, world, notes, prepared=world.size == 1)  # `check_training` did, for one rank alone
         try:
             return trainer.run()
@@ -89,7 +94,7 @@ class Trainer:
             check_engine(config.loss.engine, config.loss.precision, world.device)
         except ValueError as error:
             raise SharedError(str(error)) from error
-        self.config, self.world = config, world
+        self.config, self.world, self.parts = config, world, Parts(world.device)
         self._resources = ExitStack()
         try:
             self._resume(notes, prepared)
@@ -132,9 +137,10 @@ class Trainer:
             return self._summary("already complete: nothing to do")
         self.towers.model.train()
         first, pace = self.steps_done, Pace()
+        self.parts.take()  # what building took is no step's
         while self.steps_done < self.last_step:
             step, scores = self._timed_step(pace), self._evaluate_if_due(pace)
-            row = self.last_row = step | scores
+            row = self.last_row = step | scores | pace.spent(self.parts.take())
             eta_seconds = self._eta_seconds(pace)
             self.log.metrics(row)
             self.log.advance(self.steps_done, eta_seconds)
@@ -143,8 +149,10 @@ class Trainer:
             for line in evaluation_lines(scores, step=self.steps_done, last_step=self.last_step):
                 tell(line)
             if self._due(config.checkpoint.every_steps):
-                with pace.other("checkpoint"):
+                with pace.other("checkpoint"), self.parts.part("checkpoint"):
                     self._save()
+        if self.world.is_main and self.last_step >= _STEPS_OF_A_PICTURE:
+            self._draw()
         return self._summary(f"trained {counted(self.last_step - first, 'step')} in {duration(pace.elapsed())}")
 
     def step(self, batch: StepBatch) -> dict[str, Any]:
@@ -155,7 +163,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         with shortage_explained(step=self.steps_done + 1, plan=self.plan, settings=config.gradcache):
             result = self._gradients(batch)
-            grad_norm = self._update() if result.pairs else 0.0
+            with self.parts.part("optimizer"):
+                grad_norm = self._update() if result.pairs else 0.0
         self.steps_done += 1
         self.position += config.train.global_batch
         self.skips.account(batch, masked=result.pairs < config.train.global_batch, seen=self.position)
@@ -170,9 +179,9 @@ class Trainer:
             "lr": lr,
             "image_accuracy": result.image_accuracy,
             "text_accuracy": result.text_accuracy,
-            "masked_samples": self.skips.counts.total(),
             "tokens_per_caption": result.tokens_per_caption,
             "kept_share": result.kept_share,
+            "masked_samples": self.skips.counts.total(),
             **repeats,
             **memory(),
         }
@@ -187,7 +196,9 @@ class Trainer:
         """The step on the next batch; its row with how fast it went."""
         loader, begin = self.feed.loader, time.perf_counter()
         waited = loader.waited_seconds
-        row = self.step(next(loader))
+        with self.parts.part("data wait"):
+            batch = next(loader)
+        row = self.step(batch)
         waited = loader.waited_seconds - waited
         return row | pace.add(self.config.train.global_batch, waited, time.perf_counter() - begin)
 
@@ -201,10 +212,13 @@ class Trainer:
             plan=self.plan,
             loss_and_grads=self._loss,
             key=fold(self.config.seed, "towers", self.steps_done, self.world.rank),
+            positions=torch.from_numpy(batch.positions),
             grad_scale=self.scaler.scale(torch.ones((), device=self.world.device)).item(),
+            parts=self.parts,
         )
         if result.pairs:
-            sum_gradients(self.towers.encoder_parameters(), self.world)
+            with self.parts.part("communication"):
+                sum_gradients(self.towers.encoder_parameters(), self.world)
         return result
 
     def _loss(self, image_VD: Tensor, text_VD: Tensor, logit_scale: float, **wanted: bool) -> ContrastiveGrads:
@@ -244,10 +258,10 @@ class Trainer:
     def _evaluate_if_due(self, pace: Pace) -> dict[str, float]:
         row = {}
         if self._due(self.config.eval.validation.every_steps):
-            with pace.other("validation"):
+            with pace.other("validation"), self.parts.part("evaluation"):
                 row |= self.evaluations.validation()
         if self._due(self.config.eval.zeroshot.every_steps):
-            with pace.other("zeroshot"):
+            with pace.other("zeroshot"), self.parts.part("evaluation"):
                 row |= self.evaluations.zeroshot()
         return row
 
@@ -265,6 +279,15 @@ class Trainer:
     def _summary(self, what: str) -> list[str]:
         config = self.config
         return summary_lines(what, self.last_row, run_dir=config.run.dir, pairs=config.train.global_batch)
+
+    def _draw(self) -> None:
+        """Where the time went, as a picture in the run's folder. The run is over: what goes wrong here is told."""
+        run, picture = self.config.run.dir, Path(self.config.run.dir, "parts.png")
+        try:
+            problem = draw_parts(run, picture)
+        except OSError as error:
+            problem = f"no {picture.name}: {reason(error)}"
+        tell(problem or f"where the time went: {picture}")
 
     def _save(self) -> None:
         """Every rank reaches this at the same step; the main rank writes, an error is everyone's."""
@@ -300,6 +323,8 @@ class Trainer:
         config, device = self.config, self.world.device
         autocast = autocast_dtype(config.train.precision, device)
         self.towers = build_towers(config.model, device=device, autocast=autocast, seed=config.seed)
+        if config.train.deterministic:
+            try_backward(self.towers)
         self.optimizer = build_optimizer(self.towers.model, config.optim)
         self.scaler = torch.amp.GradScaler(device.type, enabled=autocast == torch.float16)
         if snapshot is not None:
@@ -326,7 +351,13 @@ class Trainer:
     def _build_data(self, recorded: dict[str, Any] | None) -> None:
         """Sources and evaluation sets."""
         self.feed = Feed(
-            self.config, self.towers, self.plan.image, self.world, recorded=recorded, position=self.position
+            self.config,
+            self.towers,
+            self.plan.image,
+            self.world,
+            recorded=recorded,
+            position=self.position,
+            parts=self.parts,
         )
         self._resources.callback(self.feed.close)
         tell(plan_line(self.plan, self.towers, self.config.train.global_batch // self.world.size))

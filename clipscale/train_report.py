@@ -10,6 +10,7 @@ A row is one of metrics.jsonl (train.py, `Trainer.step` and `Trainer.run`).
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ from clipscale.checkpoint import Snapshot
 from clipscale.config import Config
 from clipscale.config_load import changed_keys
 from clipscale.dist import World
+from clipscale.parts import from_row
 from clipscale.progress import time_left
 from clipscale.words import counted, short
 
 _COLUMNS, _GAP = 120, "  "  # of a step's line
+_BETWEEN_STEPS = ("evaluation", "checkpoint")  # parts that have lines of their own, or none
+_SHORT = {"communication": "comm", "optimizer": "optim"}
 _MUCH_WAITING = 0.1  # share of a step's time: from here on, waiting for data comes before other figures
 
 
@@ -32,10 +36,11 @@ def start_lines(
         f"{config.run.dir}: {counted(last_step, 'step')} of {counted(config.train.global_batch, 'pair')} on "
         f"{counted(world.size, f'{world.device.type} rank')}, "
     )
+    kept = ["train.deterministic=true: the same steps give the same bits"] if config.train.deterministic else []
     if snapshot is None:
-        return [line + "from the start"]
+        return [line + "from the start", *kept]
     changes = [f"changed since the checkpoint: {change}" for change in changed_keys(snapshot.config, config)]
-    return [f"{line}resuming after step {snapshot.step} from {found}", *changes]
+    return [f"{line}resuming after step {snapshot.step} from {found}", *changes, *kept]
 
 
 def step_line(row: dict[str, Any], *, last_step: int, eta_seconds: float) -> str:
@@ -55,8 +60,9 @@ def step_line(row: dict[str, Any], *, last_step: int, eta_seconds: float) -> str
         (1, f"{where} {short(held / 2**30)}G"),
         (0, f"eta {time_left(eta_seconds)}"),
         (2, f"masked {short(masked)}" if masked else ""),
-        (4, f"grad {row['grad_norm']:.3f}"),
-        (3 if wait >= _MUCH_WAITING else 5, f"wait {wait:.0%}"),
+        (5, f"grad {row['grad_norm']:.3f}"),
+        (3 if wait >= _MUCH_WAITING else 6, f"wait {wait:.0%}"),
+        (4, _largest_parts(row)),
     ]
     taken, columns = set(), -len(_GAP)
     for place in sorted(range(len(parts)), key=lambda place: parts[place][0]):
@@ -65,6 +71,21 @@ def step_line(row: dict[str, Any], *, last_step: int, eta_seconds: float) -> str
             taken.add(place)
             columns += more
     return _GAP.join(text for place, (_, text) in enumerate(parts) if place in taken)
+
+
+def _largest_parts(row: dict[str, Any]) -> str:
+    """'image 61% text 22%': the two parts that took most of the steps' time, both passes of a tower as one.
+
+    Without the waiting for data, which has a figure of its own. Empty for a row without parts.
+    """
+    shares: Counter[str] = Counter()
+    for name, seconds in from_row(row).items():
+        if name not in _BETWEEN_STEPS:
+            shares[name.removesuffix(" forward").removesuffix(" backward")] += seconds
+    total = shares.total()
+    del shares["data wait"]
+    largest = shares.most_common(2) if total else []
+    return " ".join(f"{_SHORT.get(name, name)} {seconds / total:.0%}" for name, seconds in largest)
 
 
 def evaluation_lines(row: dict[str, float], *, step: int, last_step: int) -> list[str]:

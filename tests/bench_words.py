@@ -1,7 +1,8 @@
-"""What is typed behind `clipscale bench loss` and `clipscale bench data`, as the benchmarks get it."""
+"""What is typed behind `clipscale bench loss`, `data` and `step`, as the benchmarks get it."""
 
 from clipscale.bench.data.options import DataBench, data_options
 from clipscale.bench.loss.options import LossBench, loss_options
+from clipscale.bench.step.options import StepBench, step_options
 from clipscale.cli import parse
 
 
@@ -11,3 +12,7 @@ def loss_bench(*words: str) -> LossBench:
 
 def data_bench(*words: str) -> DataBench:
     return data_options(parse(["bench", "data", *words])[1])
+
+
+def step_bench(*words: str) -> StepBench:
+    return step_options(parse(["bench", "step", *words])[1])

@@ -53,13 +53,14 @@ def open_loader(
     folder: str | None = None,
     change=None,
     device: torch.device = CPU,
+    pin: bool = False,
 ) -> Loader:
     share = Share(batch, world, rank)
     replay = Replay(kind=tier, dir=folder)
     shape = StepShape(share.slots, min(chunk, share.slots), pipe.image_size, ahead)
     gpu = 2**30 if device.type == "cuda" else None
     plan = choose_tier(replay, shape, Budgets(gpu, host=2**30, disk=2**30), local_ranks=world)
-    setup = Setup(shape, plan.blocks, mode, threads, pin=device.type == "cuda")
+    setup = Setup(shape, plan.blocks, mode, threads, pin=pin or device.type == "cuda")
     return Loader(pipe, share, setup, build_tier(plan, replay, shape, device), start=start, change=change)
 
 

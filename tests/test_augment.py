@@ -3,14 +3,13 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
 from clipscale import counter
 from clipscale.config_data import AugmentSettings
+from clipscale.counter_torch import draw, uniform
 from clipscale.data.pixels import augment
 from clipscale.data.pixels.augment import Augment, gray, jitter, rotate_hue
 from clipscale.towers.tower import Tower, normalise_pixels
@@ -29,22 +28,6 @@ def images(number: int, side: int = 9, seed: int = 0) -> torch.Tensor:
 
 
 # --- the draws --------------------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    st.integers(0, 2**64 - 1),
-    st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(0, 2**40), min_size=1, max_size=8),
-)
-def test_the_hash_is_the_counters_bit_for_bit(key, values):
-    values = np.array(values, np.int64)
-    ours = augment.draw(key, torch.from_numpy(values))
-    np.testing.assert_array_equal(ours.numpy().view(np.uint64), counter.draw(key, values))
-    np.testing.assert_array_equal(augment.uniform(key, torch.from_numpy(values)).numpy(), counter.uniform(key, values))
-    keys = counter.draw(key, values)[:, None]
-    columns = np.arange(5)[None]
-    ours = augment.uniform(ours[:, None], torch.from_numpy(columns))
-    np.testing.assert_array_equal(ours.numpy(), counter.uniform(keys, columns))
 
 
 def test_a_picture_depends_on_seed_and_position_alone():
@@ -161,7 +144,7 @@ def test_strengths_are_spread_as_torchvisions(operation, strength):
     strengths[operation] = strength
     ours = Augment(AugmentSettings(color_jitter=tuple(strengths), color_jitter_prob=1.0), 0)
     numbers = torch.arange(augment._DRAWS)
-    factors, shift = ours._strengths(augment.uniform(augment.draw(7, torch.arange(5000))[:, None], numbers[None]))
+    factors, shift = ours._strengths(uniform(draw(7, torch.arange(5000))[:, None], numbers[None]))
     ours = shift if operation == 3 else factors[:, operation]
     theirs = v2.ColorJitter(**{NAMES[operation]: strength})
     theirs = torch.tensor([theirs.make_params([])[f"{NAMES[operation]}_factor"] for _ in range(5000)])

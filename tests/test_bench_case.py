@@ -6,8 +6,9 @@ import pytest
 import torch
 from bench_words import loss_bench
 
+from clipscale.bench.common.failures import is_out_of_memory
 from clipscale.bench.loss import case as case_module
-from clipscale.bench.loss.case import Budget, Case, CaseRun, is_out_of_memory
+from clipscale.bench.loss.case import Budget, Case, CaseRun
 from clipscale.bench.loss.contestants import Contestant, in_two_passes, own_contestants
 from clipscale.bench.loss.report import COLUMNS, cells, text_table
 from clipscale.bench.loss.team import Outcome, Team
@@ -19,7 +20,7 @@ CASE = Case(8, 4, "fp64")
 
 @pytest.fixture(autouse=True)
 def small_product(monkeypatch):
-    monkeypatch.setattr("clipscale.bench.loss.measure._MATMUL_SIZE", {"cpu": 32, "cuda": 256})
+    monkeypatch.setattr("clipscale.bench.common.matmul._SIZE", {"cpu": 32, "cuda": 256})
 
 
 def run(contestants, *words, case=CASE, team=ALONE, budget=None, error_limit=10**6):

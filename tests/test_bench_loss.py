@@ -22,7 +22,7 @@ SMALL = ["--widths", "8", "--seconds", "0.01", "--device", "cpu"]
 
 @pytest.fixture(autouse=True)
 def small_product(monkeypatch):
-    monkeypatch.setattr("clipscale.bench.loss.measure._MATMUL_SIZE", {"cpu": 64, "cuda": 256})
+    monkeypatch.setattr("clipscale.bench.common.matmul._SIZE", {"cpu": 64, "cuda": 256})
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def result(tmp_path_factory):
     ]
     words += ["--output", str(folder), "--name", "small"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("clipscale.bench.loss.measure._MATMUL_SIZE", {"cpu": 64, "cuda": 256})
+        patch.setattr("clipscale.bench.common.matmul._SIZE", {"cpu": 64, "cuda": 256})
         printed = []
         patch.setattr("builtins.print", lambda *parts, **_: printed.append(" ".join(map(str, parts))))
         assert main(words) == 0

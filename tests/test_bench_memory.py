@@ -5,9 +5,11 @@ import time
 import pytest
 import torch
 
-from clipscale.bench.common.memory import join_watch, watched
+from clipscale.bench.common.clock import seconds_of
+from clipscale.bench.common.matmul import Matmul
+from clipscale.bench.common.memory import begin_part, join_watch, watched, watched_parts
 from clipscale.bench.common.spread import Spread
-from clipscale.bench.loss.measure import Clock, Matmul
+from clipscale.bench.loss.measure import Clock
 from clipscale.bench.loss.simulate import run_ranks
 from clipscale.bench.loss.team import Team
 from clipscale.dist import World
@@ -52,6 +54,24 @@ def test_threads_that_join_count():
         torch.zeros(1)
 
 
+def test_every_part_has_a_peak_of_its_own():
+    def call():
+        before = torch.zeros(1000)
+        begin_part("first")
+        torch.zeros(2000)
+        begin_part("second")
+        del before
+        kept = torch.zeros(500)
+        begin_part("first")
+        torch.zeros(100)
+        return kept
+
+    result, peaks = watched_parts(call, torch.device("cpu"))
+    assert len(result) == 500
+    assert peaks == {"": 4000, "first": 12000, "second": 4000}
+    begin_part("first")  # nobody watches: nothing happens
+
+
 def test_a_dense_matrix_is_seen_and_a_tiled_loss_has_none():
     image_BD, text_BD = (torch.nn.functional.normalize(side, dim=1) for side in torch.randn(2, 300, 5))
     _, dense = watched(lambda: dense_contrastive_loss(image_BD, text_BD, 14.3), known=(image_BD, text_BD))
@@ -82,10 +102,10 @@ def test_the_clock_times_two_passes_together_and_each():
     assert first + second == pytest.approx(reading.seconds, abs=1e-6)
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("fp16", "float32"), ("fp64", "float64")])
-def test_the_plain_product_has_a_rate(monkeypatch, precision, dtype):
-    monkeypatch.setattr("clipscale.bench.loss.measure._MATMUL_SIZE", {"cpu": 64})
-    matmul = Matmul(precision, ALONE)
+@pytest.mark.parametrize(("of", "dtype"), [(torch.float16, "float32"), (torch.float64, "float64")])
+def test_the_plain_product_has_a_rate(monkeypatch, of, dtype):
+    monkeypatch.setattr("clipscale.bench.common.matmul._SIZE", {"cpu": 64})
+    matmul = Matmul(of, ALONE.device, lambda call: seconds_of(call, ALONE.device))
     matmul.sample(3)
     matmul.sample(2)
     summary = matmul.summary()

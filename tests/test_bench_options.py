@@ -84,6 +84,7 @@ def helped(capsys, *words):
 _EXAMPLES = {
     "loss": "  clipscale bench loss --peers --batches 16k,64k,256k",
     "data": "  clipscale bench data --check",
+    "step": "  clipscale bench step --peers",
     "plot": "  clipscale bench plot bench-results/",
 }
 

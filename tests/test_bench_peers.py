@@ -57,7 +57,7 @@ def fused_siglip_loss(img_features, txt_features, log_temperature, bias, use_fp8
 
 @pytest.fixture
 def stand_ins(monkeypatch):
-    monkeypatch.setattr("clipscale.bench.loss.measure._MATMUL_SIZE", {"cpu": 32, "cuda": 256})
+    monkeypatch.setattr("clipscale.bench.common.matmul._SIZE", {"cpu": 32, "cuda": 256})
     for module, thing in (
         ("inf_cl", cal_inf_loss),
         ("memeff", MemoryEfficientCLIPLoss),

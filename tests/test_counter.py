@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clipscale import counter_torch
 from clipscale.counter import draw, fold, permuted, shuffled, uniform
 
 
@@ -95,3 +97,19 @@ def test_keys_depend_on_every_part_and_on_their_order():
     ]
     assert len(set(keys)) == len(keys)
     assert all(0 <= key < 2**64 for key in keys)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.integers(0, 2**64 - 1),
+    st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(0, 2**40), min_size=1, max_size=8),
+)
+def test_torch_draws_the_same_bit_for_bit(key, values):
+    values = np.array(values, np.int64)
+    ours = counter_torch.draw(key, torch.from_numpy(values))
+    np.testing.assert_array_equal(ours.numpy().view(np.uint64), draw(key, values))
+    np.testing.assert_array_equal(counter_torch.uniform(key, torch.from_numpy(values)).numpy(), uniform(key, values))
+    keys = draw(key, values)[:, None]
+    columns = np.arange(5)[None]
+    ours = counter_torch.uniform(ours[:, None], torch.from_numpy(columns))
+    np.testing.assert_array_equal(ours.numpy(), uniform(keys, columns))

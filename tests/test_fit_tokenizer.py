@@ -75,6 +75,9 @@ def test_a_described_tower_gets_its_own_tokenizer_and_open_clips_length(parts):
     assert (towers.context_length, towers.vocabulary) == (LENGTH, len(SPECIAL + WORDS))
     assert tokenize(["a photo of"]).tolist() == [[0, 17, 18, 5, 2, *[1] * (LENGTH - 5)]]
     assert tokenize.name == str(parts)
+    layer = "transformer.encoder.layer.0"
+    dropouts = [f"{layer}.attention.self", f"{layer}.attention.output.dropout", f"{layer}.output.dropout"]
+    assert towers.draws_by_chunk() == {"image": [], "text": ["transformer.embeddings.dropout", *dropouts]}
     assert pickle.loads(pickle.dumps(tokenize))(["cat"]).tolist() == tokenize(["cat"]).tolist()
     text = described(parts)
     del text["context_length"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from clipscale.dist import World
 from clipscale.step import GraphCost, StepPlan, TowerPlan, planning
 from clipscale.step.costs import graph_costs, saved_bytes
 from clipscale.step.planning import chunks_of, plan_line, plan_record, plan_step
-from clipscale.towers import build_towers
+from clipscale.towers import Towers, build_towers
 
 CONTEXT = 77
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -107,7 +108,7 @@ COST = GraphCost(sample=1000.0), GraphCost(sample=100.0, token=10.0)
 def counted_so(monkeypatch):
     """A picture costs 1,000 bytes, a caption 100 and 10 a token; 400,000 bytes are free."""
     monkeypatch.setattr(planning, "graph_costs", lambda towers: COST)
-    monkeypatch.setattr(planning, "available_bytes", lambda: 400_000)
+    monkeypatch.setattr(planning, "host_memory", lambda: SimpleNamespace(left=400_000))
 
 
 def plan(tmp_path, *words, world=ALONE, recorded=None) -> StepPlan:
@@ -141,7 +142,7 @@ def test_a_plan_comes_back_from_its_record(tmp_path, counted_so, monkeypatch):
     config = tiny_config(tmp_path, "x.tar")
     made = plan_step(config, towers_of(), ALONE, None)
     record = json.loads(json.dumps(plan_record(made, config, ALONE)))
-    monkeypatch.setattr(planning, "available_bytes", lambda: 0)
+    monkeypatch.setattr(planning, "host_memory", lambda: SimpleNamespace(left=0))
     monkeypatch.setattr(planning, "graph_costs", None)  # nothing is counted again
     assert plan_step(config, towers_of(), ALONE, record) == made
 
@@ -156,7 +157,7 @@ def test_a_plan_comes_back_from_its_record(tmp_path, counted_so, monkeypatch):
 def test_a_changed_setting_makes_a_new_plan(tmp_path, counted_so, word, monkeypatch):
     config = tiny_config(tmp_path, "x.tar")
     record = plan_record(plan_step(config, towers_of(), ALONE, None), config, ALONE)
-    monkeypatch.setattr(planning, "available_bytes", lambda: 40_000)
+    monkeypatch.setattr(planning, "host_memory", lambda: SimpleNamespace(left=40_000))
     changed = tiny_config(tmp_path, "x.tar", word)
     assert plan_step(changed, towers_of(), ALONE, record) == plan_step(changed, towers_of(), ALONE, None)
     assert plan_step(config, towers_of(), ALONE, record) != plan_step(changed, towers_of(), ALONE, record)
@@ -205,8 +206,9 @@ def test_ranks_with_unequal_memory_make_one_plan(tmp_path, monkeypatch):
         config = tiny_config(tmp_path, "x.tar", "train.global_batch=128", "gradcache.image_chunk=8")
         return plan_step(config, towers_of(), world, None)
 
-    monkeypatch.setattr(planning, "available_bytes", lambda: mine.free)
+    monkeypatch.setattr(planning, "host_memory", lambda: SimpleNamespace(left=mine.free))
     monkeypatch.setattr(planning, "graph_costs", lambda towers: (GraphCost(sample=mine.cost), COST[1]))
+    monkeypatch.setattr(Towers, "draws_by_chunk", lambda towers: {"image": [], "text": []})
     first, second = on_ranks(2, work)
     assert first == second
     assert first.image.keep_bytes == 400_000 // 4 // 2  # the poorest of the two that share the node
@@ -236,7 +238,7 @@ def test_shares_are_those_of_the_walk():
     """What the line says of short captions is what the step keeps of them."""
     towers, tokens = towers_of(), make_captions(64, longest=16)
     planned = StepPlan(TowerPlan(8), TowerPlan(16, keep_bytes=20_000, cost=COST[1]))
-    assert planning.captions_of(towers.text, tokens, planned).kept == 64
+    assert planning.captions_of(towers.text, tokens, planned.text).kept == 64
 
 
 def test_chunks_where_nothing_is_trained(tmp_path):

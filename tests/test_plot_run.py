@@ -29,6 +29,21 @@ def test_rows_with_and_without_what_only_some_steps_have(tmp_path, monkeypatch):
     assert (tmp_path / "run.png").stat().st_size > 5000
 
 
+@pytest.mark.parametrize("fits", [True, False])
+def test_where_the_time_went(tmp_path, monkeypatch, fits):
+    row = {"step": 1, "samples": 8, "loss": 2.0, **({"seconds/loss": 0.5, "seconds/other": 0.5} if fits else {})}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    picture = tmp_path / "pictures" / "parts.png"
+    monkeypatch.setattr(sys, "argv", [SCRIPT, "--parts", str(tmp_path), str(picture)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(SCRIPT, run_name="__main__")
+    if fits:
+        assert not ended.value.code
+        assert picture.stat().st_size > 5000
+    else:
+        assert ended.value.code == f"no parts.png: no row of {tmp_path}/metrics.jsonl says where the time went"
+
+
 def test_a_folder_without_metrics_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [SCRIPT, str(tmp_path), str(tmp_path / "run.png")])
     with pytest.raises(SystemExit, match=r"metrics\.jsonl does not exist; name the folder of a run"):

@@ -7,9 +7,11 @@ import torch
 from loading import CPU, open_loader, pipeline, read, take
 from shards import write_pairs
 
-from clipscale.data.load.replay import Disk, Held
+from clipscale.config_data import AugmentSettings
+from clipscale.data.load.replay import Disk, Held, handed_over
 from clipscale.data.load.shape import StepShape
 from clipscale.data.load.workers import LoaderError
+from clipscale.data.pixels.augment import Augment
 from clipscale.data.source import Sample, Source
 
 
@@ -47,6 +49,39 @@ def test_on_a_gpu_chunks_come_from_pinned_memory(size):
             torch.cuda._sleep(1_000_000)  # the consumer is slow, and still nothing is overwritten under its hands
             kept.append((start, chunk.clone()))
         assert torch.equal(torch.cat([chunk for _, chunk in kept]).cpu(), inputs)
+
+
+def test_a_small_tensor_reaches_a_gpu_from_pinned_memory():
+    """From other memory the copy waits for all that the GPU has to do."""
+    calls = []
+
+    class Recorded:
+        def pin_memory(self):
+            calls.append("pinned")
+            return self
+
+        def to(self, device, **options):
+            calls.append(options)
+
+    handed_over(Recorded(), torch.device("cuda"))
+    assert calls == ["pinned", {"non_blocking": True}]
+    assert handed_over(torch.arange(3), CPU).tolist() == [0, 1, 2]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tier", ["gpu", "host", "recompute"])
+def test_changed_pictures_wait_for_no_gpu(urls, tier):
+    device, change = torch.device("cuda"), Augment(AugmentSettings(0.5, (0.4, 0.4, 0.4, 0.1), grayscale=0.2), 0)
+    loader = open_loader(pipeline(urls, 40), 40, tier=tier, chunk=9, device=device, change=change)
+    for _ in range(3):
+        images = next(loader).images
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            passes = [torch.cat([part.clone() for _, part in walk(device)]) for walk in (images.first, images.again)]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(*passes)
+    loader.close()
 
 
 # --- the tiers --------------------------------------------------------------------------------------------------------

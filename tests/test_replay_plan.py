@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from clipscale.config_data import Replay
-from clipscale.data.load.replay_plan import Budgets, available_bytes, budgets, choose_tier, tightest
+from clipscale.data.load.replay_plan import Budgets, Plan, budgets, choose_tier, host_memory, tightest
 from clipscale.data.load.shape import StepShape
 from clipscale.errors import UserError
 
@@ -79,7 +79,7 @@ def test_budgets_default_to_shares_of_the_machine(tmp_path):
     cpu = torch.device("cpu")
     found = budgets(Replay(dir=str(tmp_path / "new")), cpu)
     assert found.gpu is None
-    assert 0.3 * available_bytes() < found.host < 0.7 * available_bytes()
+    assert 0.3 * host_memory().left < found.host < 0.7 * host_memory().left
     assert found.disk > 0
     assert budgets(Replay(host_bytes=3), cpu) == Budgets(None, 3, None)
     total = (
@@ -90,7 +90,7 @@ def test_budgets_default_to_shares_of_the_machine(tmp_path):
         )
         * 1024
     )
-    assert 0 < available_bytes() < total
+    assert 0 < host_memory().left < total == host_memory().total
 
 
 GB = 2**30
@@ -122,10 +122,63 @@ def test_memory_is_what_the_control_group_leaves_and_cached_files_give_way(tmp_p
     (proc / "self").mkdir(parents=True)
     (proc / "meminfo").write_text(f"MemTotal: {2**30} kB\nMemAvailable: {500 * 2**20} kB\n")
     (proc / "self" / "cgroup").write_text(membership + "\n")
-    assert available_bytes(proc, groups) == 500 * GB
+    assert host_memory(proc, groups).left == 500 * GB
     write_group(groups / folder, files, 64 * GB, 63 * GB, prefix)
-    assert available_bytes(proc, groups) == 11 * GB
+    assert host_memory(proc, groups).left == 11 * GB
     write_group(groups / folder, files, 2**63 - 4096, 63 * GB, prefix)  # as version 1 says 'no limit'
-    assert available_bytes(proc, groups) == 500 * GB
+    assert host_memory(proc, groups).left == 500 * GB
     write_group(groups / folder, files, "max", 63 * GB, prefix)
-    assert available_bytes(proc, groups) == 500 * GB
+    assert host_memory(proc, groups).left == 500 * GB
+
+
+def write_meminfo(proc: Path, total: int, available: int) -> None:
+    (proc / "self").mkdir(parents=True, exist_ok=True)
+    sizes = f"MemTotal: {total >> 10} kB\nMemAvailable: {available >> 10} kB\n"
+    (proc / "meminfo").write_text(sizes + "HugePages_Total: 0\n")
+
+
+def test_a_groups_throttle_is_a_limit_too(tmp_path):
+    proc, groups = tmp_path / "proc", tmp_path / "groups"
+    write_meminfo(proc, 500 * GB, 400 * GB)
+    (proc / "self" / "cgroup").write_text("0::/\n")
+    write_group(groups, ("memory.high", "memory.current"), 64 * GB, 63 * GB)
+    assert host_memory(proc, groups) == (500 * GB, 400 * GB, 11 * GB)
+    assert str(host_memory(proc, groups)) == (
+        "MemAvailable 429.5 GB of MemTotal 536.9 GB, its control group leaves 11.8 GB"
+    )
+
+
+@pytest.fixture
+def small_start(tmp_path, monkeypatch):
+    """A machine that shows 64 MB of the memory that it can grow to."""
+    write_meminfo(tmp_path, 80 * MB, 64 * MB)
+    monkeypatch.setattr("clipscale.data.load.replay_plan.host_memory", lambda: host_memory(tmp_path, tmp_path))
+
+
+def test_where_memory_grows_on_demand_a_budget_is_taken_as_it_is(small_start, told):
+    """500 MB hold a step of both ranks and all that is decoded ahead; what is seen does not."""
+    replay = Replay(host_bytes=500 * MB)
+    assert choose_tier(replay, SHAPE, budgets(replay, torch.device("cpu")), local_ranks=2) == Plan("host", 15)
+    (line,) = told
+    assert line.startswith(
+        "replay.host_bytes=500,000,000 is more than this node has left (MemAvailable 64,000,000 bytes of"
+    )
+
+
+def test_without_a_budget_what_was_seen_and_what_overrides_it_are_told(small_start, tmp_path, told):
+    """32 MB: the disk instead of the host, with fewer chunks ahead; where there is no disk, an error."""
+    replay, ahead = Replay(dir=str(tmp_path / "replay")), StepShape(slots=1000, chunk=100, side=100, ahead=9)
+    found = choose_tier(replay, ahead, budgets(replay, torch.device("cpu")), local_ranks=2)
+    assert (found.kind, found.blocks) == ("disk", 5)
+    slower, fewer = found.notes
+    seen = "half of what this node has left (MemAvailable 64,000,000 bytes of MemTotal "
+    assert slower.startswith("replay.kind=auto: disk, for want of memory: host: 78,000,000 bytes of host memory needed")
+    assert fewer.startswith("5 chunks of pictures are decoded ahead, not 9, for want of memory: half of what")
+    for note in found.notes:
+        assert seen in note
+        assert "MemTotal 80,000,000 bytes; replay.host_bytes says otherwise) allows 32,000,000 bytes" in note
+    with pytest.raises(
+        UserError, match=r"replay.kind=auto: .*MemAvailable 64,000,000 .*replay.host_bytes says otherwise"
+    ):
+        choose_tier(Replay(), ahead, budgets(Replay(), torch.device("cpu")), local_ranks=2)
+    assert told == []

@@ -68,6 +68,19 @@ def test_pace():
     assert pace.interval()["samples_per_second"] == 100.0
 
 
+def test_a_log_line_has_the_parts_of_all_steps_since_the_last_one():
+    pace = Pace()
+    pace.add(100, waited=0.0, seconds=1.0)
+    assert pace.spent({"loss": 0.5, "other": 0.25}) == {"seconds/loss": 0.5, "seconds/other": 0.25}
+    pace.spent({"loss": 1.0, "evaluation": 4.0})
+    found = pace.interval()
+    parts = {"seconds/loss": 1.5, "seconds/other": 0.25, "seconds/evaluation": 4.0}
+    assert {name: found[name] for name in found if name.startswith("seconds/")} == parts
+    pace.add(100, waited=0.0, seconds=1.0)
+    pace.spent({"loss": 2.0})
+    assert pace.interval()["seconds/loss"] == 2.0
+
+
 def test_the_time_left_is_that_of_recent_steps():
     """Not of the first, which tunes kernels, nor of the beginning, when the disk was still cold."""
     pace = Pace()

@@ -16,6 +16,7 @@ from torch import nn
 from clipscale.step import GraphCost, planning, search
 from clipscale.step.planning import plan_record, plan_step
 from clipscale.step.search import Search, Timing, best, measured
+from clipscale.towers import Towers
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 AUTO = ("gradcache.image_chunk=auto", "gradcache.text_chunk=auto", "gradcache.forward_chunks=auto")
@@ -44,11 +45,11 @@ def config_of(tmp_path, *words, slots=4096):
     return tiny_config(tmp_path, "x.tar", f"train.global_batch={slots}", *AUTO, *words)
 
 
-def sizes(tmp_path, *words, side="image", slots=4096, room=1e9, chunk="auto"):
+def sizes(tmp_path, *words, side="image", slots=4096, room=1e9, chunk="auto", by_chunk=False):
     towers = towers_of()
     found = Search(config_of(tmp_path, *words, slots=slots), towers, slots, room)
     tower, cost = (towers.image, COST[0]) if side == "image" else (towers.text, COST[1])
-    return found.sizes(tower, chunk, cost), found
+    return found.sizes(tower, chunk, cost, by_chunk=by_chunk), found
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,7 @@ def test_slow_devices_are_measured_for_a_bounded_time(tmp_path, clock):
     clock.busy = 6000
     assert sizes(tmp_path)[0].chunk == 32
     assert clock.timed[0] == (32, True)
-    assert len([samples for samples, backwards in clock.timed if backwards]) == 1, "two turns of twice the size take 24 s"
+    assert [backwards for _, backwards in clock.timed].count(True) == 1, "two turns of twice the size take 24 s"
 
 
 def test_a_turn_takes_a_bounded_time(clock):
@@ -98,7 +99,7 @@ def test_a_turn_takes_a_bounded_time(clock):
     class Counting:
         device, calls = CPU, 0
 
-        def __call__(self, inputs):
+        def __call__(self, inputs, positions):
             self.calls += 1
             return inputs
 
@@ -153,9 +154,8 @@ def test_pass_one_may_take_more_at_once(tmp_path, clock):
     assert sizes(tmp_path, "gradcache.forward_chunks=3", chunk=96)[0] == (96, 3)
 
 
-def test_draws_by_chunk_need_the_same_chunks_in_both_passes(tmp_path, clock, monkeypatch):
-    monkeypatch.setattr(search, "draws_by_chunk", lambda tower: True)
-    found, of = sizes(tmp_path, chunk=96)
+def test_draws_by_chunk_need_the_same_chunks_in_both_passes(tmp_path, clock):
+    found, of = sizes(tmp_path, chunk=96, by_chunk=True)
     assert (found, clock.timed) == ((96, 1), [])
     assert of.told() == "there was no choice"
 
@@ -182,6 +182,7 @@ def test_what_the_figures_depend_on(tmp_path, clock, monkeypatch):
     assert not timed_anew("train.samples=9999", "optim.lr=1", room=0.9e9), "memory goes by powers of two"
     assert not timed_anew(slots=8192), "no chunk is that large"
     assert timed_anew("model.vision.width=48")
+    assert timed_anew("train.deterministic=true")
     assert timed_anew(side="text")
     assert timed_anew(room=2e9)
     assert timed_anew(slots=256)
@@ -221,7 +222,7 @@ def test_a_real_search_leaves_no_trace(tmp_path, clock, monkeypatch):
     try:
         found = Search(config_of(tmp_path, slots=32), towers, 32, 1e9)
         for tower, cost in zip((towers.image, towers.text), COST, strict=True):
-            assert found.sizes(tower, "auto", cost) == (32, 1)
+            assert found.sizes(tower, "auto", cost, by_chunk=False) == (32, 1)
         assert not any(module.training for module in towers.model.modules())
     finally:
         towers.model.train()
@@ -256,6 +257,7 @@ def test_ranks_go_by_the_slowest_of_them(tmp_path, clock, monkeypatch, told):
     monkeypatch.setattr(search, "device_name", lambda device: mine.name)
     monkeypatch.setattr(search, "_undone", lambda tower: nullcontext())  # towers and randomness are one for all threads
     monkeypatch.setattr(planning, "graph_costs", lambda towers: (GraphCost(), GraphCost()))
+    monkeypatch.setattr(Towers, "draws_by_chunk", lambda towers: {"image": [], "text": []})
     first, second = on_ranks(2, work)
     assert first == second
     assert first.chunks == (128, 64)

@@ -8,6 +8,8 @@ import math
 import os
 import re
 import shutil
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -346,3 +348,56 @@ def test_metrics_are_json_even_where_a_number_is_not_finite(tmp_path, urls, monk
     text = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert "NaN" not in text
     assert [row["grad_norm"] for row in rows(tmp_path)] == [None, 1.0, 1.0, 1.0]
+
+
+STEP_PARTS = [
+    *("data_wait", "copies", "image_forward", "text_forward", "loss", "image_backward", "text_backward"),
+    *("communication", "optimizer"),
+]
+
+
+def test_every_row_says_where_the_time_went_and_the_end_shows_it(tmp_path, urls, monkeypatch):
+    """What follows a step (its evaluation, its checkpoint) is counted too: the rows add up to the whole run."""
+    monkeypatch.setattr("clipscale.train._STEPS_OF_A_PICTURE", 4)
+    words = ["checkpoint.every_steps=2", f"eval.validation.urls={urls}", "eval.validation.batch=16"]
+    trainer = Trainer(tiny_config(tmp_path, urls, *words), World(0, 1, 0, torch.device("cpu")))
+    write, written = trainer.log.metrics, []
+    monkeypatch.setattr(trainer.log, "metrics", lambda row: (written.append(time.perf_counter()), write(row)))
+    begin = time.perf_counter()
+    trainer.run()
+    trainer.close()
+    found = rows(tmp_path)
+    for row, more in zip(found, ([], [], ["checkpoint"], ["evaluation"]), strict=True):
+        wanted = [f"seconds/{name}" for name in (*STEP_PARTS, *more, "other")]
+        assert [key for key in row if key.startswith("seconds/")] == wanted
+        waited = row["data_wait_share"] * row["samples"] / row["step"] / row["samples_per_second"]
+        assert row["seconds/data_wait"] > waited - 1e-5  # which lies inside of "image forward"
+        assert (row["tokens_per_caption"], row["kept_share"]) == (8.0, 0.0)
+    whole = written[-1] - begin
+    total = sum(value for row in found for key, value in row.items() if key.startswith("seconds/"))
+    assert 0.8 * whole < total < whole
+    assert (tmp_path / "run" / "parts.png").stat().st_size > 5000
+    assert f"where the time went: {tmp_path}/run/parts.png" in (tmp_path / "run" / "run.log").read_text()
+
+
+@pytest.mark.parametrize("missing", ["matplotlib", "room"])
+def test_a_picture_that_cannot_be_drawn_ends_no_run(tmp_path, urls, monkeypatch, missing):
+    monkeypatch.setattr("clipscale.train._STEPS_OF_A_PICTURE", 1)
+    if missing == "matplotlib":
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+        wanted = "no parts.png: matplotlib draws it, which is not installed: pip install matplotlib, then python "
+    else:
+        (tmp_path / "run" / "parts.png").mkdir(parents=True)
+        wanted = f"no parts.png: {tmp_path}/run/parts.png: Is a directory"
+    assert train(tiny_config(tmp_path, urls, "train.samples=8"))[0].startswith("trained 1 step ")
+    assert wanted in (tmp_path / "run" / "run.log").read_text()
+
+
+def test_a_run_goes_on_from_rows_without_parts(tmp_path, urls):
+    """As a run of before they were measured has them. Four steps are too few for a picture."""
+    train(tiny_config(tmp_path, urls, "train.samples=16"))
+    old = [{key: value for key, value in row.items() if "/" not in key} for row in rows(tmp_path)]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in old))
+    train(tiny_config(tmp_path, urls))
+    assert ["seconds/loss" in row for row in rows(tmp_path)] == [False, False, True, True]
+    assert not (tmp_path / "run" / "parts.png").exists()

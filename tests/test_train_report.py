@@ -68,8 +68,9 @@ def test_what_is_zero_is_not_told():
 @pytest.mark.parametrize("eta", [95, 86_399, 86_400, 99.9 * 86_400])
 @pytest.mark.parametrize("masked", [0, 3, 1_234_567])
 @pytest.mark.parametrize("wait", [0.04, 0.87, 1.0])
-def test_a_line_of_the_largest_run_has_120_columns_at_most(eta, masked, wait):
-    row = ROW | HUGE | {"masked_samples": masked, "data_wait_share": wait}
+@pytest.mark.parametrize("parts", [False, True])
+def test_a_line_of_the_largest_run_has_120_columns_at_most(eta, masked, wait, parts):
+    row = ROW | HUGE | (PARTS if parts else {}) | {"masked_samples": masked, "data_wait_share": wait}
     line = step_line(row, last_step=1_000_000, eta_seconds=eta)
     assert len(line) <= 120
     start = "step  987654/1000000  samples 12.80G  loss 13.816  scale 100.0  lr 5.00e-04  1.23M/s  "
@@ -79,10 +80,47 @@ def test_a_line_of_the_largest_run_has_120_columns_at_most(eta, masked, wait):
     assert "gpu 139G" in line or masked
 
 
+PARTS = {
+    "seconds/data_wait": 0.5,
+    "seconds/image_forward": 1.5,
+    "seconds/text_forward": 0.6,
+    "seconds/loss": 0.9,
+    "seconds/image_backward": 4.6,
+    "seconds/text_backward": 1.6,
+    "seconds/communication": 0.0,
+    "seconds/evaluation": 1000.0,
+    "seconds/checkpoint": 1000.0,
+    "seconds/other": 0.3,
+}
+SMALL = ROW | {"masked_samples": 0, "data_wait_share": 0.04, "samples_per_second": 522.0, "grad_norm": 16.172}
+
+
+def test_the_two_largest_parts_are_told_where_they_fit():
+    """Of the steps' own time, both passes of a tower as one; before the gradient's norm, and whole or not at all."""
+    short = step_line(SMALL | PARTS, last_step=400, eta_seconds=543)
+    assert short == (
+        "step  12/400  samples 49.15k  loss 2.0801  scale 14.29  lr 5.00e-04  522/s  host 1.50G  eta 9:03"
+        "  image 61% text 22%"
+    )
+    waits = step_line(SMALL | PARTS | {"data_wait_share": 0.3}, last_step=400, eta_seconds=543)
+    assert waits.endswith("eta 9:03  grad 16.172  wait 30%")
+    ranks = step_line(SMALL | PARTS | {"seconds/communication": 90.0}, last_step=400, eta_seconds=543)
+    assert ranks.endswith("eta 9:03  comm 90% image 6%")
+
+
+def test_the_largest_parts_of_odd_rows():
+    for parts in ({"seconds/other": 0.0}, {"seconds/evaluation": 5.0, "seconds/other": 0.0}):
+        assert step_line(SMALL | parts, last_step=400, eta_seconds=543).endswith("eta 9:03  grad 16.172  wait 4%")
+    line = step_line(SMALL | {"seconds/other": 1.0}, last_step=400, eta_seconds=543)
+    assert line.endswith("eta 9:03  wait 4%  other 100%")
+
+
 @pytest.mark.parametrize("wait", [0.04, 0.5])
-def test_a_line_of_400_million_samples_has_all_that_is_asked_for(wait):
+@pytest.mark.parametrize("parts", [False, True])
+def test_a_line_of_400_million_samples_has_all_that_is_asked_for(wait, parts):
     big = {"step": 12_208, "samples": 400_031_744, "loss": 10.4, "logit_scale": 100.0, "data_wait_share": wait}
-    line = step_line(ROW | big | {"masked_samples": 0}, last_step=12_208, eta_seconds=36_000)
+    row = ROW | big | (PARTS if parts else {}) | {"masked_samples": 0}
+    line = step_line(row, last_step=12_208, eta_seconds=36_000)
     assert len(line) <= 120
     assert "step 12208/12208  samples 400.0M  loss 10.400  scale 100.0  lr 5.00e-04  1.23k/s  host 1.50G" in line
     assert ("wait 50%" if wait > 0.1 else "grad 0.123") in line

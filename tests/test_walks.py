@@ -51,11 +51,11 @@ def embed(towers, walk: Captions) -> torch.Tensor:
 
 
 def full_length(towers, tokens: torch.Tensor, chunk: int) -> torch.Tensor:
-    return embed(towers, Captions(tokens, TowerPlan(chunk), None, alike=False))
+    return embed(towers, Captions(tokens, TowerPlan(chunk), None))
 
 
 def by_length(towers, tokens: torch.Tensor, chunk: int, **planned) -> Captions:
-    return Captions(tokens, TowerPlan(chunk, **planned), towers.text.cut.lengths(tokens), alike=False)
+    return Captions(tokens, TowerPlan(chunk, **planned), towers.text.cut.lengths(tokens))
 
 
 @pytest.mark.parametrize(("dtype", "bar"), [(torch.float32, 5e-6), (torch.float64, 1e-13)])
@@ -76,7 +76,7 @@ def test_with_the_rounding_they_are_the_same_bits():
 def test_a_cut_before_the_end_is_seen():
     towers, tokens = make_towers(torch.float64), make_captions(64)
     early = (towers.text.cut.lengths(tokens) // 16 * 16).clamp(min=16)
-    found = embed(towers, Captions(tokens, TowerPlan(8), early, alike=False))
+    found = embed(towers, Captions(tokens, TowerPlan(8), early))
     assert (found - full_length(towers, tokens, 8)).abs().max() > 1e-3
 
 
@@ -91,7 +91,7 @@ def test_every_caption_goes_through_once_in_each_pass(kept, wide):
     tokens, chunk = make_captions(1000), 16
     lengths = make_towers().text.cut.lengths(tokens)
     cost = GraphCost(token=1.0)
-    walk = Captions(tokens, TowerPlan(chunk, chunk * wide, keep_bytes=kept, cost=cost), lengths, alike=False)
+    walk = Captions(tokens, TowerPlan(chunk, chunk * wide, keep_bytes=kept, cost=cost), lengths)
     first, again = list(walk.first(torch.device("cpu"))), list(walk.again(torch.device("cpu")))
     assert torch.equal(torch.cat([one.slots for one in first]).sort().values, torch.arange(1000))
     once = [one for one in first if one.kept]

@@ -19,6 +19,8 @@ DATA = {
     for path in [*ROOT.glob("configs/*.yaml"), *ROOT.glob("configs/templates/*")]
 }
 
+HISTOGRAM = "clipscale/bench/step/captions.json"
+
 
 def run(*words: str, cwd: Path) -> str:
     done = subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True, timeout=120)
@@ -66,7 +68,8 @@ def test_the_wheel_holds_the_package_with_its_recipes_and_nothing_else(wheel):
     assert len(DATA) >= 4
     assert {name: found[name] for name in found if name.startswith("clipscale/configs/")} == DATA
     metadata = f"clipscale-{__version__}.dist-info/"
-    assert {name for name in found if not name.startswith(metadata)} == code | set(DATA)
+    assert {name for name in found if not name.startswith(metadata)} == code | {*DATA, HISTOGRAM}
+    assert found[HISTOGRAM] == (ROOT / HISTOGRAM).read_bytes()
     assert found[f"{metadata}licenses/LICENSE"] == (ROOT / "LICENSE").read_bytes()
     assert b"clipscale = clipscale.cli:main" in found[f"{metadata}entry_points.txt"]
 

@@ -10,7 +10,10 @@ from pathlib import Path
 
 from clipscale.bench.data import plots as data_plots
 from clipscale.bench.loss import plots as loss_plots
+from clipscale.bench.step import plots as step_plots
 from clipscale.errors import UserError, reason, require
+
+_DRAWS = {"cases": loss_plots.draw, "speed": data_plots.draw, "steps": step_plots.draw}  # by a part that one has
 
 
 def redraw(path: str) -> list[Path]:
@@ -19,9 +22,9 @@ def redraw(path: str) -> list[Path]:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({reason(error)}); give a .json that clipscale bench wrote") from error
-    fits = isinstance(document, dict) and document.get("format") == 1 and ("cases" in document or "speed" in document)
-    require(fits, f"{path}: not a result; give a .json that clipscale bench wrote")
-    draw = loss_plots.draw if "cases" in document else data_plots.draw
-    pictures, problem = draw(document, Path(path).parent)
+    fits = isinstance(document, dict) and document.get("format") == 1
+    draws = [draw for part, draw in _DRAWS.items() if fits and part in document]
+    require(len(draws) == 1, f"{path}: not a result; give a .json that clipscale bench wrote")
+    pictures, problem = draws[0](document, Path(path).parent)
     require(not problem, problem)
     return pictures

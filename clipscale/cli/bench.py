@@ -1,4 +1,4 @@
-"""`clipscale bench loss|data|plot`: what bench/ measures. Its options are read by this command alone."""
+"""`clipscale bench loss|data|step|plot`: what bench/ measures. Its options are read by this command alone."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shlex
 
 from clipscale.bench.data.options import add_data_arguments, data_options
 from clipscale.bench.loss.options import add_loss_arguments, loss_options
+from clipscale.bench.step.options import add_step_arguments, step_options
 from clipscale.cli import add_command
 from clipscale.paths import path_option
 
@@ -21,8 +22,12 @@ _DATA = """\
   clipscale bench data --check
   clipscale bench data --urls 'shards/{0000..0009}.tar' --parts speed,stages --model-rate vit-b32=3000
 """
+_STEP = """\
+  clipscale bench step --peers
+  clipscale bench step --models ViT-B-32,ViT-L-14 --batches 4k,32k --peers --parity
+"""
 _PLOT = "  clipscale bench plot bench-results/loss-cpu.json\n"
-EXAMPLES = f"examples:\n{_LOSS}{_DATA}{_PLOT}"
+EXAMPLES = f"examples:\n{_LOSS}{_DATA}{_STEP}{_PLOT}"
 LEFT = "the cases already measured are written"
 
 
@@ -34,8 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add_loss_arguments(subject("loss", "the contrastive loss alone, beside its peers", _LOSS))
     add_data_arguments(subject("data", "the way of pictures to the training process", _DATA))
+    add_step_arguments(subject("step", "a whole training step, beside open_clip's", _STEP))
     plot = subject("plot", "draw the pictures of a result again", _PLOT)
-    plot.add_argument("result", type=path_option, metavar="RESULT.json", help="what clipscale bench loss or data wrote")
+    plot.add_argument("result", type=path_option, metavar="RESULT.json", help="what another clipscale bench wrote")
 
 
 def run(arguments: argparse.Namespace, words: list[str]) -> int:
@@ -50,6 +56,11 @@ def run(arguments: argparse.Namespace, words: list[str]) -> int:
         from clipscale.bench.data.bench import bench_data
 
         return bench_data(chosen, shlex.join(["clipscale", *words]))
+    if arguments.subject == "step":
+        chosen = step_options(arguments)
+        from clipscale.bench.step.bench import bench_step
+
+        return bench_step(chosen, shlex.join(["clipscale", *words]))
     options = loss_options(arguments)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     start = ["torchrun", "--nproc-per-node", str(ranks), "-m"] if ranks > 1 else []

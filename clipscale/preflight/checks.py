@@ -31,6 +31,7 @@ from clipscale.data.fetch.urls import expand_urls, is_local
 from clipscale.data.pipeline import require_sources
 from clipscale.data.shard.counts import read_counts
 from clipscale.data.shard.uids import UidList
+from clipscale.deterministic import prepare_cublas
 from clipscale.errors import UserError, require
 from clipscale.eval.classes import check_folder, class_names, class_templates
 from clipscale.launch import check_ranks, launched, told_once
@@ -50,6 +51,8 @@ def check_training(config: Config) -> list[str]:
     """
     place = launched()
     with told_once():
+        if config.train.deterministic and config.device != "cpu":
+            prepare_cublas()
         check_ranks(config.train.global_batch, place.size)
         check_model(config.model)
         _check_device(config.device)

@@ -28,8 +28,9 @@ from torch import Tensor
 from clipscale.counter import fold
 from clipscale.data.load.replay import Inputs
 from clipscale.loss import ContrastiveGrads
+from clipscale.parts import UNTIMED, Parts
 from clipscale.step.places import Places, compact_
-from clipscale.step.plan import StepPlan
+from clipscale.step.plan import StepPlan, TowerPlan
 from clipscale.step.walks import Captions, Chunk, Pictures
 from clipscale.towers import Tower, Towers
 
@@ -57,7 +58,9 @@ def gradcache_step(
     plan: StepPlan,
     loss_and_grads: LossAndGrads,
     key: int,
+    positions: Tensor | None = None,
     grad_scale: float = 1.0,
+    parts: Parts = UNTIMED,
 ) -> StepResult:
     """Add the gradient of the mean loss over all valid pairs of all ranks to every parameter's `.grad`.
 
@@ -71,25 +74,33 @@ def gradcache_step(
         loss_and_grads: (image [V, D], text [V, D], s, image_grad=, text_grad=) -> ContrastiveGrads over all ranks, for
             the global mean. The embeddings are its own, to overwrite. The side of a tower in which nothing learns is
             not wanted; that tower is not replayed.
-        key: of this step and rank, for the towers' randomness.
+        key: of this step and rank, for layers that draw by chunk.
+        positions: int64 [N] in host memory, unique in the run: for layers that draw by position.
         grad_scale: factor on every gradient (loss scaling for fp16).
+        parts: counts the time of each tower's passes and of the loss.
 
     Raises:
         Whatever `loss_and_grads` raises, on embeddings that are not finite for one.
     """
-    image = TwoPasses(towers.image, Pictures(images, plan.image, alike=draws_by_chunk(towers.image)), key)
-    image_VD = image.embed()
-    text = TwoPasses(towers.text, captions_of(towers.text, tokens, plan), key)
-    text_VD = text.embed()
-    image_VD, text_VD = compact_(image_VD, valid), compact_(text_VD, valid)
+    image = TwoPasses(towers.image, Pictures(images, plan.image), key, positions, by_chunk=plan.image.by_chunk)
+    with parts.part("image forward"):
+        image_VD = image.embed()
+    with parts.part("text forward"):
+        text = TwoPasses(
+            towers.text, captions_of(towers.text, tokens, plan.text), key, positions, by_chunk=plan.text.by_chunk
+        )
+        text_VD = text.embed()
     logit_scale = towers.logit_scale()
-    grads = loss_and_grads(image_VD, text_VD, logit_scale, image_grad=image.learns, text_grad=text.learns)
+    with parts.part("loss"):
+        image_VD, text_VD = compact_(image_VD, valid), compact_(text_VD, valid)
+        grads = loss_and_grads(image_VD, text_VD, logit_scale, image_grad=image.learns, text_grad=text.learns)
     del image_VD, text_VD
     if grads.pairs > 0:
         places = Places(valid)
         for tower, d_VD in ((image, grads.d_image_ND), (text, grads.d_text_ND)):
             if d_VD is not None:
-                tower.replay(d_VD, places, grad_scale)
+                with parts.part(f"{tower.tower.name} backward"):
+                    tower.replay(d_VD, places, grad_scale)
         _add_logit_scale_grad(towers, grads.d_logit_scale * (logit_scale * grad_scale))
     return StepResult(
         grads.loss.item(),
@@ -102,20 +113,25 @@ def gradcache_step(
     )
 
 
-def captions_of(tower: Tower, tokens_NL: Tensor, plan: StepPlan) -> Captions:
+def captions_of(tower: Tower, tokens_NL: Tensor, plan: TowerPlan) -> Captions:
     """By length, where the tower can be cut and does not draw by chunk."""
-    alike = draws_by_chunk(tower)
-    lengths_N = tower.cut.lengths(tokens_NL) if tower.cut and not alike else None
-    return Captions(tokens_NL, plan.text, lengths_N, alike=alike)
+    return Captions(tokens_NL, plan, tower.cut.lengths(tokens_NL) if tower.cut and not plan.by_chunk else None)
 
 
 class TwoPasses:
     """One tower in one step: its embeddings, and then its gradients."""
 
-    def __init__(self, tower: Tower, walk: Pictures | Captions, key: int) -> None:
-        self.tower, self.walk, self._key = tower, walk, key
+    def __init__(
+        self,
+        tower: Tower,
+        walk: Pictures | Captions,
+        key: int,
+        positions: Tensor | None = None,
+        *,
+        by_chunk: bool = False,
+    ) -> None:
+        self.tower, self.walk, self._key, self._positions, self._by_chunk = tower, walk, key, positions, by_chunk
         self.learns = any(parameter.requires_grad for parameter in tower.encoder.parameters())
-        self._by_chunk = draws_by_chunk(tower)
         self._kept: list[tuple[slice | Tensor, Tensor]] = []  # slots, embeddings
 
     def embed(self) -> Tensor:
@@ -144,8 +160,13 @@ class TwoPasses:
                 self._backward(self._run(chunk), chunk.slots, d_VD, places, grad_scale)
 
     def _run(self, chunk: Chunk) -> Tensor:
+        positions_M = None
+        if self._positions is not None:
+            positions_M = self._positions[chunk.slots]
+            filled = positions_M[-1:].expand(len(chunk.inputs) - chunk.size)
+            positions_M = torch.cat([positions_M, filled]).to(self.tower.device, non_blocking=True)
         with chunk_randomness(self._key, self.tower, chunk.first) if self._by_chunk else nullcontext():
-            return self.tower(chunk.inputs)
+            return self.tower(chunk.inputs, positions_M)
 
     @staticmethod
     def _backward(embeddings: Tensor, slots: slice | Tensor, d_VD: Tensor, places: Places, grad_scale: float) -> None:
@@ -168,14 +189,3 @@ def _add_logit_scale_grad(towers: Towers, d_log_scale: Tensor) -> None:
     parameter = towers.model.logit_scale
     grad = d_log_scale.to(parameter).reshape(parameter.shape)
     parameter.grad = grad if parameter.grad is None else parameter.grad + grad
-
-
-def draws_by_chunk(tower: Tower) -> bool:
-    """Whether its draws are of a chunk, so that both passes must take the same ones. (Provisional.)"""
-    names = ("Dropout", "DropPath", "PatchDropout")
-    return any(
-        module.training
-        and type(module).__name__ in names
-        and any(getattr(module, field, 0) for field in ("p", "prob", "drop_prob"))
-        for module in tower.encoder.modules()
-    )

@@ -37,6 +37,8 @@ class TowerPlan:
     """What the graphs of the first chunks may hold, up to which they are kept."""
     cost: GraphCost = field(default_factory=GraphCost)
     """Of its graphs; read only where something may be kept."""
+    by_chunk: bool = False
+    """Some of its layers draw for a chunk as a whole: both passes take the same chunks, in the order of the slots."""
 
     @property
     def wide(self) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from clipscale.config import Config, GradCache
-from clipscale.data.load.replay_plan import available_bytes
+from clipscale.data.load.replay_plan import host_memory
 from clipscale.dist import World
 from clipscale.step.costs import graph_costs
 from clipscale.step.gradcache import captions_of
@@ -39,11 +39,23 @@ def plan_step(config: Config, towers: Towers, world: World, recorded: dict[str, 
     slots = config.train.global_batch // world.size
     if recorded and recorded["settings"] == _settings(config, world):
         return StepPlan(*(_tower_plan(recorded[name]) for name in ("image", "text")))
-    costs = graph_costs(towers)
+    training = towers.model.training
+    towers.model.train()
+    costs, by_chunk = graph_costs(towers), towers.draws_by_chunk()
+    towers.model.train(training)
+    for name, layers in by_chunk.items():
+        if layers:
+            tell(
+                f"the {name} tower draws by chunk in {counted(len(layers), 'layer')} ({layers[0]}): its chunks are the "
+                "same in both passes and in the order of the batch, and a run on other ranks or chunks draws otherwise"
+            )
+    if towers.text.cut is None:
+        tell("the text tower looks beyond the end of a caption: captions run at full length")
     room = _room_bytes(config, towers, world, slots)
+    alike = [bool(layers) for layers in by_chunk.values()]
     plans = [
-        TowerPlan(sizes.chunk, sizes.chunk * sizes.forward_chunks, cost=cost)
-        for sizes, cost in zip(_sizes(config, towers, world, costs, room), costs, strict=True)
+        TowerPlan(sizes.chunk, sizes.chunk * sizes.forward_chunks, cost=cost, by_chunk=by_chunk)
+        for sizes, cost, by_chunk in zip(_sizes(config, towers, world, room, costs, alike), costs, alike, strict=True)
     ]
     keep_bytes = config.gradcache.keep_bytes
     if keep_bytes == "auto":
@@ -75,8 +87,8 @@ def plan_line(plan: StepPlan, towers: Towers, slots: int) -> str:
     """What a run tells of its plan."""
     blank_NL = torch.zeros(1, towers.context_length, dtype=torch.int32).expand(slots, -1)
     pictures = f"{plan.image.kept_samples(slots) / slots:.0%}"
-    least = f"{Captions(blank_NL, plan.text, None, alike=True).kept / slots:.0%}"  # all of full length
-    most = f"{captions_of(towers.text, blank_NL, plan).kept / slots:.0%}"  # all of them as short as can be
+    least = f"{Captions(blank_NL, plan.text, None).kept / slots:.0%}"  # all of full length
+    most = f"{captions_of(towers.text, blank_NL, plan.text).kept / slots:.0%}"  # all of them as short as can be
     captions = most if most == least else f"{least} to {most}"
     once = f"{pictures} of the pictures and {captions} of the captions{'' if most == least else ', by their length,'}"
     return (
@@ -105,20 +117,20 @@ def _agreed(world: World, keep_bytes: int, *costs: GraphCost) -> tuple[int, Grap
 
 
 def _sizes(
-    config: Config, towers: Towers, world: World, costs: tuple[GraphCost, GraphCost], room_bytes: float
+    config: Config,
+    towers: Towers,
+    world: World,
+    room_bytes: float,
+    costs: tuple[GraphCost, GraphCost],
+    by_chunk: list[bool],
 ) -> list[Sizes]:
     """Of the image and of the text tower: the least that any rank has found."""
     settings = config.gradcache
     if world.device.type == "cuda" and settings.keep_bytes != "auto":
         room_bytes -= settings.keep_bytes
     search = Search(config, towers, config.train.global_batch // world.size, room_bytes)
-    sizes = [
-        search.sizes(tower, chunk, cost)
-        for tower, chunk, cost in (
-            (towers.image, settings.image_chunk, costs[0]),
-            (towers.text, settings.text_chunk, costs[1]),
-        )
-    ]
+    pairs = zip((towers.image, towers.text), (settings.image_chunk, settings.text_chunk), costs, by_chunk, strict=True)
+    sizes = [search.sizes(tower, chunk, cost, by_chunk=alike) for tower, chunk, cost, alike in pairs]
     if "auto" not in (settings.image_chunk, settings.text_chunk, settings.forward_chunks):
         return sizes
     found = [Sizes(*map(min, zip(*of_tower, strict=True))) for of_tower in zip(*world.gather(sizes), strict=True)]
@@ -136,7 +148,7 @@ def _room_bytes(config: Config, towers: Towers, world: World, slots: int) -> flo
     hosts = Counter(world.gather(socket.gethostname()))
     device = towers.image.device
     if device.type != "cuda":
-        return available_bytes() // 4 // hosts[socket.gethostname()]
+        return host_memory().left // 4 // hosts[socket.gethostname()]
     free, total = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     parameters = sum(parameter.numel() for parameter in towers.model.parameters() if parameter.requires_grad)

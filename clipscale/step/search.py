@@ -1,8 +1,8 @@
 """The sizes of chunks that a device likes best: a short measured search before a run's first step.
 
     search = Search(config, towers, slots=4096, room_bytes=20e9)
-    search.sizes(towers.image, "auto", cost)     # Sizes(chunk=256, forward_chunks=1)
-    search.seconds                               # 6.1: what that took; 0: it was known
+    search.sizes(towers.image, "auto", cost, by_chunk=False)     # Sizes(chunk=256, forward_chunks=1)
+    search.told()                                # 'found in 6.1 s'
 
 A larger chunk is faster until the device is busy; from there on it only needs more memory. So chunks of 32, 64, 128 and
 so on go forwards and backwards through a tower, as far as memory, the rank's slots and a few seconds go, and the
@@ -32,7 +32,6 @@ from clipscale import __version__
 from clipscale.config import Config, GradCache
 from clipscale.device import device_name
 from clipscale.remembered import Remembered
-from clipscale.step.gradcache import draws_by_chunk
 from clipscale.step.plan import GraphCost
 from clipscale.towers import Tower, Towers
 
@@ -74,28 +73,30 @@ class Search:
 
     def __init__(self, config: Config, towers: Towers, slots: int, room_bytes: float) -> None:
         self._config, self._towers, self._slots, self._room = config, towers, slots, room_bytes
-        self.seconds, self._remembered = 0.0, False
+        self._seconds, self._remembered = 0.0, False
 
-    def sizes(self, tower: Tower, chunk: int | str, cost: GraphCost) -> Sizes:
+    def sizes(self, tower: Tower, chunk: int | str, cost: GraphCost, *, by_chunk: bool) -> Sizes:
         """What `chunk` and `gradcache.forward_chunks` say, with every `auto` replaced.
 
         Args:
             cost: of the tower's graphs, which bounds the search on a CPU.
+            by_chunk: both passes must take the same chunks.
         """
         forward, measuring = self._config.gradcache.forward_chunks, os.environ.get("CLIPSCALE_TUNE") != "0"
         if chunk == "auto":
             chunk = self._chunk(tower, cost) if measuring else _DEFAULTS[tower.name]
         chunk = min(chunk, self._slots)
         if forward == "auto":
-            forward = self._forward_chunks(tower, chunk) if measuring else GradCache().forward_chunks
+            searched = measuring and not by_chunk
+            forward = self._forward_chunks(tower, chunk) if searched else GradCache().forward_chunks
         return Sizes(chunk, forward)
 
     def told(self) -> str:
         """Where `sizes` had its answers from."""
         if os.environ.get("CLIPSCALE_TUNE") == "0":
             return "the defaults (CLIPSCALE_TUNE=0)"
-        if self.seconds:
-            return f"found in {self.seconds:.1f} s"
+        if self._seconds:
+            return f"found in {self._seconds:.1f} s"
         return "remembered from an earlier start" if self._remembered else "there was no choice"
 
     def _chunk(self, tower: Tower, cost: GraphCost) -> int:
@@ -111,9 +112,8 @@ class Search:
             sizes = [sizes[0] // 2]
 
     def _forward_chunks(self, tower: Tower, chunk: int) -> int:
-        """1 where both passes must take the same chunks."""
         sizes = [count * chunk for count in _FORWARD_CHUNKS if count * chunk <= self._slots]
-        if len(sizes) < 2 or draws_by_chunk(tower):
+        if len(sizes) < 2:
             return 1
         timings = self._timings(tower, sizes, False, lambda samples: 0.0)
         return (best(timings, self._room) or chunk) // chunk
@@ -130,7 +130,7 @@ class Search:
             begin = time.perf_counter()
             with _undone(tower):
                 timings = measured(tower, self._inputs(tower), sizes, backwards, peak_bytes, self._room)
-            self.seconds += time.perf_counter() - begin
+            self._seconds += time.perf_counter() - begin
             record = _FILE.keep(key, {"timings": timings})
         return [Timing(*each) for each in record["timings"]]
 
@@ -139,6 +139,8 @@ class Search:
         model = json.dumps(dataclasses.asdict(self._config.model), sort_keys=True)
         versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "open_clip_torch", "timm"))
         way = "forwards and backwards" if backwards else "forwards"
+        if self._config.train.deterministic:
+            way += ", deterministic"
         return (
             f"{tower.name} tower of {self._config.model.name} {hashlib.sha256(model.encode()).hexdigest()[:12]} {way}, "
             f"{sizes[0]} to {sizes[-1]} in {_power_of_two(self._room):,} bytes, {_precision(tower)} on "
@@ -194,10 +196,11 @@ def _timed(tower: Tower, inputs: Tensor, backwards: bool, deadline: float) -> tu
     """Median seconds of a chunk, and on a GPU the most bytes it takes; the first turn allocates and is not counted."""
     device = tower.device
     on_gpu = device.type == "cuda"
+    positions_M = torch.arange(len(inputs), device=device)
 
     def turn() -> float:
         begin = time.perf_counter()
-        embeddings = tower(inputs)
+        embeddings = tower(inputs, positions_M)
         if backwards:
             embeddings.backward(torch.ones_like(embeddings))
         if on_gpu:

@@ -48,14 +48,10 @@ class Chunk(NamedTuple):
 
 
 class Pictures:
-    """uint8 [N, 3, S, S] in the chunks they arrive in; those in which gradients are wanted are cut to `plan.chunk`.
+    """uint8 [N, 3, S, S] in the chunks they arrive in; those in which gradients are wanted are cut to `plan.chunk`."""
 
-    Args:
-        alike: both passes take the same chunks.
-    """
-
-    def __init__(self, inputs: Inputs, plan: TowerPlan, *, alike: bool) -> None:
-        self._inputs, self._chunk, self._alike = inputs, plan.chunk, alike
+    def __init__(self, inputs: Inputs, plan: TowerPlan) -> None:
+        self._inputs, self._chunk, self._alike = inputs, plan.chunk, plan.by_chunk
         self.kept = plan.kept_samples(len(inputs))
 
     def __len__(self) -> int:
@@ -92,16 +88,15 @@ class Captions:
 
     Args:
         lengths_N: tokens of each caption that the tower must see.
-        alike: both passes take the same chunks.
     """
 
-    def __init__(self, tokens_NL: Tensor, plan: TowerPlan, lengths_N: Tensor | None, *, alike: bool) -> None:
+    def __init__(self, tokens_NL: Tensor, plan: TowerPlan, lengths_N: Tensor | None) -> None:
         self._tokens_NL = tokens_NL
         chunks = _arranged(torch.arange(len(tokens_NL)), tokens_NL, lengths_N, plan.chunk)
         count = _how_many(chunks, plan)
         self._kept, self._others = chunks[:count], chunks[count:]
         self._wide = self._others
-        if plan.wide > plan.chunk and self._others and not alike:
+        if plan.wide > plan.chunk and self._others and not plan.by_chunk:
             rest_M = torch.cat([torch.arange(len(tokens_NL))[rows.slots] for rows in self._others])
             self._wide = _arranged(rest_M, tokens_NL, lengths_N, plan.wide)
         self.kept = sum(rows.size for rows in self._kept)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import traceback
 from dataclasses import dataclass
+from functools import partial
 
 import open_clip
 import torch
@@ -23,9 +24,12 @@ from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from torch import nn
 
 from clipscale.config import Model
+from clipscale.counter import fold
+from clipscale.deterministic import naming_who_is_not
 from clipscale.errors import UserError, require
 from clipscale.open_clip_files import TokenizerChoice, check_model, model_settings
 from clipscale.towers.captions import CaptionCut
+from clipscale.towers.draws import draw_by_position, draws_by_chunk
 from clipscale.towers.tower import Tower, normalise_pixels, token_ids
 
 
@@ -55,6 +59,25 @@ class Towers:
         """Every parameter but the logit scale: those whose gradients are summed over the ranks."""
         return [parameter for name, parameter in self.model.named_parameters() if name != "logit_scale"]
 
+    def examples(self) -> tuple[tuple[Tower, torch.Tensor], tuple[Tower, torch.Tensor]]:
+        """Each tower with an input: one black picture, one blank caption."""
+        side, device = self.image_size, self.image.device
+        picture = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device)
+        caption = torch.zeros(1, self.context_length, dtype=torch.int64, device=device)
+        return (self.image, picture), (self.text, caption)
+
+    def draws_by_chunk(self) -> dict[str, list[str]]:
+        """Name of the tower -> names of its modules that draw for a chunk as a whole, each in the mode it is in now.
+
+        Empty: what a sample draws depends on its position alone. Patch dropout and drop path of open_clip and timm are
+        never named, other dropout always. Costs a forward pass over one sample.
+        """
+        found = {}
+        for tower, example in self.examples():
+            position = torch.zeros(1, dtype=torch.int64, device=tower.device)
+            found[tower.name] = draws_by_chunk(tower.encoder, partial(tower, example, position))
+        return found
+
     def clamp_logit_scale(self) -> None:
         """Keep s <= logit_scale_max, after an optimizer step (Radford et al., arXiv 2103.00020, section 2.5)."""
         with torch.no_grad():
@@ -68,6 +91,7 @@ def build_towers(
 
     Args:
         autocast: dtype of the matrix products inside the towers, or None for float32.
+        seed: of the weights, and of what the towers draw by position.
 
     Raises:
         UserError: unknown model name, unknown or impossible fields, a tower with BatchNorm.
@@ -82,14 +106,24 @@ def build_towers(
         except Exception as error:  # open_clip and timm assert, divide, unpack and download
             raise UserError(f"{what} cannot be built: {_reason(error)}") from error
     _refuse_batchnorm(model, what)
+    for encoder in (model.visual, model.text):
+        draw_by_position(encoder)
     model = model.to(device)
     side = settings["vision_cfg"].image_size
     side, other = (side, side) if isinstance(side, int) else side
     require(side == other, f"model.vision.image_size={[side, other]} must be square")
     towers = Towers(
         model=model,
-        image=Tower("image", model.visual, normalise_pixels(OPENAI_DATASET_MEAN, OPENAI_DATASET_STD), autocast),
-        text=Tower("text", model.text, token_ids, autocast, CaptionCut.of(model.text)),
+        image=Tower(
+            "image",
+            model.visual,
+            normalise_pixels(OPENAI_DATASET_MEAN, OPENAI_DATASET_STD),
+            autocast,
+            draw_key=fold(seed, "draws", "image"),
+        ),
+        text=Tower(
+            "text", model.text, token_ids, autocast, CaptionCut.of(model.text), draw_key=fold(seed, "draws", "text")
+        ),
         embed_dim=settings["embed_dim"],
         image_size=side,
         vocabulary=_vocabulary(model.text),
@@ -102,15 +136,10 @@ def build_towers(
 
 def _try_out(towers: Towers, what: str) -> None:
     """One black picture and one blank caption tell whether the fields fit each other, before any data are read."""
-    side, length, device = towers.image_size, towers.context_length, towers.image.device
-    picture = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device)
-    caption = torch.zeros(1, length, dtype=torch.int64, device=device)
+    kinds = f"pictures of {towers.image_size} x {towers.image_size}", f"captions of {towers.context_length} tokens"
     training = towers.model.training
     towers.model.eval()
-    for tower, example, kind in (
-        (towers.image, picture, f"pictures of {side} x {side}"),
-        (towers.text, caption, f"captions of {length} tokens"),
-    ):
+    for (tower, example), kind in zip(towers.examples(), kinds, strict=True):
         try:
             with torch.no_grad():
                 shape = tower(example).shape[1:]
@@ -122,6 +151,25 @@ def _try_out(towers: Towers, what: str) -> None:
             "towers; mend its pooling and projection",
         )
     towers.model.train(training)
+
+
+def try_backward(towers: Towers) -> None:
+    """The same pass of each tower as in training, forth and back; nothing of it stays.
+
+    Raises:
+        SharedError: under train.deterministic, an operation that is not repeatable.
+    """
+    model, device = towers.model, towers.image.device
+    training = model.training
+    model.train()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for tower, example in towers.examples():
+            with naming_who_is_not(f"the {tower.name} tower"):
+                embeddings = tower(example)
+                if embeddings.requires_grad:
+                    embeddings.sum().backward()
+    model.zero_grad(set_to_none=True)
+    model.train(training)
 
 
 def _reason(error: Exception) -> str:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from clipscale.towers.captions import CaptionCut
+from clipscale.towers.draws import drawing
 
 
 class Tower:
@@ -25,6 +26,7 @@ class Tower:
         prepare: raw inputs (pixels, token ids), dtype of the encoder's first product -> what the encoder takes.
         autocast: dtype of the encoder's matrix products, or None for that of its weights.
         cut: how the encoder takes captions that are cut at their end; None: it takes full ones only.
+        draw_key: of its draws by position (draws.py).
     """
 
     def __init__(
@@ -34,12 +36,18 @@ class Tower:
         prepare: Callable[[torch.Tensor, torch.dtype], torch.Tensor],
         autocast: torch.dtype | None = None,
         cut: CaptionCut | None = None,
+        draw_key: int = 0,
     ) -> None:
         self.name, self.encoder, self.prepare, self.autocast, self.cut = name, encoder, prepare, autocast, cut
+        self.draw_key = draw_key
 
-    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+    def __call__(self, inputs: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """`positions`: int64 [M] on the inputs' device, for layers that draw by position; None: they draw from torch's
+        generator like any other."""
         weight = next(self.encoder.parameters())
-        with self.shared_casts(), self.cut.at(inputs.shape[1]) if self.cut else nullcontext():
+        assert positions is None or len(positions) == len(inputs)
+        draws = nullcontext() if positions is None else drawing(self.draw_key, positions)
+        with self.shared_casts(), draws, self.cut.at(inputs.shape[1]) if self.cut else nullcontext():
             features = self.encoder(self.prepare(inputs, self.autocast or weight.dtype))
         return F.normalize(features if features.dtype == torch.float64 else features.float(), dim=-1)
 

@@ -25,7 +25,7 @@ class Supplier:
     how: str = ""
     close: Callable[[], None] = lambda: None
     ahead: int = 1
-    """Batches that may lie ready after a pause."""
+    """Batches that may lie ready after a pause; 0 for one who begins a batch only when it is asked for."""
     stride: int = 1
     """Batches come in groups of so many, one a worker."""
     filling: int = 0
@@ -65,8 +65,9 @@ def take_turns(
 
 
 def _turn(one: Supplier, seconds: float) -> Turn:
-    for _ in range((-(-one.ahead // one.stride) + 1) * one.stride):
-        one.take()
+    if one.ahead:
+        for _ in range((-(-one.ahead // one.stride) + 1) * one.stride):
+            one.take()
     wall, own, cpu = time.perf_counter(), time.process_time(), cpu_seconds()
     items = batches = 0
     while batches == 0 or batches % one.stride or time.perf_counter() < wall + seconds:

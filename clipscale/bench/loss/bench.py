@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from clipscale import __version__
+from clipscale.bench.common.failures import is_out_of_memory
 from clipscale.bench.common.results import finish, write
 from clipscale.bench.common.stamp import package_version, result_name, stamp
-from clipscale.bench.loss.case import Budget, Case, CaseRun, is_out_of_memory
+from clipscale.bench.loss.case import Budget, Case, CaseRun
 from clipscale.bench.loss.contestants import Contestant, own_contestants
 from clipscale.bench.loss.options import LossBench
 from clipscale.bench.loss.peers import peer_contestants

@@ -17,17 +17,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from clipscale.bench.common.clock import seconds_of
+from clipscale.bench.common.failures import first_line, is_out_of_memory
+from clipscale.bench.common.matmul import Matmul
 from clipscale.bench.common.memory import watched
 from clipscale.bench.common.spread import Spread
 from clipscale.bench.common.words import size_name
 from clipscale.bench.loss.contestants import Contestant
 from clipscale.bench.loss.inputs import Inputs, draw_pairs, sample_rows
-from clipscale.bench.loss.measure import Clock, Matmul
+from clipscale.bench.loss.measure import Clock
 from clipscale.bench.loss.options import LossBench
-from clipscale.bench.loss.peers import SIGMOID_BIAS, first_line
+from clipscale.bench.loss.peers import SIGMOID_BIAS
 from clipscale.bench.loss.reference import Sampled, errors, sigmoid_truth, softmax_truth
 from clipscale.bench.loss.team import Outcome, Team
-from clipscale.loss.precision import OPERAND_DTYPE
+from clipscale.loss.precision import OPERAND_DTYPE, exact_products
 
 _SAMPLED_ROWS = 64
 _LEAST_REPEATS, _MOST_REPEATS = 3, 50
@@ -127,7 +130,13 @@ class CaseRun:
         if self._with_errors and self.team.world.is_main:
             for kind in {entry.contestant.kind for entry in entries if not entry.status}:
                 self._truths[kind] = self._truth(kind, inputs)
-        matmul = Matmul(precision, self.team)
+        device = self.team.device
+        matmul = Matmul(
+            dtype,
+            device,
+            time=lambda call: self.team.slowest(seconds_of(call, device)),
+            within=lambda: exact_products(precision, device),
+        )
         matmul.sample(3)
         for entry in entries:
             if not entry.status:
@@ -246,9 +255,3 @@ class CaseRun:
     def _say(self, line: str) -> None:
         if self.team.world.is_main:
             print(line, file=sys.stderr, flush=True)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """torch's CUDA error, Python's, or one without a class of its own: torch's CPU allocator's, the CUDA driver's."""
-    words = ("DefaultCPUAllocator", "CUDA error: out of memory")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)

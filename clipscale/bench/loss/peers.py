@@ -22,6 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from clipscale.bench.common.failures import first_line
 from clipscale.bench.loss.contestants import Contestant, Evaluation, as_leaves, differentiate, in_two_passes
 from clipscale.bench.loss.inputs import Inputs
 from clipscale.bench.loss.team import Outcome, Team
@@ -101,12 +102,6 @@ def _peer(
     if team.simulated > 1:
         how += "; on one rank"
     return in_two_passes(name, forward, backward, f"{how}; autograd", package, problem=problem, **fields)
-
-
-def first_line(error: BaseException) -> str:
-    """Of its message, or its type where there is none; 120 characters at most."""
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:120]
 
 
 def _inf_cl() -> Loss:

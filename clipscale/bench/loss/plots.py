@@ -8,20 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from clipscale.bench.common.plots import cannot_draw, foot
+from clipscale.bench.common.plots import STYLES, cannot_draw, foot
 from clipscale.bench.common.words import size_name
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart, each with a marker of its own.
-_STYLES = (
-    ("#0072B2", "o"),
-    ("#56B4E9", "s"),
-    ("#D55E00", "^"),
-    ("#009E73", "D"),
-    ("#CC79A7", "v"),
-    ("#E69F00", "P"),
-    ("#000000", "X"),
-    ("#7F7F7F", "*"),
-)
 _REFERENCE = {"color": "#666666", "linewidth": 1.0, "linestyle": (0, (4, 3)), "zorder": 1}
 
 
@@ -47,7 +36,7 @@ def _figure(document: dict[str, Any], quantity: str):
     for case in document["cases"]:
         panels.setdefault((case["width"], case["precision"]), []).append(case)
     figure = Figure(figsize=(8.4, 4.2 * max(1, len(panels))), layout="constrained")
-    styles = dict(zip((one["name"] for one in document["contestants"]), _STYLES * 9, strict=False))
+    styles = dict(zip((one["name"] for one in document["contestants"]), STYLES * 9, strict=False))
     for number, ((width, precision), cases) in enumerate(panels.items(), start=1):
         axis = figure.add_subplot(len(panels), 1, number)
         _panel(axis, cases, quantity, styles)

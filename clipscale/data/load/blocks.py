@@ -15,12 +15,15 @@ from __future__ import annotations
 
 import mmap
 import os
-from concurrent.futures import Executor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 
 from clipscale.data.load.shape import picture_bytes
+
+_PART_BYTES = 2**26  # what a thread faults in at a time
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Blocks:
 
     def __init__(self, layout: Layout, file: int) -> None:
         self.layout, self.file = layout, file
-        memory = torch.frombuffer(mmap.mmap(file, layout.total_bytes), dtype=torch.uint8)
+        self._memory = memory = torch.frombuffer(mmap.mmap(file, layout.total_bytes), dtype=torch.uint8)
         r, m, s, length = layout.blocks, layout.chunk, layout.side, layout.length
         # Tokens first: int32 wants an address divisible by 4.
         tokens, images, valid = memory.split([4 * r * m * length, r * m * picture_bytes(s), r * m])
@@ -54,18 +57,25 @@ class Blocks:
         os.ftruncate(file, layout.total_bytes)
         return cls(layout, file)
 
-    def fault_in(self, pool: Executor) -> None:
-        """Touch every page once, in parallel: fresh memory is several times slower to write."""
-        list(pool.map(torch.Tensor.zero_, self.images))
+    def fault_in(self, threads: int) -> None:
+        """Touch every page, while nothing lies in them: fresh memory is several times slower to write, and `pin` would
+        fetch its pages on one thread."""
+        with ThreadPoolExecutor(threads, "fault-in") as pool:  # numpy: torch would bring threads of its own to each
+            list(pool.map(lambda part: part.numpy().fill(0), self._memory.split(_PART_BYTES)))
 
     def pin(self) -> None:
-        """Page-lock for asynchronous copies to a GPU.
+        """Page-lock for asynchronous copies to a GPU; `fault_in` comes first.
 
         Raises:
-            RuntimeError: CUDA refuses (the limit of locked memory, `ulimit -l`).
+            RuntimeError: CUDA refuses (the limit of locked memory, or a system that locks no memory files).
         """
         start = self.tokens.data_ptr()
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(start, self.layout.total_bytes, 0))
+        try:
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(start, self.layout.total_bytes, 0))
+        except RuntimeError:
+            with suppress(RuntimeError):  # CUDA keeps the error for whoever asks next, which is the check of any kernel
+                torch.ones(1, device="cuda")
+            raise
 
     def unpin(self) -> None:
         torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self.tokens.data_ptr()))

@@ -67,7 +67,6 @@ class Filler:
         self._pool = ThreadPoolExecutor(threads, "decode", initializer=torch.set_num_threads, initargs=(1,))
         self._global_batch = share.global_batch
         self._positions = lru_cache(maxsize=4)(partial(share.positions, pipeline))  # once for all jobs
-        blocks.fault_in(self._pool)
 
     def submit(self, job: Job) -> Future[Done]:
         return self._pool.submit(self._fill, job)

@@ -28,11 +28,16 @@ import torch
 
 from clipscale.data.load.blocks import Blocks, Layout
 from clipscale.data.load.fill import Job, Skip
-from clipscale.data.load.replay import Chunk
+from clipscale.data.load.replay import Chunk, handed_over
 from clipscale.data.load.replay_plan import Tier
 from clipscale.data.load.shape import StepShape, spans
+from clipscale.data.load.staging import Staging
 from clipscale.data.load.workers import InlineWorkers, LoaderError, LoaderProcess
 from clipscale.data.pipeline import Pipeline, Share
+from clipscale.errors import reason
+from clipscale.parts import UNTIMED, Parts
+from clipscale.tell import tell
+from clipscale.words import counted
 
 SLOTS_PER_JOB = 64
 Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (uint8 [M, 3, S, S], positions [M]) -> [M, 3, S, S]
@@ -81,23 +86,35 @@ class Filled:
 class Loader(Iterator[StepBatch]):
     """An endless iterator of step batches. Taking the next one ends the one before.
 
+    Args:
+        parts: counts the time spent waiting for data, and for their copies.
+
     Raises (from `next` and from walking the images):
         LoaderError: the loader's process has ended or failed, or pass 2 reads other pixels than pass 1 did.
     """
 
     def __init__(
-        self, pipeline: Pipeline, share: Share, setup: Setup, tier: Tier, *, start: int, change: Change | None = None
+        self,
+        pipeline: Pipeline,
+        share: Share,
+        setup: Setup,
+        tier: Tier,
+        *,
+        start: int,
+        change: Change | None = None,
+        parts: Parts = UNTIMED,
     ) -> None:
         assert (setup.shape.slots, setup.shape.side) == (share.slots, pipeline.image_size)
         self.pipeline, self.share, self.setup, self.tier, self.change = pipeline, share, setup, tier, change
+        self.parts = parts
         self.waited_seconds = 0.0  # in all, for chunks that were not filled yet
         self._next_position = start
         layout = Layout(setup.blocks, setup.shape.chunk, setup.shape.side, pipeline.context_length)
         self._blocks = Blocks.make(layout)
-        if setup.pin:
-            self._blocks.pin()
         work = {"process": LoaderProcess, "inline": InlineWorkers}[setup.mode]
         self.workers = work(pipeline, share, self._blocks, setup.threads)
+        self._blocks.fault_in(setup.threads)  # while the process starts
+        self.staging = self._lock() if setup.pin else None
         tokens = torch.zeros(share.slots, pipeline.context_length, dtype=torch.int64)
         self._tokens = tokens.pin_memory() if setup.pin else tokens
         self._valid = torch.zeros(share.slots, dtype=torch.bool)
@@ -115,14 +132,16 @@ class Loader(Iterator[StepBatch]):
         positions = self.share.positions(self.pipeline, position)
         self._next_position += self.share.global_batch
         step = self._step = _StepChunks(self, position, self._tokens, self._valid)
-        images = StepPictures(step, self.tier, positions, self.change)
+        images = StepPictures(step, self.tier, positions, self.change, self.parts)
         return StepBatch(position, positions, images, step.tokens, step.valid, step.skips)
 
     def close(self) -> None:
         """Stop the workers; slots not yet decoded are given up."""
         self.workers.close()
         self.tier.close()
-        if self.setup.pin:
+        if self.staging is not None:
+            self.staging.close()
+        elif self.setup.pin:
             self._blocks.unpin()
         self._blocks.close()
         self._step = None  # which holds on to this loader
@@ -130,7 +149,8 @@ class Loader(Iterator[StepBatch]):
     def take(self) -> Filled:
         """The next chunk of the run, once it is filled. Its block is the caller's until it is released."""
         coming, begin = self._coming.popleft(), time.perf_counter()
-        done = [self.workers.wait(number) for number in coming.numbers]
+        with self.parts.part("data wait"):
+            done = [self.workers.wait(number) for number in coming.numbers]
         self.waited_seconds += time.perf_counter() - begin
         here = coming.block, slice(coming.stop - coming.start)
         return Filled(
@@ -148,6 +168,20 @@ class Loader(Iterator[StepBatch]):
         """Nothing reads this block any more: the workers fill it anew."""
         self._free.append(block)
         self._submit()
+
+    def _lock(self) -> Staging | None:
+        """Page-lock the blocks; where CUDA refuses, what pictures take instead."""
+        try:
+            self._blocks.pin()
+        except RuntimeError as error:
+            size = counted(self._blocks.layout.total_bytes, "byte")
+            tell(
+                f"warning: the loader's memory ({size}) cannot be page-locked: {reason(error)}; its pictures take the "
+                f"way over {counted(Staging.BUFFERS, 'buffer')} of {counted(self.setup.shape.chunk, 'picture')}, a "
+                "copy more by a thread of its own",
+                every_rank=True,
+            )
+            return Staging(self.setup.shape)
 
     def _submit(self) -> None:
         """Every free block is put to work."""
@@ -220,6 +254,10 @@ class _StepChunks:
                 )
             yield self._lend(filled)
 
+    def locked(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+        staging = self._loader.staging
+        return chunks if staging is None else staging.through(chunks)
+
     def finish(self) -> None:
         """Take back what was not freed, and take what was not asked for, so that its blocks go round again."""
         self._loader.tier.clear()
@@ -245,8 +283,11 @@ class _StepChunks:
 class StepPictures:
     """uint8 [N, 3, S, S] of one step, walked twice (replay.Inputs); what `change` makes of them where there is one."""
 
-    def __init__(self, chunks: _StepChunks, tier: Tier, positions: np.ndarray, change: Change | None) -> None:
-        self._chunks, self._tier, self._change, self._kept = chunks, tier, change, chunks.kept
+    def __init__(
+        self, chunks: _StepChunks, tier: Tier, positions: np.ndarray, change: Change | None, parts: Parts
+    ) -> None:
+        self._chunks, self._tier, self._change, self._parts = chunks, tier, change, parts
+        self._kept = chunks.kept
         self._positions = torch.from_numpy(positions)
 
     def __len__(self) -> int:
@@ -254,16 +295,16 @@ class StepPictures:
 
     def first(self, device: torch.device, kept: int = 0) -> Iterator[tuple[int, torch.Tensor]]:
         assert kept == self._kept
-        return self._changed(self._tier.first(self._chunks, device, kept), device)
+        return self._changed(self._parts.walk("copies", self._tier.first(self._chunks, device, kept)), device)
 
     def again(self, device: torch.device, kept: int = 0) -> Iterator[tuple[int, torch.Tensor]]:
         assert kept == self._kept
-        return self._changed(self._tier.again(self._chunks, device), device)
+        return self._changed(self._parts.walk("copies", self._tier.again(self._chunks, device)), device)
 
     def _changed(
         self, walk: Iterator[tuple[int, torch.Tensor]], device: torch.device
     ) -> Iterator[tuple[int, torch.Tensor]]:
         if self._change is None:
             return walk
-        positions = self._positions.to(device)
+        positions = handed_over(self._positions, device)
         return ((start, self._change(images, positions[start : start + len(images)])) for start, images in walk)

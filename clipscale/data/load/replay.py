@@ -113,6 +113,11 @@ def _finish(copied: torch.cuda.Event, free: Callable[[], None]) -> None:
     free()
 
 
+def handed_over(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A small tensor of the host on `device`. Neither waits for a GPU: the copy is behind what it has to do."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 class Chunks(Protocol):
     """One step's pixels as the loader has them; what a tier asks of it."""
 
@@ -121,6 +126,9 @@ class Chunks(Protocol):
 
     def arrive_again(self) -> Iterator[Chunk]:
         """The same once more, for tiers with `asks_twice`."""
+
+    def locked(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+        """Chunks of the loader's memory, in memory that a GPU can copy from while it computes."""
 
 
 class Host:
@@ -132,10 +140,10 @@ class Host:
         self._held: deque[Chunk] = deque()
 
     def first(self, chunks: Chunks, device: torch.device, kept: int) -> Iterator[tuple[int, torch.Tensor]]:
-        return to_device(self._hold(chunks, kept), device)
+        return to_device(chunks.locked(self._hold(chunks, kept)), device)
 
     def again(self, chunks: Chunks, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
-        return to_device(self._give(), device)
+        return to_device(chunks.locked(self._give()), device)
 
     def clear(self) -> None:
         """Forget what pass 2 did not ask for: the loader has it back."""
@@ -169,7 +177,7 @@ class Gpu:
 
     def first(self, chunks: Chunks, device: torch.device, kept: int) -> Iterator[tuple[int, torch.Tensor]]:
         self._sizes.clear()
-        for start, data in to_device(chunks.arrive(), device):
+        for start, data in to_device(chunks.locked(chunks.arrive()), device):
             if start < kept:
                 yield start, data
             else:
@@ -209,7 +217,7 @@ class Disk:
         self._sizes: list[tuple[int, int]] = []
 
     def first(self, chunks: Chunks, device: torch.device, kept: int) -> Iterator[tuple[int, torch.Tensor]]:
-        return to_device(self._store(chunks, kept), device)
+        return to_device(chunks.locked(self._store(chunks, kept)), device)
 
     def again(self, chunks: Chunks, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
         return to_device(self._load(), device)
@@ -275,10 +283,10 @@ class Recompute:
 
     def first(self, chunks: Chunks, device: torch.device, kept: int) -> Iterator[tuple[int, torch.Tensor]]:
         del kept
-        return to_device(chunks.arrive(), device)
+        return to_device(chunks.locked(chunks.arrive()), device)
 
     def again(self, chunks: Chunks, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
-        return to_device(chunks.arrive_again(), device)
+        return to_device(chunks.locked(chunks.arrive_again()), device)
 
     def clear(self) -> None:
         pass

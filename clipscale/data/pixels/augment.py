@@ -4,7 +4,7 @@
     pixels = augment(images, positions)            # float32 [M, 3, S, S] in 0..255; uint8 where no colours change
 
 What a picture gets is a function of (seed, position) alone: both passes of gradient caching, any chunking, any number
-of ranks draw the same. The hash is `counter.draw`, bit for bit, in torch's 64-bit integers.
+of ranks draw the same.
 
 The semantics are torchvision's, as open_clip's --aug-cfg applies them. Colour jitter hits `color_jitter_prob` of the
 pictures: brightness, contrast and saturation by factors in [max(0, 1 - x), 1 + x], hue by a shift in [-x, x] of the
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from clipscale.config_data import AugmentSettings
 from clipscale.counter import fold
+from clipscale.counter_torch import draw, uniform
 
 AT_ONCE = 128  # pictures: bounds the memory of what lies between pixels and result, 8 float32 copies of them
 
@@ -114,32 +115,6 @@ def rotate_hue(x: Tensor, shift_M: Tensor) -> Tensor:
         away = ((sixths - own + 3).remainder(6) - 3).abs()
         out.append(top[:, 0] - spread[:, 0] * (away - 1).clamp(0, 1))
     return torch.stack(out, dim=1)
-
-
-def draw(key: int | Tensor, counter: Tensor) -> Tensor:
-    """`counter.draw`: its 64 bits as int64, one for each element of `counter` (int64)."""
-    key = _signed(key) if isinstance(key, int) else key
-    return _mix(_mix(counter * _signed(0x9E3779B97F4A7C15) + key) ^ key)
-
-
-def uniform(key: int | Tensor, counter: Tensor) -> Tensor:
-    """`counter.uniform`: float64 in [0, 1)."""
-    return _shifted(draw(key, counter), 11).double() * 2.0**-53
-
-
-def _mix(x: Tensor) -> Tensor:
-    x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
-    return x ^ _shifted(x, 31)
-
-
-def _shifted(x: Tensor, bits: int) -> Tensor:
-    """To the right as unsigned numbers are: zeros come in, not the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _signed(x: int) -> int:
-    return x - (1 << 64) if x >> 63 else x
 
 
 def _blends(x: Tensor, which_M3: Tensor, factors_M3: Tensor) -> Tensor:

@@ -1,0 +1,96 @@
+"""clipscale's own step, planned and taken as the trainer does: all that this benchmark knows of it is here.
+
+step = OwnStep(trainee, batch, image_chunk=64, text_chunk=64, keep_bytes="auto")
+step.take()                        # one whole step, optimizer included; the loss
+step.kept_share                    # of all samples of both towers, whose graphs were kept in it
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from clipscale.bench.common.memory import begin_part
+from clipscale.bench.step.flops import not_towers
+from clipscale.bench.step.trainee import Batch, Trainee
+from clipscale.config import Config, GradCache, Replay, Train
+from clipscale.data.load.replay import Held
+from clipscale.dist import World
+from clipscale.loss import ContrastiveGrads, contrastive_grads
+from clipscale.step import StepResult, TowerPlan, gradcache_step
+from clipscale.step.gradcache import TwoPasses, captions_of
+from clipscale.step.places import Places
+from clipscale.step.planning import plan_line, plan_step
+
+
+class OwnStep:
+    """A step on `batch`. `keep_bytes`: what the graphs kept from pass 1 to pass 2 may take; auto: what is free."""
+
+    def __init__(
+        self,
+        trainee: Trainee,
+        batch: Batch,
+        *,
+        image_chunk: int,
+        text_chunk: int,
+        keep_bytes: int | str,
+        loss_precision: str = "auto",
+    ) -> None:
+        self._trainee, self._batch, self._loss_precision = trainee, batch, loss_precision
+        self._images = _Marked(batch.images, image_chunk)
+        self._valid = torch.ones(len(batch), dtype=torch.bool)
+        settings = GradCache(image_chunk=image_chunk, text_chunk=text_chunk, keep_bytes=keep_bytes)
+        config = Config(train=Train(global_batch=len(batch)), gradcache=settings, replay=Replay(kind="host"))
+        self._plan = plan_step(config, trainee.towers, World(0, 1, 0, trainee.device), None)
+        self.how = f"gradcache_step; {plan_line(self._plan, trainee.towers, len(batch))}"
+        self.result: StepResult | None = None
+        """Of the last step."""
+
+    def take(self) -> float:
+        trainee = self._trainee
+        trainee.begin()
+        self.result = gradcache_step(
+            trainee.towers,
+            self._images,
+            self._batch.tokens,
+            self._valid,
+            plan=self._plan,
+            loss_and_grads=self._loss,
+            key=0,
+            grad_scale=trainee.multiply,
+        )
+        trainee.finish(clip=math.inf)
+        return self.result.loss
+
+    def _loss(self, image_VD: Tensor, text_VD: Tensor, logit_scale: float, **wanted: bool) -> ContrastiveGrads:
+        begin_part("loss")
+        with not_towers():
+            grads = contrastive_grads(image_VD, text_VD, logit_scale, precision=self._loss_precision, **wanted)
+        begin_part("pass 2")
+        return grads
+
+
+class _Marked(Held):
+    """Pictures, whose first pass is a part of the step, and what follows it the captions' first pass."""
+
+    def first(self, device: torch.device, kept: int = 0) -> Iterator[tuple[int, Tensor]]:
+        begin_part("image pass 1")
+        yield from super().first(device, kept)
+        begin_part("text pass 1")
+
+
+def own_text(trainee: Trainee, batch: Batch, d_text_ND: Tensor, *, chunk: int) -> Callable[[], None]:
+    """The text tower's part of a step that keeps nothing: both passes, for given gradients of its embeddings."""
+    tower, only = trainee.towers.text, TowerPlan(chunk)
+    places = Places(torch.ones(len(batch), dtype=torch.bool))
+
+    def take() -> None:
+        trainee.begin()
+        passes = TwoPasses(tower, captions_of(tower, batch.tokens, only), key=0)
+        passes.embed()
+        passes.replay(d_text_ND, places, 1.0)
+
+    return take

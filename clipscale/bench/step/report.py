@@ -1,0 +1,110 @@
+"""The results of `bench step` as a person reads them: a table on the terminal, the same in Markdown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from clipscale.bench.common.results import LAST_LINE, heading, images
+from clipscale.bench.common.tables import aligned, markdown_table, short
+from clipscale.bench.common.words import size_name
+
+PARTS = ("image pass 1", "text pass 1", "loss", "pass 2", "optimizer")
+COLUMNS = (
+    "contestant",
+    "samples/s",
+    "quartiles",
+    "n",
+    "of open_clip",
+    "of full batch",
+    "GFLOP a pair",
+    "TFLOP/s",
+    "of matmul",
+    "kept",
+    "peak MiB",
+    *PARTS,
+)
+
+
+def case_title(case: dict[str, Any]) -> str:
+    matmul = case["matmul"]
+    return (
+        f"{case['model']}, batch {size_name(case['batch'])}, chunks of {case['image_chunk']} pictures and "
+        f"{case['text_chunk']} captions, {case['precision']}; plain {matmul['dtype']} product {matmul['size']}^3: "
+        f"{short(matmul['tflops'])} TFLOP/s"
+    )
+
+
+def cells(case: dict[str, Any], row: dict[str, Any]) -> list[str]:
+    """One row, by `COLUMNS`; a contestant that was not measured has the reason under "samples/s"."""
+    if row["status"] != "measured":
+        return [row["contestant"], row["status"], *["-"] * (len(COLUMNS) - 2)]
+    rate, parts = row["samples_per_second"], row["peak_bytes_by_part"]
+    return [
+        row["contestant"],
+        short(rate["median"]),
+        f"{short(rate['low'])}..{short(rate['high'])}",
+        str(rate["repeats"]),
+        *(_times(row[key]) for key in ("to_open_clip", "to_full_batch")),
+        short(row["tower_flop"] / case["batch"] / 1e9),
+        short(row["tflops"]),
+        f"{row['ratio_to_matmul']:.3f}",
+        f"{row['kept_share']:.0%}",
+        _mib(row["peak_bytes"]),
+        *(_mib(parts[part]) if part in parts else "-" for part in PARTS),
+    ]
+
+
+def text_line(case: dict[str, Any]) -> str:
+    """The text tower alone."""
+    text = case["text"]
+    return (
+        f"Text tower, both passes, nothing kept: {short(text['own_us']['median'])} us a caption, "
+        f"{short(text['full_us']['median'])} at {text['length']} tokens: {text['full_to_own']['median']:.2f} x; "
+        f"captions of {case['mean_tokens']:.1f} tokens on the average."
+    )
+
+
+def parity_line(model: str, parity: dict[str, Any]) -> str:
+    verdict = "equal" if parity["met"] else "NOT equal"
+    return (
+        f"{model}: {parity['steps']} steps of {parity['pairs']} pairs in float32, against open_clip's own loop: "
+        f"{verdict}; losses within {parity['loss_difference']:.1e} (bound {parity['loss_bound']:.0e}), the scale's "
+        f"gradient within {parity['scale_gradient_difference']:.1e} of its largest "
+        f"(bound {parity['scale_gradient_bound']:.0e})."
+    )
+
+
+def text_table(case: dict[str, Any]) -> str:
+    """For the terminal; the reason why a contestant was not measured takes the rest of its line."""
+    rows = [(row["status"], cells(case, row)) for row in case["rows"]]
+    measured = [list(COLUMNS), *(row for status, row in rows if status == "measured")]
+    names = [*measured, *(row for _, row in rows)]
+    widths = [max(len(row[i]) for row in (measured if i else names)) for i in range(len(COLUMNS))]
+    lines = [case_title(case), aligned(COLUMNS, widths)]
+    lines += [
+        aligned(row, widths) if status == "measured" else f"{row[0].ljust(widths[0])}  {status}" for status, row in rows
+    ]
+    return "\n".join([*lines, text_line(case)])
+
+
+def markdown(document: dict[str, Any], pictures: list[str]) -> str:
+    """The whole of the results, with what made them."""
+    lines = [*heading(document, "Training step"), *document["notes"], "", *images(pictures)]
+    for case in document["steps"]:
+        table = markdown_table(COLUMNS, [cells(case, row) for row in case["rows"]])
+        lines += ["", f"## {case_title(case)}", "", *table, "", text_line(case)]
+    if document["parity"]:
+        lines += ["", "## The same losses", ""]
+        lines += [f"- {parity_line(model, parity)}" for model, parity in document["parity"].items()]
+    lines += ["", "## Contestants", ""]
+    hows = {row["contestant"]: row["how"] for case in document["steps"] for row in case["rows"]}  # of the last batch
+    lines += [f"- {name}: {how}" for name, how in hows.items()]
+    return "\n".join([*lines, "", LAST_LINE, ""])
+
+
+def _times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}"
+
+
+def _mib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**20:.1f}"
