@@ -28,7 +28,7 @@ from clipscale.bench.step.flops import tower_flops
 from clipscale.bench.step.ours import own_text
 from clipscale.bench.step.peers import dense_step, full_length_text
 from clipscale.bench.step.trainee import Trainee, batch_bytes, draw_batch
-from clipscale.data.load.replay_plan import available_bytes
+from clipscale.data.load.replay_plan import host_memory
 from clipscale.errors import require
 from clipscale.loss.precision import OPERAND_DTYPE, exact_products
 
@@ -94,7 +94,7 @@ class CaseRun:
         distinct = min(case.pairs, max(_DISTINCT // chunk, 1) * chunk)
         wanted = batch_bytes(trainee, case.pairs) + 5 * batch_bytes(trainee, distinct)
         require(
-            wanted <= _FREE_SHARE * available_bytes(),
+            wanted <= _FREE_SHARE * host_memory().left,
             f"--batches: {case} takes {wanted / 2**30:.1f} GiB of host memory for its pictures; leave it out",
         )
         self.batch = draw_batch(trainee, case.pairs, lengths, distinct=distinct, seed=seed)
@@ -181,7 +181,7 @@ class CaseRun:
 
     def _free_bytes(self) -> int:
         if self.device.type != "cuda":
-            return available_bytes()
+            return host_memory().left
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(self.device)[0]
 
