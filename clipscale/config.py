@@ -117,13 +117,14 @@ class GradCache:
 
     image_chunk: int | str = 256  # pictures that go through the image tower at once; auto: the fastest, by a search
     text_chunk: int | str = 1024  # captions of full length, or as many tokens of shorter ones; auto: as above
-    forward_chunks: int = 1  # chunks that pass 1 takes at once where it keeps no graph
+    forward_chunks: int | str = 1  # chunks that pass 1 takes at once where it keeps no graph; auto: 1, 2 or 4, as above
     keep_bytes: int | str = "auto"  # of a rank's memory for graphs of pass 1, which spare pass 2; auto: what is free
 
     def __post_init__(self) -> None:
         for name, least, what in (
             ("image_chunk", 1, "1 sample"),
             ("text_chunk", 1, "1 sample"),
+            ("forward_chunks", 1, "1"),
             ("keep_bytes", 0, "0"),
         ):
             value = getattr(self, name)
@@ -131,7 +132,6 @@ class GradCache:
                 value == "auto" if isinstance(value, str) else value >= least,
                 f"gradcache.{name}={value} must be at least {what}, or auto",
             )
-        require(self.forward_chunks >= 1, f"gradcache.forward_chunks={self.forward_chunks} must be at least 1")
 
 
 @dataclass(frozen=True)

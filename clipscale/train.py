@@ -53,6 +53,7 @@ from clipscale.runlog import Pace, RunLog, memory, times_due
 from clipscale.schedule import learning_rate, rate_jump, total_steps
 from clipscale.step import StepResult, gradcache_step
 from clipscale.step.planning import plan_line, plan_record, plan_step
+from clipscale.step.shortage import shortage_explained
 from clipscale.tell import tell
 from clipscale.towers import autocast_dtype, build_towers, try_backward
 from clipscale.train_report import evaluation_lines, start_lines, step_line, summary_lines
@@ -120,8 +121,8 @@ class Trainer:
         if self.steps_done < self.last_step and not prepared:
             self._prepare_files(state.order)
         self._build_towers(snapshot)
-        self.plan = plan_step(config, self.towers, world, state.plan)
         if self.steps_done < self.last_step:
+            self.plan = plan_step(config, self.towers, world, state.plan)
             self._build_data(state.order)
             self._begin()
         for line in start_lines(config, world, last_step=self.last_step, found=found, snapshot=snapshot):
@@ -160,9 +161,10 @@ class Trainer:
         lr = learning_rate(config, self.position)
         set_lr(self.optimizer, lr)
         self.optimizer.zero_grad(set_to_none=True)
-        result = self._gradients(batch)
-        with self.parts.part("optimizer"):
-            grad_norm = self._update() if result.pairs else 0.0
+        with shortage_explained(step=self.steps_done + 1, plan=self.plan, settings=config.gradcache):
+            result = self._gradients(batch)
+            with self.parts.part("optimizer"):
+                grad_norm = self._update() if result.pairs else 0.0
         self.steps_done += 1
         self.position += config.train.global_batch
         self.skips.account(batch, masked=result.pairs < config.train.global_batch, seen=self.position)
@@ -358,7 +360,7 @@ class Trainer:
             parts=self.parts,
         )
         self._resources.callback(self.feed.close)
-        tell(plan_line(self.plan, self.config.train.global_batch // self.world.size))
+        tell(plan_line(self.plan, self.towers, self.config.train.global_batch // self.world.size))
         self.evaluations = EvalSuite(
             self.config, self.towers, self.plan.chunks, self.feed.pipeline.tokenize, self.world
         )

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -14,11 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 from shards import write_pairs
-from tiny import tiny_config
+from tiny import tiny_config, write_config
 
+from clipscale.cli import main
 from clipscale.dist import World
 from clipscale.errors import UserError
 from clipscale.loss import contrastive_grads
+from clipscale.towers import Tower
 from clipscale.train import Trainer, train
 
 
@@ -122,6 +125,68 @@ def test_embeddings_that_are_not_finite_name_side_and_row(tmp_path, urls):
     with pytest.raises(UserError, match=r"step 1: text embedding 0 of rank 0 holds nan"):
         trainer.run()
     trainer.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"),
+            "Tried to allocate 2.00 GiB",
+        ),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 7"), "you tried 7"),
+        (MemoryError(), "MemoryError"),
+    ],
+    ids=["torch", "torch on a cpu", "python"],
+)
+def test_a_shortage_of_memory_is_one_line_with_the_fix(tmp_path, urls, monkeypatch, error, said, capsys):
+    """In a tower, at the second step."""
+    embed, step, steps = Tower.__call__, Trainer._gradients, []
+
+    def short_of_memory(self, inputs):
+        if len(steps) == 2:
+            raise error
+        return embed(self, inputs)
+
+    monkeypatch.setattr(Tower, "__call__", short_of_memory)
+    monkeypatch.setattr(Trainer, "_gradients", lambda self, batch: (steps.append(batch), step(self, batch))[1])
+    assert main(["train", write_config(tmp_path, urls)]) == 2
+    line = next(line for line in capsys.readouterr().err.splitlines() if "error" in line)
+    assert line.startswith("clipscale: error: step 2: out of memory (")
+    assert said in line
+    assert re.search(r"; lower gradcache\.keep_bytes \(auto: [\d,]+\), gradcache\.image_chunk \(3\) or ", line)
+    assert line.endswith("gradcache.text_chunk (5)")
+
+
+def test_other_errors_of_a_step_are_not_taken_for_a_shortage(tmp_path, urls, monkeypatch):
+    def fail(self, batch):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(Trainer, "_gradients", fail)
+    with pytest.raises(RuntimeError, match="something else"):
+        train(tiny_config(tmp_path, urls))
+
+
+def test_a_resume_goes_by_the_chunks_that_were_found(tmp_path, urls, monkeypatch):
+    """Bit for bit, where another search would find others; once a setting changes, there is one."""
+    chunks = {"image": 5, "text": 6}
+
+    def found(self, tower, cost):
+        return chunks[tower.name]
+
+    monkeypatch.setattr("clipscale.step.search.Search._chunk", found)
+    words = ("gradcache.image_chunk=auto", "gradcache.text_chunk=auto", "checkpoint.every_steps=2")
+    train(tiny_config(tmp_path, urls, *words))
+    wanted = newest_weights(tmp_path)
+    shutil.rmtree(max((tmp_path / "run" / "checkpoints").iterdir()))  # as if killed after step 3, saved at 2
+    chunks |= {"image": 2, "text": 3}
+    train(tiny_config(tmp_path, urls, *words))
+    weights, log = newest_weights(tmp_path), tmp_path / "run" / "run.log"
+    assert all(torch.equal(weights[key], wanted[key]) for key in wanted)
+    assert log.read_text().count("gradcache: auto is chunks of 5 pictures and 6 captions, in pass 1 of 5 and 6") == 1
+    assert log.read_text().count("step: chunks of 5 pictures and 6 captions of full length") == 2
+    train(tiny_config(tmp_path, urls, *words, "gradcache.keep_bytes=0", "train.samples=48"))
+    assert log.read_text().count("gradcache: auto is chunks of 2 pictures and 3 captions") == 1
 
 
 def test_a_step_without_a_valid_pair_changes_nothing(tmp_path):

@@ -8,9 +8,7 @@ and beside each choice stand the times of all candidates. A checkpoint holds the
 without that file. CLIPSCALE_TUNE=0 takes the first of a list, untimed.
 """
 
-import fcntl
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable
 from functools import cache, partial
@@ -23,8 +21,7 @@ import triton.testing
 from torch import Tensor
 from triton.errors import TritonError
 
-from clipscale.errors import UserError, reason
-from clipscale.files import cache_folder, write_file
+from clipscale.remembered import Remembered
 from clipscale.tell import tell
 
 
@@ -83,6 +80,7 @@ def candidates(precision: str, capability: tuple[int, int]) -> tuple[Shape, ...]
 
 
 _chosen: dict[str, Shape] = {}
+_KERNELS = Remembered("kernels.json", "loss kernels", check=lambda record: Shape(*record["shape"]))
 
 
 def tuned(kernel: str, image_RD: Tensor, text_CD: Tensor, precision: str, visit: Callable[[Shape], object]) -> Shape:
@@ -144,42 +142,13 @@ def _timed(key: str, shapes: Iterable[Shape], visit: Callable[[Shape], object]) 
 
 
 def _remember(key: str, times: dict[Shape, float]) -> Shape:
-    """Write the choice down, and what it was chosen among. The first to come is right: ranks that tuned at the same
-    time end with one choice."""
+    """Write the choice down, and what it was chosen among. Ranks that tuned at the same time end with one choice."""
     shape = next(iter(times))
     tell(f"{key}: {shape} in {times[shape]:.3f} ms, of {len(times)} timed")
-    try:
-        path = _path()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            records = _read()
-            timings = [[*timed, milliseconds] for timed, milliseconds in times.items()]
-            record = records.setdefault(key, {"shape": [*shape], "timings": timings})
-            write_file(path, json.dumps(records, indent=1))
-            return Shape(*record["shape"])
-    except (OSError, UserError) as error:
-        tell(f"the choice of loss kernels is not remembered, and a restart may choose others: {reason(error)}")
-        return shape
+    timings = [[*timed, milliseconds] for timed, milliseconds in times.items()]
+    return Shape(*_KERNELS.keep(key, {"shape": [*shape], "timings": timings})["shape"])
 
 
 def _remembered(key: str) -> Shape | None:
-    record = _read().get(key)
+    record = _KERNELS.find(key)
     return record and Shape(*record["shape"])
-
-
-def _read() -> dict[str, dict]:
-    try:
-        records = json.loads(_path().read_text())
-        for record in records.values():
-            Shape(*record["shape"])  # or it is damaged
-        return records
-    except (FileNotFoundError, UserError):  # none yet, or no place for one
-        return {}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        tell(f"{_path()} is not readable, loss kernels are tuned anew: {error}")
-        return {}
-
-
-def _path() -> Path:
-    return cache_folder(None) / "kernels.json"

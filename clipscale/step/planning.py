@@ -1,10 +1,10 @@
 """The plan of a run's steps, made before the first of them: sizes of chunks, and what memory allows to keep.
 
     plan = plan_step(config, towers, world, recorded=None)
-    plan_line(plan, slots)                  # 'step: chunks of 256 pictures and 1,024 captions ...'
+    plan_line(plan, towers, slots)          # 'step: chunks of 256 pictures and 1,024 captions ...'
 
-What `gradcache.keep_bytes=auto` finds free differs from start to start, so a run's plan lies in its checkpoints and is
-followed again when the run resumes on as many ranks under the same settings.
+What `auto` finds, memory that is free and the fastest chunks, differs from start to start, so a run's plan lies in its
+checkpoints and is followed again when the run resumes on as many ranks under the same settings.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from clipscale.config import Config, GradCache
 from clipscale.data.load.replay_plan import host_memory
 from clipscale.dist import World
 from clipscale.step.costs import graph_costs
+from clipscale.step.gradcache import captions_of
 from clipscale.step.plan import GraphCost, StepPlan, TowerPlan
+from clipscale.step.search import Search, Sizes
+from clipscale.step.walks import Captions
 from clipscale.tell import tell
 from clipscale.towers import Towers
 from clipscale.words import counted
@@ -33,7 +36,7 @@ _WORKSPACE_BYTES = 1 << 30  # of the loss, and of what is small
 
 def plan_step(config: Config, towers: Towers, world: World, recorded: dict[str, Any] | None) -> StepPlan:
     """The same on every rank; collective. `recorded`: the run's plan as `plan_record` gave it, if there is one."""
-    settings, slots = config.gradcache, config.train.global_batch // world.size
+    slots = config.train.global_batch // world.size
     if recorded and recorded["settings"] == _settings(config, world):
         return StepPlan(*(_tower_plan(recorded[name]) for name in ("image", "text")))
     training = towers.model.training
@@ -48,15 +51,15 @@ def plan_step(config: Config, towers: Towers, world: World, recorded: dict[str, 
             )
     if towers.text.cut is None:
         tell("the text tower looks beyond the end of a caption: captions run at full length")
+    room = _room_bytes(config, towers, world, slots)
+    alike = [bool(layers) for layers in by_chunk.values()]
     plans = [
-        TowerPlan(
-            min(chunk, slots), min(chunk, slots) * settings.forward_chunks, cost=cost, by_chunk=bool(by_chunk[name])
-        )
-        for name, chunk, cost in zip(by_chunk, (settings.image_chunk, settings.text_chunk), costs, strict=True)
+        TowerPlan(sizes.chunk, sizes.chunk * sizes.forward_chunks, cost=cost, by_chunk=by_chunk)
+        for sizes, cost, by_chunk in zip(_sizes(config, towers, world, room, costs, alike), costs, alike, strict=True)
     ]
-    keep_bytes = settings.keep_bytes
+    keep_bytes = config.gradcache.keep_bytes
     if keep_bytes == "auto":
-        keep_bytes = _free_bytes(config, towers, world, StepPlan(*plans), slots)
+        keep_bytes = max(0, int(room - _replay_bytes(towers, StepPlan(*plans))))
     keep_bytes, image_cost, text_cost = _agreed(world, keep_bytes, *costs)
     image, text = plans
     image = dataclasses.replace(image, keep_bytes=keep_bytes, cost=image_cost)
@@ -80,18 +83,27 @@ def chunks_of(config: Config, recorded: dict[str, Any] | None) -> tuple[int, int
     )
 
 
-def plan_line(plan: StepPlan, slots: int) -> str:
+def plan_line(plan: StepPlan, towers: Towers, slots: int) -> str:
     """What a run tells of its plan."""
-    kept = plan.image.kept_samples(slots) / slots
+    blank_NL = torch.zeros(1, towers.context_length, dtype=torch.int32).expand(slots, -1)
+    pictures = f"{plan.image.kept_samples(slots) / slots:.0%}"
+    least = f"{Captions(blank_NL, plan.text, None).kept / slots:.0%}"  # all of full length
+    most = f"{captions_of(towers.text, blank_NL, plan.text).kept / slots:.0%}"  # all of them as short as can be
+    captions = most if most == least else f"{least} to {most}"
+    once = f"{pictures} of the pictures and {captions} of the captions{'' if most == least else ', by their length,'}"
     return (
         f"step: chunks of {counted(plan.image.chunk, 'picture')} and {counted(plan.text.chunk, 'caption')} of full "
-        f"length; graphs of {kept:.0%} of the pictures are kept, and {plan.text.keep_bytes / 1e9:.1f} GB of captions'"
+        f"length; {once} go through their tower once, the others twice"
     )
 
 
 def _settings(config: Config, world: World) -> dict[str, Any]:
     """All that the user decides and a plan depends on."""
-    return dataclasses.asdict(config.gradcache) | {"slots": config.train.global_batch // world.size}
+    return dataclasses.asdict(config.gradcache) | {
+        "slots": config.train.global_batch // world.size,
+        "precision": config.train.precision,
+        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type,
+    }
 
 
 def _tower_plan(record: dict[str, Any]) -> TowerPlan:
@@ -104,9 +116,35 @@ def _agreed(world: World, keep_bytes: int, *costs: GraphCost) -> tuple[int, Grap
     return min(rank[0] for rank in everyone), everyone[0][1], everyone[0][2]
 
 
-def _free_bytes(config: Config, towers: Towers, world: World, plan: StepPlan, slots: int) -> int:
-    """What this rank may keep: on a CPU a quarter of the memory that is left, shared among the node's ranks; on a GPU
-    what weights, optimizer, embeddings, loss, one chunk's backward pass and pictures that wait there leave."""
+def _sizes(
+    config: Config,
+    towers: Towers,
+    world: World,
+    room_bytes: float,
+    costs: tuple[GraphCost, GraphCost],
+    by_chunk: list[bool],
+) -> list[Sizes]:
+    """Of the image and of the text tower: the least that any rank has found."""
+    settings = config.gradcache
+    if world.device.type == "cuda" and settings.keep_bytes != "auto":
+        room_bytes -= settings.keep_bytes
+    search = Search(config, towers, config.train.global_batch // world.size, room_bytes)
+    pairs = zip((towers.image, towers.text), (settings.image_chunk, settings.text_chunk), costs, by_chunk, strict=True)
+    sizes = [search.sizes(tower, chunk, cost, by_chunk=alike) for tower, chunk, cost, alike in pairs]
+    if "auto" not in (settings.image_chunk, settings.text_chunk, settings.forward_chunks):
+        return sizes
+    found = [Sizes(*map(min, zip(*of_tower, strict=True))) for of_tower in zip(*world.gather(sizes), strict=True)]
+    wide = " and ".join(f"{each.chunk * each.forward_chunks:,}" for each in found)
+    tell(
+        f"gradcache: auto is chunks of {counted(found[0].chunk, 'picture')} and {counted(found[1].chunk, 'caption')}, "
+        f"in pass 1 of {wide}: {search.told()}"
+    )
+    return found
+
+
+def _room_bytes(config: Config, towers: Towers, world: World, slots: int) -> float:
+    """What this rank has for the towers' graphs: on a CPU a quarter of the memory that is left, shared among the node's
+    ranks; on a GPU what weights, optimizer, embeddings, loss and pictures that wait there leave."""
     hosts = Counter(world.gather(socket.gethostname()))
     device = towers.image.device
     if device.type != "cuda":
@@ -114,11 +152,17 @@ def _free_bytes(config: Config, towers: Towers, world: World, plan: StepPlan, sl
     free, total = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     parameters = sum(parameter.numel() for parameter in towers.model.parameters() if parameter.requires_grad)
-    chunk = max(
+    waiting = total // 20 if config.replay.gpu_bytes is None else config.replay.gpu_bytes
+    needed = parameters * _OPTIMIZER_BYTES + slots * towers.embed_dim * _EMBEDDING_BYTES + _WORKSPACE_BYTES
+    needed += waiting if config.replay.kind in ("auto", "gpu") else 0
+    return free - needed - _MARGIN * total
+
+
+def _replay_bytes(towers: Towers, plan: StepPlan) -> float:
+    """What a chunk's own backward pass takes of a GPU beside the graphs that are kept."""
+    if towers.image.device.type != "cuda":
+        return 0
+    return 2 * max(
         plan.image.cost.of(plan.image.chunk),
         plan.text.cost.of(plan.text.chunk, plan.text.chunk * towers.context_length),
     )
-    waiting = total // 20 if config.replay.gpu_bytes is None else config.replay.gpu_bytes
-    needed = parameters * _OPTIMIZER_BYTES + slots * towers.embed_dim * _EMBEDDING_BYTES + _WORKSPACE_BYTES
-    needed += 2 * chunk + (waiting if config.replay.kind in ("auto", "gpu") else 0)
-    return max(0, int(free - needed - _MARGIN * total))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from clipscale import __version__
+from clipscale.device import device_name
 
 _ROOT = Path(__file__).resolve().parents[3]
 
@@ -32,18 +33,6 @@ def stamp(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
     }
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the CPU's and how many threads torch uses."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def result_name(subject: str, device: torch.device) -> str:

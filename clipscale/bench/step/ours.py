@@ -46,7 +46,7 @@ class OwnStep:
         settings = GradCache(image_chunk=image_chunk, text_chunk=text_chunk, keep_bytes=keep_bytes)
         config = Config(train=Train(global_batch=len(batch)), gradcache=settings, replay=Replay(kind="host"))
         self._plan = plan_step(config, trainee.towers, World(0, 1, 0, trainee.device), None)
-        self.how = f"gradcache_step; {plan_line(self._plan, len(batch))}"
+        self.how = f"gradcache_step; {plan_line(self._plan, trainee.towers, len(batch))}"
         self.result: StepResult | None = None
         """Of the last step."""
         self._parts, self._steps = _SeenParts(trainee.device), 0
