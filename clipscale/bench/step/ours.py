@@ -19,7 +19,7 @@ from clipscale.bench.step.trainee import Batch, Trainee
 from clipscale.config import Config, GradCache, Replay, Train
 from clipscale.data.load.replay import Held
 from clipscale.dist import World
-from clipscale.loss import ContrastiveGrads, contrastive_grads
+from clipscale.loss import ContrastiveGrads, contrastive_grads_in_place
 from clipscale.parts import OTHER, Parts
 from clipscale.step import StepResult, TowerPlan, gradcache_step
 from clipscale.step.gradcache import TwoPasses, captions_of
@@ -78,7 +78,7 @@ class OwnStep:
 
     def _loss(self, image_VD: Tensor, text_VD: Tensor, logit_scale: float, **wanted: bool) -> ContrastiveGrads:
         with not_towers():
-            return contrastive_grads(image_VD, text_VD, logit_scale, precision=self._loss_precision, **wanted)
+            return contrastive_grads_in_place(image_VD, text_VD, logit_scale, precision=self._loss_precision, **wanted)
 
 
 class _SeenParts(Parts):
