@@ -143,10 +143,10 @@ def test_a_shortage_of_memory_is_one_line_with_the_fix(tmp_path, urls, monkeypat
     """In a tower, at the second step."""
     embed, step, steps = Tower.__call__, Trainer._gradients, []
 
-    def short_of_memory(self, inputs):
+    def short_of_memory(self, *inputs):
         if len(steps) == 2:
             raise error
-        return embed(self, inputs)
+        return embed(self, *inputs)
 
     monkeypatch.setattr(Tower, "__call__", short_of_memory)
     monkeypatch.setattr(Trainer, "_gradients", lambda self, batch: (steps.append(batch), step(self, batch))[1])
