@@ -14,12 +14,14 @@ import torch.nn.functional as F
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from spawn import run_ranks
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_module
 from torch.nn.parallel import DistributedDataParallel
 
-from clipscale import GradCache
+from clipscale import GradCache, library
 from clipscale.errors import UserError
 from clipscale.loss import dense_contrastive_loss
-from clipscale.step import gradcache, library
+from clipscale.step import gradcache
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 PAIRS, WIDTH = 7, 5
@@ -151,6 +153,14 @@ def test_embeddings_may_come_normalised():
     assert worst_error(model.gradients(), wanted.gradients()) <= 1e-10
 
 
+@pytest.mark.parametrize(("dtype", "precision"), [(torch.float32, "fp64"), (torch.float64, "fp32")])
+def test_the_loss_may_have_a_precision_of_its_own(dtype, precision):
+    wanted, model, batch = Model(dtype), Model(dtype), make_batch(dtype=dtype)
+    dense_step(wanted, batch)
+    one_step(model, batch, precision=precision)
+    assert 0 < worst_error(model.gradients(), wanted.gradients()) <= 1e-5
+
+
 def test_the_scale_may_be_a_number_or_a_leaf():
     model, batch = Model(), make_batch()
     scale = torch.tensor([7.0], dtype=torch.float64, requires_grad=True)
@@ -194,6 +204,16 @@ def test_steps_under_no_grad_learn_too():
     with torch.no_grad():
         make_cache(model).step(*make_batch(), scale)
     assert worst_error(model.gradients(), wanted) <= 1e-10
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("keep_bytes", [0, ALL])
+def test_every_gradient_equals_the_dense_one_on_a_gpu(keep_bytes):
+    """Inputs in host memory, which go to the encoders' device chunk by chunk."""
+    wanted, model = dense(), Model().cuda()
+    one_step(model, make_batch(), keep_bytes=keep_bytes)
+    found = {name: grad.cpu() for name, grad in model.gradients().items()}
+    assert worst_error(found, wanted["grads"]) <= 1e-10
 
 
 # --- randomness, mixed precision --------------------------------------------------------------------------------------
@@ -308,7 +328,11 @@ def every_case(rank: int, world: int) -> dict:
     with torch.no_grad():
         other.text.last.bias.add_(rank)
     wrapped.image = DistributedDataParallel(wrapped.image)
-    return found | {"weights": refusal_of_a_rank(other), "group": refusal_of_a_rank(wrapped, group="self")}
+    found |= {"weights": refusal_of_a_rank(other), "group": refusal_of_a_rank(wrapped, group="self")}
+    wrapped.image = nn.Sequential(wrapped.image)
+    sharded = Model()
+    distribute_module(sharded.text, init_device_mesh("cpu", (world,)))
+    return found | {"inside": refusal_of_a_rank(wrapped), "sharded": refusal_of_a_rank(sharded)}
 
 
 @pytest.fixture(scope="module")
@@ -356,6 +380,14 @@ def test_ranks_that_do_not_fit_are_told(two_ranks):
         )
         assert rank["group"] == (
             "the image encoder's DDP has 2 ranks and the loss 1: pass GradCache the group that DDP was given"
+        )
+        assert rank["inside"] == (
+            "the image encoder holds a DistributedDataParallel (0): its own communication would run once a chunk; let "
+            "the encoder hold what it wraps (.module)"
+        )
+        assert rank["sharded"] == (
+            "the text encoder is sharded (table.weight is a DTensor): GradCache takes encoders that are whole on every "
+            "rank"
         )
 
 

@@ -6,7 +6,7 @@
         result = cache.step(images, texts, log_scale.exp())   # every .grad, of the loss over all ranks' pairs
         optimizer.step()
 
-The chunks, their two passes and the kept graphs are those of gradcache.py; what is here makes an encoder of a module,
+The chunks, their two passes and the kept graphs are those of step/; what is here makes an encoder of a module,
 and the gradients complete on every rank. That is one sum in flat buckets after pass 2, with or without DDP: a module
 that DDP wraps is called without the wrapper, so that nothing is averaged, and no rank waits for another's chunk.
 
@@ -17,20 +17,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from clipscale.counter import fold
 from clipscale.data.load.shape import spans
 from clipscale.errors import require
-from clipscale.loss import contrastive_grads
+from clipscale.loss import contrastive_grads_in_place
 from clipscale.loss.link import Group, Link, open_link
+from clipscale.loss.precision import accumulator_dtype, resolve_precision
 from clipscale.parallel import sum_in_buckets
 from clipscale.step.costs import saved_bytes
 from clipscale.step.gradcache import TwoPasses
@@ -101,14 +102,14 @@ class GradCache:
             for name, encoder in (("image", image_encoder), ("text", text_encoder))
         )
         self._chunks, self._keep_bytes = (image_chunk, text_chunk), keep_bytes
-        self._loss = partial(contrastive_grads, precision=precision, engine=engine)
+        self._precision, self._engine = precision, engine
         self._group = group
         self._same_weights = False  # on every rank, once looked at
         self._graph_bytes: dict[tuple, int] = {}  # of a chunk, by encoder and shapes
 
     @torch.enable_grad()
     def step(
-        self, images: Batch, texts: Batch, logit_scale: Tensor | float, *, grad_scale: float | Any = 1.0
+        self, images: Batch, texts: Batch, logit_scale: Tensor | float, *, grad_scale: float | GradScaler = 1.0
     ) -> CachedStep:
         """Add the gradient of the mean loss over the pairs of all ranks to every `.grad`, complete. Collective.
 
@@ -120,7 +121,8 @@ class GradCache:
             images, texts: this rank's pairs, on the CPU or on the encoders' device (moved chunk by chunk).
             logit_scale: the factor itself, CLIP's `logit_scale.exp()`, the same on every rank. Where it requires a
                 gradient, that is passed on to what it was made of.
-            grad_scale: factor on every gradient, or a `torch.amp.GradScaler`, for its `unscale_` and `step`.
+            grad_scale: factor on every gradient, or a `torch.amp.GradScaler` whose factor it is: its `unscale_`, `step`
+                and `update` then follow as usual.
 
         Raises:
             UserError: inputs that do not fit together, encoders that differ between ranks or give no [M, D].
@@ -131,7 +133,7 @@ class GradCache:
         require(counts[0] == counts[1], f"{counts[0]} images and {counts[1]} texts: pass as many, row i of each a pair")
         self._check_ranks(link)
         learned = logit_scale if isinstance(logit_scale, Tensor) and logit_scale.requires_grad else None
-        factor = grad_scale if isinstance(grad_scale, float | int) else _scale_of(grad_scale, self._sides[0].device)
+        factor = _scale_of(grad_scale, self._sides[0].device) if isinstance(grad_scale, GradScaler) else grad_scale
         with _complete_gradients(self._parameters(), link, self._sides[0].device):
             grads = self._towers_step((images, texts), logit_scale, link, factor, scale_grad=learned is not None)
         if learned is not None and grads.pairs > 0:
@@ -147,15 +149,22 @@ class GradCache:
             passes.append(TwoPasses(side, _InOrder(batch, plan), key, by_chunk=True))
             keep_bytes -= int(plan.cost.of(passes[-1].walk.kept))
         image, text = passes
-        grads = self._loss(
-            image.embed(),
-            text.embed(),
+        image_ND, text_ND = image.embed(), text.embed()
+        embedded = torch.promote_types(image_ND.dtype, text_ND.dtype)
+        precision = resolve_precision(self._precision, image_ND.device, embedded)
+        dtype = accumulator_dtype(precision)
+        grads = contrastive_grads_in_place(
+            image_ND.to(dtype),
+            text_ND.to(dtype),
             logit_scale,
             group=link,
+            precision=precision,
+            engine=self._engine,
             image_grad=image.learns,
             text_grad=text.learns,
             scale_grad=scale_grad,
         )
+        del image_ND, text_ND
         if grads.pairs > 0:
             places = Places(torch.ones(len(image.walk), dtype=torch.bool))
             for each, d_ND in ((image, grads.d_image_ND), (text, grads.d_text_ND)):
@@ -322,8 +331,8 @@ def _rows(batch: Batch, what: str) -> int:
     return rows.pop()
 
 
-def _scale_of(scaler, device: torch.device) -> float:
-    """A GradScaler's factor. Asked for in this way, it is ready for `scaler.step`."""
+def _scale_of(scaler: GradScaler, device: torch.device) -> float:
+    """Its factor. Asked for in this way, it is ready for `scaler.step`."""
     return scaler.scale(torch.ones((), device=device)).item()
 
 
