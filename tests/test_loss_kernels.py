@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from interpreter import TileProduct
 from test_loss_tiles import HARD_CASES, assert_close, assert_no_worse, dense_results, stable_dense_loss
 
-from clipscale.loss import contrastive_grads, kernels, tiles
+from clipscale.loss import contrastive_grads, kernels, merge, tiles
 from clipscale.loss.precision import to_operand
 from clipscale.loss.tuning import Shape
 
@@ -218,6 +218,33 @@ def test_every_output_is_written(precision, loads):
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(a.equal(b) for a, b in zip(plain, poisoned, strict=True))
+
+
+class Alignments:
+    """A kernel, and the alignments that it was launched with: for each new one Triton compiles, in mid-training."""
+
+    def __init__(self, kernel):
+        self.kernel, self.seen = kernel, set()
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **options):
+            self.seen.add(tuple(value.data_ptr() % 16 for value in arguments if isinstance(value, torch.Tensor)))
+            return self.kernel[grid](*arguments, **options)
+
+        return launch
+
+
+def test_alignment_does_not_depend_on_the_number_of_pairs(monkeypatch):
+    """Macro-tiles that are cut included."""
+    run_with(monkeypatch, SHAPES["pointers"])
+    kept = (kernels, "_logsumexp_kernel"), (merge, "_merge_kernel"), (kernels, "_gradient_kernel")
+    launched = [Alignments(getattr(module, name)) for module, name in kept]
+    for (module, name), kernel in zip(kept, launched, strict=True):
+        monkeypatch.setattr(module, name, kernel)
+    for pairs in (64, 65, 66, 67, 129):
+        grads_of(*draw_pairs(pairs, 16, 9), 14.3, "fp16", "triton", tile=64)
+    for (_, name), kernel in zip(kept, launched, strict=True):
+        assert len(kernel.seen) == 1, name
 
 
 @pytest.mark.parametrize("precision", DTYPES)

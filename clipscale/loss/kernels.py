@@ -2,7 +2,7 @@
 
     launcher          kernel              what one program does with its tile of X = image text^T
     logsumexp_block   _logsumexp_kernel   partial statistics of its rows and of its columns, into slots of their own
-                      _merge_kernel       (slots into the running statistics, in a fixed order)
+    `merge.merge`     _merge_kernel       (slots into the running statistics, in a fixed order)
     gradient_block    _gradient_kernel    G = p + q, in the operands' type, into a workspace
                       torch.addmm         (d_image += G text and d_text += G^T image, with float32 sums)
 
@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from clipscale.loss.merge import finite, merge
 from clipscale.loss.precision import OPERAND_DTYPE, exact_products
 from clipscale.loss.statistics import Partial, Softmax
 from clipscale.loss.tiles import tiles_of
@@ -38,8 +39,6 @@ _LOW = tl.constexpr(-1e30)
 
 _CHAIN = tl.constexpr(16)
 """How many products float32 sums one after the other; it divides every depth."""
-
-_MERGE_ROWS, _MERGE_SLOTS = 128, 16
 
 # Up to 2.9, and perhaps 2.10, torch.addmm takes half-precision operands to a float32 result but no float32 addend.
 _ADDMM_WIDENS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11)
@@ -129,42 +128,15 @@ def _logsumexp_kernel(
 
     slot_R = row_slots + (column // COLUMNS).to(tl.int64) * M + rows_R
     max_R = tl.max(x_RC, 1)
-    sum_R = tl.sum(_power(x_RC, _finite(max_R)[:, None], scale_log2, PRECISION), 1)
+    sum_R = tl.sum(_power(x_RC, finite(max_R)[:, None], scale_log2, PRECISION), 1)
     tl.store(slot_R, max_R, mask=rows_R < M)
     tl.store(slot_R + tl.cdiv(N, COLUMNS).to(tl.int64) * M, sum_R, mask=rows_R < M)
 
     slot_C = column_slots + (row // ROWS).to(tl.int64) * N + columns_C
     max_C = tl.max(x_RC, 0)
-    sum_C = tl.sum(_power(x_RC, _finite(max_C)[None, :], scale_log2, PRECISION), 0)
+    sum_C = tl.sum(_power(x_RC, finite(max_C)[None, :], scale_log2, PRECISION), 0)
     tl.store(slot_C, max_C, mask=columns_C < N)
     tl.store(slot_C + tl.cdiv(M, ROWS).to(tl.int64) * N, sum_C, mask=columns_C < N)
-
-
-@triton.jit
-def _finite(peak):
-    """0 for -inf (nothing seen), so that -inf - peak is not NaN."""
-    return tl.where(peak == float("-inf"), 0.0, peak)
-
-
-@triton.jit(do_not_specialize=["M", "slots"])
-def _merge_kernel(max_ptr, sum_ptr, slots_ptr, M, slots, scale_log2, ROWS: tl.constexpr, SLOTS: tl.constexpr):
-    """Running statistics [M], in place, with slots [2, slots, M] merged in order: `Partial.merge`."""
-    rows_R = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    max_R = tl.load(max_ptr + rows_R, mask=rows_R < M, other=float("-inf"))
-    sum_R = tl.load(sum_ptr + rows_R, mask=rows_R < M, other=0.0)
-    for first in range(0, slots, SLOTS):
-        slots_K = first + tl.arange(0, SLOTS)
-        inside_KR = (slots_K < slots)[:, None] & (rows_R < M)[None, :]
-        slot_KR = slots_ptr + slots_K.to(tl.int64)[:, None] * M + rows_R[None, :]
-        max_KR = tl.load(slot_KR, mask=inside_KR, other=float("-inf"))
-        sum_KR = tl.load(slot_KR + slots.to(tl.int64) * M, mask=inside_KR, other=0.0)
-        peak_R = tl.maximum(max_R, tl.max(max_KR, 0))
-        base_R = _finite(peak_R)
-        sum_R *= tl.exp2((max_R - base_R) * scale_log2)
-        sum_R += tl.sum(sum_KR * tl.exp2((max_KR - base_R[None, :]) * scale_log2), 0)
-        max_R = peak_R
-    tl.store(max_ptr + rows_R, max_R, mask=rows_R < M)
-    tl.store(sum_ptr + rows_R, sum_R, mask=rows_R < M)
 
 
 @triton.jit(do_not_specialize=["M", "N", "offset"])
@@ -232,8 +204,9 @@ def logsumexp_block(
             offset = _offset(row_slice, column_slice, diagonal)
             visit = partial(_logsumexp_tile, image_RD, text_CD, logit_scale, offset, rows.diag[row_slice], precision)
             shape = shape or tuned("logsumexp", image_RD, text_CD, precision, visit)
-            for side, where, slots in zip((rows, columns), (row_slice, column_slice), visit(shape), strict=True):
-                _merge(side.max[where], side.sum[where], slots, logit_scale)
+            row_slots, column_slots = visit(shape)
+            own = (rows.max[row_slice], rows.sum[row_slice], row_slots)
+            merge(own, (columns.max[column_slice], columns.sum[column_slice], column_slots), logit_scale)
     if diagonal:
         columns.diag.copy_(rows.diag)
     return rows, columns
@@ -367,14 +340,6 @@ def _describable(values_RD: Tensor) -> bool:
     16 entries divide."""
     stride = values_RD.stride(0)
     return values_RD.data_ptr() % 16 == 0 and stride % 16 == 0 and stride >= values_RD.shape[1]
-
-
-def _merge(max_R: Tensor, sum_R: Tensor, slots: Tensor, scale: float) -> None:
-    """Slots [2, tiles, R] into the running statistics, in place."""
-    programs = (triton.cdiv(len(max_R), _MERGE_ROWS),)
-    _merge_kernel[programs](
-        max_R, sum_R, slots, len(max_R), slots.shape[1], scale / math.log(2), _MERGE_ROWS, _MERGE_SLOTS
-    )
 
 
 def _accumulate(total: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
