@@ -24,7 +24,7 @@ from clipscale.config import Model
 from clipscale.data.load.replay import Chunk, to_device
 from clipscale.data.load.shape import spans
 from clipscale.dist import World
-from clipscale.loss import contrastive_grads
+from clipscale.loss import contrastive_grads_in_place
 from clipscale.parts import Parts
 from clipscale.step import StepPlan, TowerPlan, gradcache_step
 
@@ -40,7 +40,7 @@ class _Size(NamedTuple):
 
 
 _SIZES = {
-    "cuda": _Size(Model(name="ViT-B-32"), "bf16", (2**16, 2**20), 256, 1024),
+    "cuda": _Size(Model(name="ViT-B-32"), "bf16", (2**14, 2**20), 1024, 2048),
     "cpu": _Size(TINY, "fp32", (4, 8), 2, 4),
 }
 
@@ -70,7 +70,7 @@ def _step(trainee: Trainee, pairs: int, size: _Size) -> dict[str, Any]:
         tokens,
         torch.ones(pairs, dtype=torch.bool),
         plan=StepPlan(TowerPlan(size.image_chunk), TowerPlan(size.text_chunk)),
-        loss_and_grads=contrastive_grads,
+        loss_and_grads=contrastive_grads_in_place,
         key=0,
         parts=parts,
     )
