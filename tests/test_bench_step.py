@@ -9,6 +9,7 @@ from bench_words import step_bench
 from torch import nn
 
 from clipscale.bench.common import matmul, turns
+from clipscale.bench.step import parity
 from clipscale.bench.step import trainee as trainee_module
 from clipscale.bench.step.bench import _for_device
 from clipscale.bench.step.captions import draw_captions, read_lengths, tokens_of
@@ -30,11 +31,12 @@ def result(tmp_path_factory):
     """Folder, command and terminal output of one run with everything in it."""
     folder = tmp_path_factory.mktemp("bench")
     words = ["bench", "step", "--models", "small", "--batches", "4,8", "--image-chunk", "2", "--text-chunk", "4"]
-    words += ["--peers", "--seconds", "0.05", "--device", "cpu", "--output", str(folder), "--name", "small"]
+    words += ["--peers", "--parity", "--seconds", "0.05", "--device", "cpu", "--output", str(folder), "--name", "small"]
     printed = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainee_module, "_SMALL", tiny.MODEL)
         patch.setattr(matmul, "_SIZE", {"cpu": 64})
+        patch.setattr(parity, "STEPS", 2)
         patch.setattr(turns, "settle", lambda: None)
         patch.setattr("builtins.print", lambda *parts, **_: printed.append(" ".join(map(str, parts))))
         assert main(words) == 0
@@ -67,6 +69,9 @@ def test_json_has_every_number_and_what_made_it(result):
         assert rows[NOTHING_KEPT]["tokens_per_caption"] == 8
         assert {spread["repeats"] for spread in (case["text"][name] for name in ("own_us", "full_us"))} != {0}
         assert case["text"]["length"] == 8
+    assert [*document["parity"]] == ["small"]
+    assert document["parity"]["small"]["met"]
+    assert document["parity"]["small"]["steps"] == len(document["parity"]["small"]["losses"]["open_clip"]) == 2
 
 
 def test_flops_are_those_that_are_run(result):
@@ -89,6 +94,8 @@ def test_table_is_the_same_on_the_terminal_and_in_markdown(result):
             line = cells(case, row)
             assert "| " + " | ".join(line) + " |" in text
             assert "  ".join(line).split() in [line.split() for line in printed.splitlines()]
+    assert "small: 2 steps of 4 pairs in float32, against open_clip's own loop: equal" in printed
+    assert "- small: 2 steps of 4 pairs in float32" in text
     for line in ("Text tower, both passes", "nothing kept, time by part: image forward"):
         assert printed.count(line) == text.count(line) == 2
     assert f"written: {folder}/small.json {folder}/small.md {folder}/small-speed.png" in printed

@@ -40,7 +40,8 @@ class OwnStep:
         keep_bytes: int | str,
         loss_precision: str = "auto",
     ) -> None:
-        self._trainee, self._batch, self._loss_precision = trainee, batch, loss_precision
+        self._trainee, self._loss_precision = trainee, loss_precision
+        self._tokens = batch.tokens.int()  # as the loader gives them
         self._images = Held(batch.images, image_chunk)
         self._valid = torch.ones(len(batch), dtype=torch.bool)
         settings = GradCache(image_chunk=image_chunk, text_chunk=text_chunk, keep_bytes=keep_bytes)
@@ -62,12 +63,12 @@ class OwnStep:
         self.result = gradcache_step(
             trainee.towers,
             self._images,
-            self._batch.tokens,
+            self._tokens,
             self._valid,
             plan=self._plan,
             loss_and_grads=self._loss,
             key=0,
-            positions=torch.arange(len(self._batch)),
+            positions=torch.arange(len(self._tokens)),
             grad_scale=trainee.multiply,
             parts=self._parts,
         )

@@ -57,8 +57,8 @@ class Trainee:
 
     @property
     def multiply(self) -> float:
-        """What the scaler multiplies a loss by."""
-        return self.scaler.get_scale() if self.scaler.is_enabled() else 1.0
+        """What the scaler multiplies a loss by; asked so that it is ready to unscale."""
+        return self.scaler.scale(torch.ones((), device=self.device)).item()
 
     def begin(self) -> None:
         """Before the gradients of a step."""
