@@ -97,6 +97,14 @@ class World:
         return self.broadcast(result)
 
 
+def nccl_options() -> dist.ProcessGroupNCCL.Options:
+    """Transfers have a stream of high priority: they are to run beside the loss's tiles and the towers' chunks, and
+    without it each waits for a gap between these kernels."""
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options._timeout = timedelta(seconds=_TIMEOUT_SECONDS)  # as init_process_group is told, or it warns
+    return options
+
+
 @contextmanager
 def start_world(device: str = "auto") -> Iterator[World]:
     """Join the other ranks (gloo on CPU, nccl on GPUs); leave them in order at the end.
@@ -129,6 +137,7 @@ def start_world(device: str = "auto") -> Iterator[World]:
         world_size=size,
         timeout=timedelta(seconds=_TIMEOUT_SECONDS),
         device_id=where if on_gpu else None,
+        pg_options=nccl_options() if on_gpu else None,
     )
     control = dist.new_group(backend="gloo", timeout=timedelta(days=7))  # indexing on rank 0 may take hours
     try:

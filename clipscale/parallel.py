@@ -6,7 +6,7 @@ with different chunk counts need no special case.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -30,15 +30,19 @@ def sum_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
 
     A parameter that needs a gradient and got none on this rank counts as zero.
     """
-    if world.size == 1:
-        return
+    if world.size > 1:
+        sum_in_buckets(parameters, dist.all_reduce)
+
+
+def sum_in_buckets(parameters: Iterable[nn.Parameter], all_reduce: Callable[[Tensor], object]) -> None:
+    """The same among whatever ranks `all_reduce` sums a tensor over, in place."""
     for bucket in _buckets([parameter for parameter in parameters if parameter.requires_grad]):
         for parameter in bucket:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         grads = [parameter.grad for parameter in bucket]
         flat: Tensor = _flatten_dense_tensors(grads)
-        dist.all_reduce(flat)
+        all_reduce(flat)
         for grad, total in zip(grads, _unflatten_dense_tensors(flat, grads), strict=True):
             grad.copy_(total)
 

@@ -40,7 +40,7 @@ from clipscale.eval.suite import EvalSuite
 from clipscale.feed import Feed, Skips
 from clipscale.files import write_file
 from clipscale.launch import check_ranks
-from clipscale.loss import ContrastiveGrads, contrastive_grads
+from clipscale.loss import ContrastiveGrads, contrastive_grads, contrastive_grads_in_place
 from clipscale.loss.engines import adopt_shapes, check_engine, tuned_shapes
 from clipscale.optim import build_optimizer, restore_optimizer, set_lr
 from clipscale.parallel import broadcast_parameters, sum_gradients
@@ -224,8 +224,10 @@ class Trainer:
     def _loss(self, image_VD: Tensor, text_VD: Tensor, logit_scale: float, **wanted: bool) -> ContrastiveGrads:
         """The tiled loss of the whole step; embeddings that are not finite end the run, naming side and row."""
         loss = self.config.loss
+        wider = loss.precision == "fp64"  # gradients that do not fit into the memory of float32 embeddings
+        grads = contrastive_grads if wider else contrastive_grads_in_place
         try:
-            return contrastive_grads(
+            return grads(
                 image_VD, text_VD, logit_scale, precision=loss.precision, engine=loss.engine, tile=loss.tile, **wanted
             )
         except ValueError as error:

@@ -41,9 +41,10 @@ ALIGNED = {"D", "image_stride", "text_stride", "g_stride"}
 def source_of(kernel, precision, shape, descriptors):
     """What the launcher compiles for operands of a width that 16 divides."""
     element = TYPES[precision]
+    step = kernels._CHAIN.value if precision == "fp32" else shape.depth
     blocks = {
-        "image": (shape.rows, shape.depth),
-        "text": (shape.columns, shape.depth),
+        "image": (shape.rows, step),
+        "text": (shape.columns, step),
         "g": (shape.rows, shape.columns),
     }
     values = {
@@ -69,6 +70,12 @@ def source_of(kernel, precision, shape, descriptors):
     return ASTSource(kernel, signature, values, aligned)
 
 
+def chains(ttgir):
+    """Of each product: whether it goes on from a sum, rather than from 0."""
+    zeros = re.findall(r"(%\S+) = arith\.constant dense<0\.0+e\+00>", ttgir)
+    return [start not in zeros for start in re.findall(r"= tt\.dot \S+, \S+, (%[^\s,]+)", ttgir)]
+
+
 def inspect(compiled, capability):
     """Registers, spilled bytes, and what the machine code is made of."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -83,6 +90,7 @@ def inspect(compiled, capability):
         "registers": int(registers),
         "spilled_bytes": int(stack),
         "shared_bytes": compiled.metadata.shared,
+        "chains": chains(compiled.asm["ttgir"]),
         "tensor_cores": TENSOR_CORES[capability] in ptx,
         "atomics": re.findall(r"^.*\b(?:atom|red)\.\S+", ptx, re.MULTILINE),
         "target": re.search(r"\.target (\w+)", ptx)[1],
@@ -118,6 +126,7 @@ def compile_all(capability, which):
                     )
                     found = inspect(compiled, capability)
                     told = {"case": f"sm_{capability} {case}", "capability": capability, "precision": precision}
+                    told["depth"] = shape.depth
                     print(json.dumps(told | found), flush=True)
 
 

@@ -2,7 +2,7 @@
 
     from interpreter import TileProduct        # importing mends; without a GPU, TRITON_INTERPRET=1 does the rest
 
-Shapes: B pairs, D width, R and C rows and columns of a tile, K a slice of D.
+Shapes: B pairs, D width, R and C rows and columns of a tile.
 """
 
 import itertools
@@ -37,14 +37,15 @@ interpreter._patch_lang_tensor, interpreter._patch_lang = _patch_lang_tensor, _p
 
 
 class TileProduct(torch.autograd.Function):
-    """image text^T [B, B] in float32, summed as the interpreter's dots sum it: by NumPy, tile by tile, slice by slice.
+    """image text^T [B, B] in float32, summed as the interpreted kernels sum it: by NumPy, tile by tile, slice by slice,
+    each in steps.
 
     NumPy and torch bring a matrix library each, which choose an order of sums by CPU and size: of two pairs at scale
     100, one may be twice as exact as the other. So the interpreted kernels' rival takes its products from here.
     """
 
     @staticmethod
-    def forward(ctx, image_BD: Tensor, text_BD: Tensor, rows: int, columns: int, depth: int) -> Tensor:
+    def forward(ctx, image_BD: Tensor, text_BD: Tensor, rows: int, columns: int, depth: int, step: int) -> Tensor:
         ctx.save_for_backward(image_BD, text_BD)
         pairs, width = image_BD.shape
         image_RD = F.pad(image_BD, (0, -width % depth, 0, -pairs % rows)).numpy()
@@ -52,11 +53,14 @@ class TileProduct(torch.autograd.Function):
         product = np.zeros((len(image_RD), len(text_CD)), np.float32)
         for r, c in itertools.product(range(0, pairs, rows), range(0, pairs, columns)):
             for d in range(0, width, depth):
-                image_RK, text_CK = image_RD[r : r + rows, d : d + depth], text_CD[c : c + columns, d : d + depth]
-                product[r : r + rows, c : c + columns] += np.matmul(image_RK.copy(), text_CK.copy().T)
+                parts = [
+                    (side[:, k : k + step].copy() for side in (image_RD[r : r + rows], text_CD[c : c + columns]))
+                    for k in range(d, d + depth, step)
+                ]
+                product[r : r + rows, c : c + columns] += sum(np.matmul(image, text.T) for image, text in parts)
         return torch.from_numpy(product)[:pairs, :pairs]
 
     @staticmethod
     def backward(ctx, grad_BB: Tensor) -> tuple:
         image_BD, text_BD = ctx.saved_tensors
-        return grad_BB @ text_BD, grad_BB.T @ image_BD, None, None, None
+        return grad_BB @ text_BD, grad_BB.T @ image_BD, None, None, None, None

@@ -15,7 +15,7 @@ from clipscale.bench.step.captions import draw_captions, read_lengths, tokens_of
 from clipscale.bench.step.case import Budget, Case
 from clipscale.bench.step.contestants import DENSE, KEPT, NOTHING_KEPT, OPEN_CLIP, Shape
 from clipscale.bench.step.flops import not_towers, tower_flops
-from clipscale.bench.step.parity import compare, follow, own_maker
+from clipscale.bench.step.parity import Track, compare, follow, own_maker
 from clipscale.bench.step.peers import open_clip_step
 from clipscale.bench.step.report import COLUMNS, PARTS, cells
 from clipscale.bench.step.trainee import build_trainee, draw_batch, model_config
@@ -61,7 +61,10 @@ def test_json_has_every_number_and_what_made_it(result):
         assert rows[OPEN_CLIP]["to_open_clip"] == rows[DENSE]["to_full_batch"] == 1.0
         assert rows[NOTHING_KEPT]["to_open_clip"] > 0
         assert [row["kept_share"] for row in rows.values()] == [0.0, 1.0, 0.0, 0.0]
-        assert set(rows[NOTHING_KEPT]["peak_bytes_by_part"]) == set(PARTS)
+        for name in (NOTHING_KEPT, KEPT):
+            assert set(rows[name]["peak_bytes_by_part"]) == set(rows[name]["seconds_by_part"]) == set(PARTS)
+            assert 0 < sum(rows[name]["seconds_by_part"].values()) < 3 * max(rows[name]["step_seconds"]["all"])
+        assert rows[NOTHING_KEPT]["tokens_per_caption"] == 8
         assert {spread["repeats"] for spread in (case["text"][name] for name in ("own_us", "full_us"))} != {0}
         assert case["text"]["length"] == 8
 
@@ -86,7 +89,8 @@ def test_table_is_the_same_on_the_terminal_and_in_markdown(result):
             line = cells(case, row)
             assert "| " + " | ".join(line) + " |" in text
             assert "  ".join(line).split() in [line.split() for line in printed.splitlines()]
-    assert printed.count("Text tower, both passes") == text.count("Text tower, both passes") == 2
+    for line in ("Text tower, both passes", "nothing kept, time by part: image forward"):
+        assert printed.count(line) == text.count(line) == 2
     assert f"written: {folder}/small.json {folder}/small.md {folder}/small-speed.png" in printed
 
 
@@ -108,18 +112,17 @@ def test_losses_are_those_of_open_clips_own_loop():
     what open_clip's accumulation makes of it."""
     trainee = build_trainee(tiny.MODEL, device=CPU, precision="fp32", seed=0)
     batches = [draw_batch(trainee, 8, read_lengths(None), distinct=8, seed=step) for step in range(20)]
-    own = follow(trainee, batches, own_maker(trainee, Shape(2, 4, 0)))
-    kept = follow(trainee, batches, own_maker(trainee, Shape(2, 4, 1 << 40)))
     theirs = follow(trainee, batches, lambda batch: open_clip_step(trainee, batch, chunk=8))
-    accumulated = follow(trainee, batches, lambda batch: open_clip_step(trainee, batch, chunk=2))
+    few = Track(theirs.losses[:4], theirs.scale_gradients[:4])
     assert len({*theirs.losses}) == 20
-    for track in (own, kept):
-        found = compare(track, theirs)
-        assert found["met"], found
-        assert found["loss_difference"] <= 1e-5
-    wrong = compare(accumulated, theirs)
+    own = compare(follow(trainee, batches, own_maker(trainee, Shape(2, 4, 0))), theirs)
+    assert own["met"], own
+    assert own["loss_difference"] <= 1e-5
+    kept = compare(follow(trainee, batches[:4], own_maker(trainee, Shape(2, 4, 1 << 40))), few)
+    assert kept["met"], kept
+    wrong = compare(follow(trainee, batches[:4], lambda batch: open_clip_step(trainee, batch, chunk=2)), few)
     assert not wrong["met"]
-    assert wrong["scale_gradient_difference"] > 1
+    assert wrong["scale_gradient_difference"] == pytest.approx(3, rel=1e-3), "four chunks: four times the gradient"
 
 
 def test_losses_that_differ_are_not_met():

@@ -103,6 +103,15 @@ def test_a_step_that_fits_nowhere_is_refused_before_the_first(tmp_path):
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+def test_what_little_memory_costs_is_in_the_log(tmp_path):
+    """Seven blocks of three pictures: three that wait, four of the six that are wanted ahead."""
+    urls = write_pairs(tmp_path / "data", 4, 8, size=16)
+    words = ("replay.kind=host", f"replay.host_bytes={7 * 3 * 3 * 16 * 16}", "data.prefetch_steps=2")
+    train(tiny_config(tmp_path, urls, *words))
+    log = (tmp_path / "run" / "run.log").read_text()
+    assert "4 chunks of pictures are decoded ahead, not 6, for want of memory: replay.host_bytes allows 16,128" in log
+
+
 def test_nodes_of_several_sizes_take_one_decision(monkeypatch):
     """Two ranks here, one there: what does not fit on one node is refused on both, or one would wait for the other."""
     enough, too_little = (Replay(kind="host", host_bytes=n) for n in (40_000, 20_000))

@@ -22,7 +22,7 @@ GROUND = {
 }
 STAGES = {"data", "towers", "loss"}
 ASSEMBLY = {"step", "parallel", "optim", "checkpoint", "fit_tokenizer", "eval"}
-ENTRIES = {"train", "train_report", "feed", "evaluate"}
+ENTRIES = {"train", "train_report", "feed", "evaluate", "library"}
 # What a room may import beside itself and (where nothing else is said) the ground.
 LAWS: dict[str, set[str]] = {
     **dict.fromkeys(GROUND, GROUND),
@@ -58,12 +58,13 @@ LAWS |= {
     "bench.loss": GROUND | {"loss", "bench.common"},
     "bench.data": GROUND | DATA | {"bench.common"},
     "bench.step": GROUND | STAGES | DATA | ASSEMBLY | {"bench.common"},
+    "bench.gpu": GROUND | {"data.load", "towers", "loss", "step", "bench.common", "bench.loss", "bench.step"},
     "bench": GROUND | {"bench.common", "bench.loss", "bench.data", "bench.step"},
     "data_tools": GROUND | {"shardkit"},
 }
-LAWS["cli"] = {*LAWS} - {"data_tools", "bench", "bench.common", "bench.loss", "bench.data", "bench.step"}
-# Nothing else looks at the benchmarks.
-LAWS["cli.bench"] = GROUND | {"cli", "bench", "bench.loss", "bench.data", "bench.step"}
+BENCHES = {room for room in LAWS if room.split(".")[0] == "bench"}
+LAWS["cli"] = {*LAWS} - {"data_tools", *BENCHES}
+LAWS["cli.bench"] = GROUND | {"cli", *BENCHES - {"bench.common"}}  # nothing else looks at the benchmarks
 LAWS["__main__"] = {"cli"}
 # What these rooms must leave alone, of the standard library and of others.
 FORBIDDEN = {
@@ -205,6 +206,8 @@ def test_imports_go_downwards_only():
         ("clipscale.bench.loss.plots", "from clipscale.bench.data.plots import draw"),
         ("clipscale.bench.data.report", "from clipscale.bench.loss import report"),
         ("clipscale.bench.loss.inputs", "from clipscale.data.pipeline import Pipeline"),
+        ("clipscale.bench.loss.measure", "from clipscale.bench.gpu.timing import timed"),
+        ("clipscale.bench.gpu.parts", "from clipscale.data.source import Source"),
         ("clipscale.bench.redraw", "from clipscale.loss import contrastive_grads"),
         ("data_tools.make_shards", "from clipscale.towers import Tower"),
         ("data_tools.make_shards", "from clipscale.data.pixels.decode import decode"),
@@ -288,7 +291,7 @@ below = [["eval", "zeroshot"], *(["shards", name] for name in commands.COMMANDS)
 for words in [[], *([name] for name in COMMANDS if name != "bench"), *below]:
     ends_well(main, [*words, "--help"])
 assert "clipscale.bench" not in sys.modules  # its options are read by its own command alone
-for words in ["bench"], ["bench", "loss"], ["bench", "data"], ["bench", "plot"]:
+for words in ["bench"], ["bench", "loss"], ["bench", "data"], ["bench", "gpu"], ["bench", "plot"]:
     ends_well(main, [*words, "--help"])
 for script in Path("data_tools").glob("*.py"):
     sys.argv = [str(script), "--help"]

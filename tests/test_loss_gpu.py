@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from test_loss_kernels import relative_errors
 from test_loss_tiles import stable_dense_loss
 
-from clipscale.loss import contrastive_grads, contrastive_loss
+from clipscale.loss import contrastive_grads, contrastive_grads_in_place, contrastive_loss
 from clipscale.loss.precision import OPERAND_DTYPE
 
 pytestmark = pytest.mark.gpu
@@ -96,6 +96,23 @@ def test_extra_memory(pairs):
     grads = contrastive_grads(*inputs, SCALE)
     extra = torch.cuda.max_memory_allocated() - before - grads.d_image_ND.nbytes - grads.d_text_ND.nbytes
     assert extra <= 600e6 + 32 * pairs
+
+
+@pytest.mark.parametrize(("precision", "operand_bytes"), [("fp16", 2), ("tf32", 4), ("fp32", 4)])
+def test_memory_where_inputs_are_consumed(precision, operand_bytes):
+    """Beyond the inputs: the operands, and what other calls take."""
+    pairs, width = 65_536, 768
+    contrastive_grads_in_place(*draw_pairs(pairs, width, torch.float32), SCALE, precision=precision)
+    image_BD, text_BD = draw_pairs(pairs, width, torch.float32)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    grads = contrastive_grads_in_place(image_BD, text_BD, SCALE, precision=precision)
+    extra = torch.cuda.max_memory_allocated() - before - 2 * pairs * width * operand_bytes
+    assert extra <= 600e6 + 32 * pairs
+    assert grads.d_image_ND.data_ptr() == text_BD.data_ptr()
+    assert grads.d_text_ND.data_ptr() == image_BD.data_ptr()
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])

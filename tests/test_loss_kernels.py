@@ -5,6 +5,7 @@ bf16 and tf32 are for a GPU only (`test_loss_gpu.py`): the interpreter's bf16 pr
 Shapes: B pairs, D width, M rows and N columns of a block.
 """
 
+import math
 from functools import partial
 
 import pytest
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from interpreter import TileProduct
 from test_loss_tiles import HARD_CASES, assert_close, assert_no_worse, dense_results, stable_dense_loss
 
-from clipscale.loss import contrastive_grads, kernels, tiles
+from clipscale.loss import contrastive_grads, kernels, merge, tiles
 from clipscale.loss.precision import to_operand
 from clipscale.loss.tuning import Shape
 
@@ -54,7 +55,7 @@ def dense_float32(image_BD, text_BD, scale, shape):
     """By autograd, on the same device; the diagonal apart, or the rival would have no digit of a loss near 0 right."""
     loss_fn = stable_dense_loss
     if DEVICE == "cpu":
-        tile = shape.rows, shape.columns, shape.depth
+        tile = shape.rows, shape.columns, shape.depth, kernels._CHAIN.value
         loss_fn = partial(stable_dense_loss, product=lambda *sides: TileProduct.apply(*sides, *tile))
     sides = (side_BD.to(DEVICE) for side_BD in (image_BD, text_BD))
     return [value.cpu() for value in dense_results(*sides, scale, loss_fn=loss_fn, dtype=torch.float32)]
@@ -74,6 +75,14 @@ def relative_errors(results, references):
     ]
 
 
+def cut_off(scale, width, precision):
+    """What tensor cores may add to a relative error: they sum 16 products at a time and cut the sum off where float32
+    rounds it, which takes less than 2^-24 from a similarity below 1, always towards 0, so that D/16 cuts add up; the
+    scale times that is what a probability may be off by, of itself. Plain torch's products are cut as well, but in
+    another order, chosen by cuBLAS. On a CPU, and in fp32, nothing is cut."""
+    return scale * math.ceil(width / 16) * 2.0**-24 if DEVICE == "cuda" and precision == "fp16" else 0.0
+
+
 def draws_for(pairs, scale, precision):
     """Where roundings weigh most, many: above all of two pairs. One pair has loss and gradients of exactly 0."""
     hard = scale == 100.0 and precision == "fp32"
@@ -89,7 +98,8 @@ def draws_for(pairs, scale, precision):
 @pytest.mark.parametrize("pairs", PAIRS)
 def test_no_less_exact_than_plain_torch(pairs, width, loads, precision, monkeypatch):
     """At most 1.1 times the rival's error, plus 1e-6 of the reference, both as root mean squares over draws: in one
-    few roundings decide, and the error of a single number may happen to be near 0. In fp16 both make the same ones."""
+    few roundings decide, and the error of a single number may happen to be near 0. In fp16 both make the same ones, but
+    for what a GPU cuts off."""
     few_programs = {"rows": 128, "columns": 128} if DEVICE == "cpu" else {}  # the interpreter is slow
     shape = run_with(monkeypatch, SHAPES[loads]._replace(**few_programs))
     for scale in (1.0, 14.3, 100.0):
@@ -102,7 +112,8 @@ def test_no_less_exact_than_plain_torch(pairs, width, loads, precision, monkeypa
             errors.append(relative_errors(grads_of(image_BD, text_BD, scale, precision, "triton"), references))
             rivals.append(relative_errors(plain_torch(image_BD, text_BD, scale, precision, shape), references))
         error, rival = (torch.tensor(found).square().mean(0).sqrt() for found in (errors, rivals))
-        assert (error <= 1.1 * rival + 1e-6).all(), f"scale {scale}: {error} against {rival}"
+        slack = 1e-6 + cut_off(scale, width, precision)
+        assert (error <= 1.1 * rival + slack).all(), f"scale {scale}: {error} against {rival}"
 
 
 FP16_CASES = [case for case in HARD_CASES if "logits" not in case]
@@ -132,7 +143,8 @@ def test_hard_cases_in_fp16(case, loads):
 def test_any_width(pairs, width, precision, loads):
     image_BD, text_BD = draw_pairs(pairs, width, 0)
     results, references = (grads_of(image_BD, text_BD, 14.3, precision, engine) for engine in ("triton", "torch"))
-    assert_close(results, references, relative=1e-4 if precision == "fp16" else 5e-6)
+    relative = (1e-4 if precision == "fp16" else 5e-6) + cut_off(14.3, width, precision)
+    assert_close(results, references, relative)
 
 
 def block_results(engine, image_MD, text_ND, scale, precision, diagonal, tile):
@@ -206,6 +218,33 @@ def test_every_output_is_written(precision, loads):
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(a.equal(b) for a, b in zip(plain, poisoned, strict=True))
+
+
+class Alignments:
+    """A kernel, and the alignments that it was launched with: for each new one Triton compiles, in mid-training."""
+
+    def __init__(self, kernel):
+        self.kernel, self.seen = kernel, set()
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **options):
+            self.seen.add(tuple(value.data_ptr() % 16 for value in arguments if isinstance(value, torch.Tensor)))
+            return self.kernel[grid](*arguments, **options)
+
+        return launch
+
+
+def test_alignment_does_not_depend_on_the_number_of_pairs(monkeypatch):
+    """Macro-tiles that are cut included."""
+    run_with(monkeypatch, SHAPES["pointers"])
+    kept = (kernels, "_logsumexp_kernel"), (merge, "_merge_kernel"), (kernels, "_gradient_kernel")
+    launched = [Alignments(getattr(module, name)) for module, name in kept]
+    for (module, name), kernel in zip(kept, launched, strict=True):
+        monkeypatch.setattr(module, name, kernel)
+    for pairs in (64, 65, 66, 67, 129):
+        grads_of(*draw_pairs(pairs, 16, 9), 14.3, "fp16", "triton", tile=64)
+    for (_, name), kernel in zip(kept, launched, strict=True):
+        assert len(kernel.seen) == 1, name
 
 
 @pytest.mark.parametrize("precision", DTYPES)

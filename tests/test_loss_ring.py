@@ -15,7 +15,7 @@ import torch.distributed as dist
 from spawn import run_ranks
 from test_loss_tiles import LiveTensors, assert_close, dense_results, make_pairs, stable_dense_loss, tiled_results
 
-from clipscale.loss import contrastive_grads, contrastive_loss, link, ring
+from clipscale.loss import contrastive_grads, contrastive_grads_in_place, contrastive_loss, link, ring
 from clipscale.loss.link import GroupLink, ring_order
 from clipscale.loss.tiles import logsumexp_block
 
@@ -143,7 +143,8 @@ def test_every_rank_raises_on_one_ranks_bad_embeddings():
 
 
 def peak_blocks(rank, world):
-    """Most bytes alive at a time beyond the inputs, in [N, D] blocks, of the ring; and of gathering all texts."""
+    """Most bytes alive at a time beyond the inputs, in [N, D] blocks: of the ring; of gathering all texts; and of the
+    ring that consumes its inputs."""
     image_ND, text_ND = (share(side_BD, [64] * world, rank) for side_BD in make_pairs(64 * world, 512))
     with LiveTensors(image_ND, text_ND) as tiled:
         contrastive_grads(image_ND, text_ND, SCALE, tile=32)
@@ -151,15 +152,23 @@ def peak_blocks(rank, world):
         texts = [torch.empty_like(text_ND) for _ in range(world)]
         dist.all_gather(texts, text_ND)
         logsumexp_block(image_ND, torch.cat(texts), SCALE, diagonal=False, precision="fp64", tile=32)
-    return tiled.peak_bytes / text_ND.nbytes, gathered.peak_bytes / text_ND.nbytes
+    with LiveTensors(image_ND, text_ND) as consuming:
+        contrastive_grads_in_place(image_ND, text_ND, SCALE, tile=32)
+    return [live.peak_bytes / text_ND.nbytes for live in (tiled, gathered, consuming)]
 
 
 def test_memory_per_rank_does_not_grow_with_the_ranks():
-    """Two text blocks, this rank's image gradient and three text gradients, one of each kind in flight."""
+    """Two text blocks, this rank's image gradient and three text gradients, one of each kind in flight. Where inputs
+    are consumed: a copy of the images, since they are an operand too, in place of the images' gradient; of two ranks
+    no block is in the middle of its way, and the last one's gradient has memory already."""
     two, five = (run_ranks(peak_blocks, world) for world in (2, 5))
-    for (tiled_two, gathered_two), (tiled_five, gathered_five) in zip(two, five[:2], strict=True):
+    for (tiled_two, gathered_two, consuming_two), (tiled_five, gathered_five, consuming_five) in zip(
+        two, five[:2], strict=True
+    ):
         assert 6 <= tiled_two < 6.2
         assert abs(tiled_five - tiled_two) < 0.1
+        assert 5 <= consuming_two < 5.2
+        assert 6 <= consuming_five < 6.2
         assert abs(gathered_five - gathered_two) > 0.1, "the check sees the gathered texts"
 
 
@@ -212,7 +221,7 @@ def test_a_hop_crosses_the_network_once_for_each_node():
         results, sent_to = zip(*outcomes, strict=True)
         assert_close(joined(results), references, relative=1e-10)
         hops = list(zip(*sent_to, strict=True))
-        assert len(hops) == 2 * 2 * 3, "two passes, three hops, of what travels ahead and of what lags behind"
+        assert len(hops) == 2 * 2 * 3 + 1, "two passes, three hops, what travels ahead and what lags behind; 1 - p_ii"
         for receivers in hops:
             crossings = Counter(
                 (NODES[rank], NODES[to]) for rank, to in enumerate(receivers) if NODES[rank] != NODES[to]
@@ -228,7 +237,15 @@ def with_locked_sides(rank, world):
         recording = RecordingLink()
         sides = dict(zip(("image_grad", "text_grad", "scale_grad"), wanted, strict=True))
         grads = contrastive_grads(image_ND, text_ND, SCALE, tile=TILE, group=recording, **sides)
+        consumed = image_ND.clone(), text_ND.clone()
+        in_place = contrastive_grads_in_place(*consumed, SCALE, tile=TILE, **sides)
         outcomes[wanted] = grads, len(recording.sent_to)
+        for found, full, memory, input_ND in zip(
+            in_place[1:3], grads[1:3], consumed[::-1], (text_ND, image_ND), strict=True
+        ):
+            assert memory.equal(input_ND if full is None else full), "its memory, if it is wanted"
+            assert found is None if full is None else found.data_ptr() == memory.data_ptr()
+        assert in_place.loss.equal(grads.loss)
     return outcomes
 
 
@@ -239,8 +256,8 @@ def test_a_locked_side_neither_computes_nor_travels():
             for found, full, wants in zip(grads[1:4], every[1:4], wanted, strict=True):
                 assert found.equal(full) if wants else found is None
             assert grads.loss.equal(every.loss)
-            ahead, behind = 2 * any(wanted), 2 * wanted[1]
-            assert exchanges == 2 + 2 + ahead + behind, "texts and statistics; texts again; their gradients"
+            home, ahead, behind = any(wanted[:2]), 2 * any(wanted), 2 * wanted[1]
+            assert exchanges == 2 + 2 + home + ahead + behind, "texts and statistics; 1 - p_ii; texts; their gradients"
 
 
 def alone_among_others(rank, world):

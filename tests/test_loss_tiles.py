@@ -227,7 +227,7 @@ def test_no_tensor_is_larger_than_a_tile_or_an_input():
 def test_one_rank_makes_its_gradients_and_nothing_else_of_their_size(monkeypatch):
     """Beyond inputs and gradients: 32 bytes a pair of statistics, some tiles, and chunks of a fixed size."""
     pairs, width, tile, chunk = 1024, 256, 64, 1 << 13
-    monkeypatch.setattr("clipscale.loss.ring.CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr("clipscale.loss.tiles.CHUNK_ELEMENTS", chunk)
     image_BD, text_BD = (side_BD.float() for side_BD in make_pairs(pairs, width))
     for locked in ({}, {"text_grad": False}, {"image_grad": False, "text_grad": False}):
         with LiveTensors(image_BD, text_BD) as live:

@@ -89,7 +89,7 @@ def test_what_a_choice_depends_on(gpu, monkeypatch):
 
 def test_a_shape_that_does_not_run_is_left_out(gpu, caplog):
     reasons = [OutOfResources(300_000, 232_448, "shared memory"), RuntimeError("Triton Error [CUDA]: invalid argument")]
-    reasons += [AssertionError("num_warps"), KeyError("maxnreg")]
+    reasons += [RuntimeError("PassManager::run failed"), KeyError("maxnreg")]
     assert len(reasons) == len(HOPPER) - 1
     gpu.times = dict(zip(HOPPER, reasons, strict=False))
     assert choose() == HOPPER[-1]
@@ -98,6 +98,24 @@ def test_a_shape_that_does_not_run_is_left_out(gpu, caplog):
     gpu.times[HOPPER[-1]] = OutOfResources(300_000, 232_448, "shared memory")
     with pytest.raises(RuntimeError, match=r"none of the loss kernel's shapes runs .*NVIDIA H200.*engine='torch'"):
         choose(kernel="logsumexp")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
+        torch.AcceleratorError("CUDA error: misaligned address"),
+        RuntimeError("Triton Error [CUDA]: unspecified launch failure"),
+    ],
+)
+def test_a_fault_of_the_device_is_not_left_out(gpu, error, caplog):
+    """After it every shape would fail, and the message would be of the last."""
+    gpu.times[HOPPER[1]] = error
+    with pytest.raises(RuntimeError, match=r"gradient fp16 .*Shape\(.* failed while it was timed, and not bec") as told:
+        choose()
+    assert str(error) in str(told.value)
+    assert "left out" not in caplog.text
+    assert gpu.timed == [*HOPPER[:2]]
 
 
 def test_a_full_device_is_no_fault_of_a_shape(gpu):

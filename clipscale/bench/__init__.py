@@ -1,5 +1,6 @@
 """Benchmarks. `clipscale bench loss` measures the contrastive loss alone, `clipscale bench data` the way of pictures to
-the training process; each beside its peers. Two rooms that do not know each other, over what they share.
+the training process; each beside its peers. Two rooms that do not know each other, over what they share. `clipscale
+bench gpu` runs them, and what else a new GPU is asked, within so many minutes.
 
 command.py        the door for the command line; the options behind it need no torch
 redraw.py         the pictures of a result again
@@ -20,6 +21,13 @@ photos.py         shards of synthetic photographs; ours.py: the loader as it is 
 speed.py          end to end; stages.py: part by part on one thread
 transport.py      from process to process; index.py, order.py, soak.py: index, order, memory over a long run
 bench.py          all parts and the bars; report.py and plots.py: tables, picture
+
+gpu/
+options.py        the command's words -> GpuBench, without torch
+parts.py          the parts in order of worth: commands, shares of the time; processes.py: one within its limit
+measure.py        a part of its own, in a process: device.py, pieces.py, towers.py, pinned.py, million.py; timing.py
+found.py          what a part left on the disk, as rows; bars.py: what they should say, and what to try
+bench.py          all parts, written down one by one; report.py: tables
 
 common/
 words.py          options checked word by word, and where results go

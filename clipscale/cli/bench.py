@@ -1,4 +1,4 @@
-"""`clipscale bench loss|data|step|plot`: what bench/ measures. Its options are read by this command alone."""
+"""`clipscale bench loss|data|step|gpu|plot`: what bench/ measures. Its options are read by this command alone."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import shlex
 
 from clipscale.bench.data.options import add_data_arguments, data_options
+from clipscale.bench.gpu.options import add_gpu_arguments, gpu_options, listed
 from clipscale.bench.loss.options import add_loss_arguments, loss_options
 from clipscale.bench.step.options import add_step_arguments, step_options
 from clipscale.cli import add_command
@@ -26,8 +27,12 @@ _STEP = """\
   clipscale bench step --peers
   clipscale bench step --models ViT-B-32,ViT-L-14 --batches 4k,32k --peers --parity
 """
+_GPU = """\
+  clipscale bench gpu --minutes 25
+  clipscale bench gpu --only device,pieces,towers --minutes 5
+"""
 _PLOT = "  clipscale bench plot bench-results/loss-cpu.json\n"
-EXAMPLES = f"examples:\n{_LOSS}{_DATA}{_STEP}{_PLOT}"
+EXAMPLES = f"examples:\n{_LOSS}{_DATA}{_STEP}{_GPU}{_PLOT}"
 LEFT = "the cases already measured are written"
 
 
@@ -40,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_loss_arguments(subject("loss", "the contrastive loss alone, beside its peers", _LOSS))
     add_data_arguments(subject("data", "the way of pictures to the training process", _DATA))
     add_step_arguments(subject("step", "a whole training step, beside open_clip's", _STEP))
+    add_gpu_arguments(subject("gpu", "a GPU's first hour: every benchmark and test that needs one, in minutes", _GPU))
     plot = subject("plot", "draw the pictures of a result again", _PLOT)
     plot.add_argument("result", type=path_option, metavar="RESULT.json", help="what another clipscale bench wrote")
 
@@ -61,9 +67,20 @@ def run(arguments: argparse.Namespace, words: list[str]) -> int:
         from clipscale.bench.step.bench import bench_step
 
         return bench_step(chosen, shlex.join(["clipscale", *words]))
+    if arguments.subject == "gpu":
+        return _run_gpu(arguments, words)
     options = loss_options(arguments)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     start = ["torchrun", "--nproc-per-node", str(ranks), "-m"] if ranks > 1 else []
     from clipscale.bench.loss.bench import bench_loss
 
     return bench_loss(options, shlex.join([*start, "clipscale", *words]))
+
+
+def _run_gpu(arguments: argparse.Namespace, words: list[str]) -> int:
+    if arguments.list:
+        print(listed())
+        return 0
+    from clipscale.bench.gpu.bench import bench_gpu
+
+    return bench_gpu(gpu_options(arguments), shlex.join(["clipscale", *words]))

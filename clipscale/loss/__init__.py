@@ -16,7 +16,19 @@ Read `reference.py` (what is computed), `statistics.py` and `tiles.py` (one bloc
 """
 
 from clipscale.loss.clip_loss import ClipLoss
-from clipscale.loss.contrastive import ContrastiveGrads, contrastive_grads, contrastive_loss
+from clipscale.loss.contrastive import (
+    ContrastiveGrads,
+    contrastive_grads,
+    contrastive_grads_in_place,
+    contrastive_loss,
+)
 from clipscale.loss.reference import dense_contrastive_loss
 
-__all__ = ["ClipLoss", "ContrastiveGrads", "contrastive_grads", "contrastive_loss", "dense_contrastive_loss"]
+__all__ = [
+    "ClipLoss",
+    "ContrastiveGrads",
+    "contrastive_grads",
+    "contrastive_grads_in_place",
+    "contrastive_loss",
+    "dense_contrastive_loss",
+]

@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 
 from clipscale.loss.link import Link
 from clipscale.loss.precision import OPERAND_DTYPE
+from clipscale.loss.tiles import row_chunks
 
 # fp16 has 5 bits of exponent: these norms keep products, and gradients of them, amid its normal numbers.
 SHORTEST, LONGEST = 0.5, 2.0
@@ -43,6 +44,21 @@ def check_arguments(image_ND: Tensor, text_ND: Tensor, tile: int | None) -> None
         )
     if tile is not None and tile < 1:
         raise ValueError(f"tile is {tile}: it must be at least 1; leave it out for the engine's own")
+
+
+def check_consumable(image_ND: Tensor, text_ND: Tensor, dtype: torch.dtype) -> None:
+    """ValueError unless each input's memory can become the gradient of the other."""
+    for side, embeddings_ND in (("image", image_ND), ("text", text_ND)):
+        if embeddings_ND.dtype != dtype or not embeddings_ND.is_contiguous():
+            raise ValueError(
+                f"{side} embeddings are {embeddings_ND.dtype} with strides {list(embeddings_ND.stride())}: their "
+                f"memory becomes a gradient, so they must be {dtype} and contiguous; or call contrastive_grads"
+            )
+    if len(image_ND) and image_ND.untyped_storage().data_ptr() == text_ND.untyped_storage().data_ptr():
+        raise ValueError(
+            "image and text embeddings share memory, and that of each becomes a gradient: pass a copy of one, or call "
+            "contrastive_grads"
+        )
 
 
 def checked_scale(logit_scale: Tensor | float) -> float:
@@ -81,9 +97,12 @@ def count_out_of_range(image_ND: Tensor, text_ND: Tensor, precision: str) -> Ten
 
 
 def _norms(embeddings_ND: Tensor) -> Tensor:
-    """Euclidean norm of each row, [N], in float32 at least."""
+    """Euclidean norm of each row, [N], in float32 at least; by chunks, since of halves torch makes a float32 copy."""
     dtype = torch.promote_types(embeddings_ND.dtype, torch.float32)
-    return torch.linalg.vector_norm(embeddings_ND, dim=1, dtype=dtype)
+    norms_N = embeddings_ND.new_empty(len(embeddings_ND), dtype=dtype)
+    for rows in row_chunks(*embeddings_ND.shape):
+        norms_N[rows] = torch.linalg.vector_norm(embeddings_ND[rows], dim=1, dtype=dtype)
+    return norms_N
 
 
 def _out_of_range(norms_N: Tensor) -> Tensor:
@@ -111,9 +130,12 @@ def out_of_range_message(image_ND: Tensor, text_ND: Tensor, link: Link) -> str:
 def not_finite_message(image_ND: Tensor, text_ND: Tensor, rank: int, precision: str) -> str:
     """For a batch whose loss is not finite: names this rank's first embedding that is not, if it has one."""
     for side, embeddings_ND in (("image", image_ND), ("text", text_ND)):
-        bad_ND = ~embeddings_ND.to(OPERAND_DTYPE[precision]).isfinite()
-        if bad_ND.any():
-            row, column = bad_ND.nonzero()[0].tolist()
+        for rows in row_chunks(*embeddings_ND.shape):
+            bad_MD = ~embeddings_ND[rows].to(OPERAND_DTYPE[precision]).isfinite()
+            if not bad_MD.any():
+                continue
+            row, column = bad_MD.nonzero()[0].tolist()
+            row += rows.start
             return (
                 f"{side} embedding {row} of rank {rank} holds {embeddings_ND[row, column].item()}, not finite in the "
                 f"working precision {precision}: look into the {side} tower's output for it (learning rate, mixed "

@@ -2,7 +2,7 @@
 
     launcher          kernel              what one program does with its tile of X = image text^T
     logsumexp_block   _logsumexp_kernel   partial statistics of its rows and of its columns, into slots of their own
-                      _merge_kernel       (slots into the running statistics, in a fixed order)
+    `merge.merge`     _merge_kernel       (slots into the running statistics, in a fixed order)
     gradient_block    _gradient_kernel    G = p + q, in the operands' type, into a workspace
                       torch.addmm         (d_image += G text and d_text += G^T image, with float32 sums)
 
@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from clipscale.loss.merge import finite, merge
 from clipscale.loss.precision import OPERAND_DTYPE, exact_products
 from clipscale.loss.statistics import Partial, Softmax
 from clipscale.loss.tiles import tiles_of
@@ -36,7 +37,8 @@ WORKSPACE_BYTES = 512 << 20
 _LOW = tl.constexpr(-1e30)
 """A similarity whose exponential is 0 at any scale above 1e-27, and 0 times its distance from any other too."""
 
-_MERGE_ROWS, _MERGE_SLOTS = 128, 16
+_CHAIN = tl.constexpr(16)
+"""How many products float32 sums one after the other; it divides every depth."""
 
 # Up to 2.9, and perhaps 2.10, torch.addmm takes half-precision operands to a float32 result but no float32 addend.
 _ADDMM_WIDENS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11)
@@ -57,23 +59,36 @@ def _similarities(
     image, text, row, column, M, N, D, image_stride, text_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """X [R, C] of a tile, in float32. What lies beyond M or N is finite and has no meaning."""
+    """X [R, C] of a tile, in float32. What lies beyond M or N is finite and has no meaning.
+
+    Under fp32 no sum is long: of at most `_CHAIN` products, of these within a slice, and of slices. One chain of D
+    fused additions would have 6 times the error at D 768. Triton makes that chain of dot(a, b) + c as well, unless
+    max_num_imprecise_acc is given, which means nothing else here.
+    """
     dot: tl.constexpr = "tf32" if PRECISION == "tf32" else "ieee"
+    STEP: tl.constexpr = _CHAIN if PRECISION == "fp32" else DEPTH
     x_RC = tl.zeros([ROWS, COLUMNS], tl.float32)
-    if DESCRIPTORS:
-        for d in range(0, D, DEPTH):
-            x_RC = tl.dot(image.load([row, d]), text.load([column, d]).T, x_RC, input_precision=dot)
-    else:
+    if not DESCRIPTORS:
         rows_R = tl.minimum(row + tl.arange(0, ROWS), M - 1).to(tl.int64)
         columns_C = tl.minimum(column + tl.arange(0, COLUMNS), N - 1).to(tl.int64)
-        depth_K = tl.arange(0, DEPTH)
+        depth_K = tl.arange(0, STEP)
         image_RK = image + rows_R[:, None] * image_stride + depth_K[None, :]
         text_KC = text + columns_C[None, :] * text_stride + depth_K[:, None]
-        for d in range(0, D, DEPTH):
-            inside_K = depth_K < D - d
-            part_RK = tl.load(image_RK + d, mask=inside_K[None, :], other=0.0)
-            part_KC = tl.load(text_KC + d, mask=inside_K[:, None], other=0.0)
-            x_RC = tl.dot(part_RK, part_KC, x_RC, input_precision=dot)
+    for d in range(0, D, DEPTH):
+        slice_RC = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for k in tl.static_range(0, DEPTH, STEP):
+            if DESCRIPTORS:
+                part_RK, part_KC = image.load([row, d + k]), text.load([column, d + k]).T
+            else:
+                inside_K = depth_K < D - d - k
+                part_RK = tl.load(image_RK + d + k, mask=inside_K[None, :], other=0.0)
+                part_KC = tl.load(text_KC + d + k, mask=inside_K[:, None], other=0.0)
+            if PRECISION == "fp32":
+                slice_RC += tl.dot(part_RK, part_KC, input_precision=dot, max_num_imprecise_acc=STEP)
+            else:
+                x_RC = tl.dot(part_RK, part_KC, x_RC, input_precision=dot)
+        if PRECISION == "fp32":
+            x_RC += slice_RC
     return x_RC
 
 
@@ -113,42 +128,15 @@ def _logsumexp_kernel(
 
     slot_R = row_slots + (column // COLUMNS).to(tl.int64) * M + rows_R
     max_R = tl.max(x_RC, 1)
-    sum_R = tl.sum(_power(x_RC, _finite(max_R)[:, None], scale_log2, PRECISION), 1)
+    sum_R = tl.sum(_power(x_RC, finite(max_R)[:, None], scale_log2, PRECISION), 1)
     tl.store(slot_R, max_R, mask=rows_R < M)
     tl.store(slot_R + tl.cdiv(N, COLUMNS).to(tl.int64) * M, sum_R, mask=rows_R < M)
 
     slot_C = column_slots + (row // ROWS).to(tl.int64) * N + columns_C
     max_C = tl.max(x_RC, 0)
-    sum_C = tl.sum(_power(x_RC, _finite(max_C)[None, :], scale_log2, PRECISION), 0)
+    sum_C = tl.sum(_power(x_RC, finite(max_C)[None, :], scale_log2, PRECISION), 0)
     tl.store(slot_C, max_C, mask=columns_C < N)
     tl.store(slot_C + tl.cdiv(M, ROWS).to(tl.int64) * N, sum_C, mask=columns_C < N)
-
-
-@triton.jit
-def _finite(peak):
-    """0 for -inf (nothing seen), so that -inf - peak is not NaN."""
-    return tl.where(peak == float("-inf"), 0.0, peak)
-
-
-@triton.jit(do_not_specialize=["M", "slots"])
-def _merge_kernel(max_ptr, sum_ptr, slots_ptr, M, slots, scale_log2, ROWS: tl.constexpr, SLOTS: tl.constexpr):
-    """Running statistics [M], in place, with slots [2, slots, M] merged in order: `Partial.merge`."""
-    rows_R = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    max_R = tl.load(max_ptr + rows_R, mask=rows_R < M, other=float("-inf"))
-    sum_R = tl.load(sum_ptr + rows_R, mask=rows_R < M, other=0.0)
-    for first in range(0, slots, SLOTS):
-        slots_K = first + tl.arange(0, SLOTS)
-        inside_KR = (slots_K < slots)[:, None] & (rows_R < M)[None, :]
-        slot_KR = slots_ptr + slots_K.to(tl.int64)[:, None] * M + rows_R[None, :]
-        max_KR = tl.load(slot_KR, mask=inside_KR, other=float("-inf"))
-        sum_KR = tl.load(slot_KR + slots.to(tl.int64) * M, mask=inside_KR, other=0.0)
-        peak_R = tl.maximum(max_R, tl.max(max_KR, 0))
-        base_R = _finite(peak_R)
-        sum_R *= tl.exp2((max_R - base_R) * scale_log2)
-        sum_R += tl.sum(sum_KR * tl.exp2((max_KR - base_R[None, :]) * scale_log2), 0)
-        max_R = peak_R
-    tl.store(max_ptr + rows_R, max_R, mask=rows_R < M)
-    tl.store(sum_ptr + rows_R, sum_R, mask=rows_R < M)
 
 
 @triton.jit(do_not_specialize=["M", "N", "offset"])
@@ -216,8 +204,9 @@ def logsumexp_block(
             offset = _offset(row_slice, column_slice, diagonal)
             visit = partial(_logsumexp_tile, image_RD, text_CD, logit_scale, offset, rows.diag[row_slice], precision)
             shape = shape or tuned("logsumexp", image_RD, text_CD, precision, visit)
-            for side, where, slots in zip((rows, columns), (row_slice, column_slice), visit(shape), strict=True):
-                _merge(side.max[where], side.sum[where], slots, logit_scale)
+            row_slots, column_slots = visit(shape)
+            own = (rows.max[row_slice], rows.sum[row_slice], row_slots)
+            merge(own, (columns.max[column_slice], columns.sum[column_slice], column_slots), logit_scale)
     if diagonal:
         columns.diag.copy_(rows.diag)
     return rows, columns
@@ -332,8 +321,9 @@ def _launch(
     """One program a tile, with the arguments that both kernels begin and end with."""
     image, text = image_RD, text_CD
     if descriptors:
-        image = TensorDescriptor.from_tensor(image_RD, [shape.rows, shape.depth])
-        text = TensorDescriptor.from_tensor(text_CD, [shape.columns, shape.depth])
+        step = _CHAIN.value if precision == "fp32" else shape.depth
+        image = TensorDescriptor.from_tensor(image_RD, [shape.rows, step])
+        text = TensorDescriptor.from_tensor(text_CD, [shape.columns, step])
     extents = (*image_RD.shape[:1], *text_CD.shape, image_RD.stride(0), text_CD.stride(0))
     kernel[(_programs(image_RD, text_CD, shape),)](
         image, text, *extents, offset, scale / math.log(2), *others,
@@ -350,14 +340,6 @@ def _describable(values_RD: Tensor) -> bool:
     16 entries divide."""
     stride = values_RD.stride(0)
     return values_RD.data_ptr() % 16 == 0 and stride % 16 == 0 and stride >= values_RD.shape[1]
-
-
-def _merge(max_R: Tensor, sum_R: Tensor, slots: Tensor, scale: float) -> None:
-    """Slots [2, tiles, R] into the running statistics, in place."""
-    programs = (triton.cdiv(len(max_R), _MERGE_ROWS),)
-    _merge_kernel[programs](
-        max_R, sum_R, slots, len(max_R), slots.shape[1], scale / math.log(2), _MERGE_ROWS, _MERGE_SLOTS
-    )
 
 
 def _accumulate(total: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:

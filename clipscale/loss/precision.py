@@ -62,15 +62,18 @@ def round_operand(values: Tensor, precision: str) -> Tensor:
     return values.to(OPERAND_DTYPE[precision]).to(accumulator_dtype(precision))
 
 
-def to_operand(values_ND: Tensor, precision: str, *, contiguous: bool) -> Tensor:
-    """`values_ND` in the operand type, for every product of a call: `values_ND` itself where it is one already.
+def to_operand(values_ND: Tensor, precision: str, *, contiguous: bool, copy: bool = False) -> Tensor:
+    """`values_ND` in the operand type, for every product of a call: `values_ND` itself where it is one already, unless
+    a `copy` is asked for.
 
     Its last stride is 1; all of it is dense if `contiguous`.
     """
+    original_ND = values_ND
     if precision == "tf32":
         values_ND = round_to_tf32(values_ND.float())
     operand_ND = values_ND.to(OPERAND_DTYPE[precision])
-    return operand_ND.contiguous() if contiguous or operand_ND.stride(1) != 1 else operand_ND
+    operand_ND = operand_ND.contiguous() if contiguous or operand_ND.stride(1) != 1 else operand_ND
+    return operand_ND.clone() if copy and operand_ND is original_ND else operand_ND
 
 
 def round_to_tf32(values: Tensor) -> Tensor:

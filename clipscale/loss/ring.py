@@ -10,9 +10,15 @@ Three ranks, by the owner of the block that stands at each, hop by hop:
 
 In pass 1 a block gathers the statistics of its columns, which are final where it stands at the end; in pass 2 it
 carries them along, and gathers its gradient. The blocks of the next hop travel while this hop's tiles are computed;
-what a block gathers lags behind it and is added to after the tiles, so that its transfer overlaps them too. Memory per
-rank is a fixed number of [N, D] blocks, whatever the number of ranks. Source: Inf-CL, arXiv 2410.17243; there the
-gradient's ring does not start where the first one ends.
+what a block gathers lags behind it and is added to after the tiles, so that its transfer overlaps them too.
+
+Between the passes the columns' 1 - p_ii go home, one hop forward: with them, -(1 - p_ii + 1 - q_ii) times the other
+side's embeddings is where a gradient starts. So memory per rank is a fixed number of [N, D] blocks, whatever the number
+of ranks. In the operands' type: the images, the text block that stands here, and the one that comes. In float32: the
+images' gradient, the one of the block here, the one that leaves, and the one that comes. A call that may overwrite
+(`contrastive_grads_in_place`) has the first of these, and the last block's, in its inputs' memory.
+
+Source: Inf-CL, arXiv 2410.17243; there the gradient's ring does not start where the first one ends.
 
 A rank's place in the ring is its position: the ring goes node by node, so that a hop crosses the network once for each.
 
@@ -20,7 +26,7 @@ Shapes: N pairs on this rank, M pairs of the block that stands here, D width, B 
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,9 +37,7 @@ from clipscale.loss.engines import Engine
 from clipscale.loss.link import Link, node_identity, ring_order
 from clipscale.loss.precision import OPERAND_DTYPE, accumulator_dtype
 from clipscale.loss.statistics import Partial, Softmax
-
-# What is done row by row outside the tiles is done for so many elements at a time, so that no temporary grows with N.
-CHUNK_ELEMENTS = 1 << 22
+from clipscale.loss.tiles import row_chunks
 
 Tensors = tuple[Tensor, ...]
 """What travels together: tensors of M rows each."""
@@ -137,7 +141,7 @@ def travel(
             ahead = ring.pass_on(cargo, owner_after, direction)
         gathered = visit(owner, cargo)
         if behind is not None:
-            gathered = merge(behind(), gathered)
+            gathered, behind = merge(behind(), gathered), None  # what has been sent, and what came, is free again
         if hops_left:
             behind = ring.pass_on(gathered, owner_after, direction) if gathered else None
             cargo, owner = ahead(), owner_after
@@ -211,7 +215,7 @@ def _settle(partial: Partial, scale: float) -> tuple[Tensor, Tensor, Softmax]:
     """Of final statistics: sums (loss, 1 - p_ii, (1 - p_ii) X_ii, X_ii, right ones; [5], float64), the largest 1 - p_ii
     ([1], float64), and their softmax in their place."""
     sums, largest = partial.max.new_zeros(5, dtype=torch.float64), partial.max.new_zeros(1, dtype=torch.float64)
-    for rows in _chunks(len(partial.max), 16):  # some 16 temporaries a row
+    for rows in row_chunks(len(partial.max), 16):  # some 16 temporaries a row
         part = Partial(*(values[rows] for values in partial))
         softmax = part.softmax(scale)
         missing = softmax.missing.double()
@@ -224,22 +228,37 @@ def _settle(partial: Partial, scale: float) -> tuple[Tensor, Tensor, Softmax]:
 
 
 def ring_gradients(
-    work: Work, statistics: Statistics, image_ND: Tensor, text_ND: Tensor, wanted: Wanted, origin: float, lift: float
+    work: Work,
+    statistics: Statistics,
+    image_ND: Tensor,
+    text_ND: Tensor,
+    wanted: Wanted,
+    *,
+    origin: float,
+    lift: float,
+    in_place: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """Pass 2. Collective. True derivatives of the mean over all B pairs, in the accumulator's type.
 
-    `image_ND` and `text_ND` are this rank's embeddings as they were given. The gradients of its images and of its texts
-    are None where they are not wanted. The third is the scale's, [] in float64, not yet summed over the ranks nor
-    divided by 2B: what the wrong pairs contribute, about `origin` (for it and `lift` see `tiles.gradient_block`).
+    `image_ND` and `text_ND` are this rank's embeddings as they were given; `in_place`, each becomes the gradient of the
+    other side, where that is wanted. The gradients of its images and of its texts are None where they are not. The
+    third is the scale's, [] in float64, not yet summed over the ranks nor divided by 2B: what the wrong pairs
+    contribute, about `origin` (for it and `lift` see `tiles.gradient_block`).
     """
     ring, scale = work.ring, work.scale
     dtype = accumulator_dtype(work.precision)
-    d_image_ND = image_ND.new_zeros(image_ND.shape, dtype=dtype) if wanted.image else None
+    minus_N1 = _missing_at_home(ring, statistics).neg_()[:, None] if wanted.image or wanted.text else None
+    d_image_ND = _start(text_ND, minus_N1, dtype, in_place) if wanted.image else None
     d_scale = image_ND.new_zeros((), dtype=torch.float64)
 
     def visit(owner: int, cargo: Tensors) -> Tensors:
         text_MD, *columns = cargo
-        d_text_MD = text_MD.new_zeros(text_MD.shape, dtype=dtype) if wanted.text else None
+        at_home = owner == ring.position
+        d_text_MD = None
+        if wanted.text and at_home:
+            d_text_MD = _start(image_ND, minus_N1, dtype, in_place)
+        elif wanted.text:
+            d_text_MD = text_MD.new_zeros(text_MD.shape, dtype=dtype)
         d_scale.add_(
             work.engine.gradient_block(
                 work.image_ND,
@@ -251,7 +270,7 @@ def ring_gradients(
                 d_text_MD,
                 origin=origin,
                 lift=lift,
-                diagonal=owner == ring.position,
+                diagonal=at_home,
                 precision=work.precision,
                 tile=work.tile,
             )
@@ -259,29 +278,31 @@ def ring_gradients(
         return (d_text_MD,) if wanted.text else ()
 
     def merge(carried: Tensors, own: Tensors) -> Tensors:
-        return (carried[0].add_(own[0]),)
+        return (own[0].add_(carried[0]),)  # of the last block, in the memory that it is to end in
 
-    _, (_, *columns), gathered = travel(
+    _, _, gathered = travel(
         ring, (work.take_text(), *statistics.columns), owner=work.owner, direction=-1, visit=visit, merge=merge
     )
-    d_text_ND = gathered[0] if wanted.text else None
-
-    # The last block, hence `columns`, is this rank's own.
-    missing_N1 = (statistics.rows.missing + Softmax(*columns).missing)[:, None]
+    d_text_ND = gathered[0] if wanted.text else None  # the last block is this rank's own
     factor = scale / (2 * max(ring.total_pairs, 1))
-    for d_ND, partner_ND in ((d_image_ND, text_ND), (d_text_ND, image_ND)):
+    for d_ND in (d_image_ND, d_text_ND):
         if d_ND is not None:
-            _finish(d_ND, missing_N1, partner_ND, factor)
+            d_ND.mul_(factor)
     return d_image_ND, d_text_ND, d_scale
 
 
-def _finish(d_ND: Tensor, missing_N1: Tensor, partner_ND: Tensor, factor: float) -> None:
-    """Add the diagonal's term, 2B dL/dS_ii = -((1 - p_ii) + (1 - q_ii)), and turn 2B/s times the gradient into it, in
-    place."""
-    for rows in _chunks(*d_ND.shape):
-        d_ND[rows].addcmul_(missing_N1[rows], partner_ND[rows].to(d_ND.dtype), value=-1.0).mul_(factor)
+def _missing_at_home(ring: Ring, statistics: Statistics) -> Tensor:
+    """(1 - p_ii) + (1 - q_ii) of this rank's pairs, [N]. The block that pass 1 leaves here is the next position's."""
+    missing_N = statistics.columns.missing
+    if ring.size > 1:
+        (missing_N,) = ring.pass_on((missing_N,), ring.position, 1)()
+    return statistics.rows.missing + missing_N
 
 
-def _chunks(rows: int, width: int) -> Iterator[slice]:
-    step = max(1, CHUNK_ELEMENTS // max(1, width))
-    return (slice(start, start + step) for start in range(0, rows, step))
+def _start(partner_ND: Tensor, minus_N1: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
+    """Where 2B/s times a gradient starts: at the diagonal's term, 2B dL/dS_ii = -((1 - p_ii) + (1 - q_ii)) times the
+    pair's other embedding. `in_place`, in the memory of that."""
+    d_ND = partner_ND if in_place else partner_ND.new_empty(partner_ND.shape, dtype=dtype)
+    for rows in row_chunks(*d_ND.shape):
+        torch.mul(partner_ND[rows].to(dtype), minus_N1[rows], out=d_ND[rows])
+    return d_ND

@@ -38,7 +38,9 @@ class Partial(NamedTuple):
 
     @classmethod
     def empty(cls, rows: int, like: Tensor) -> "Partial":
-        return cls(like.new_full((rows,), -torch.inf), *like.new_zeros(2, rows))
+        """Each value in memory of its own: a row of a shared one begins at an alignment that depends on `rows`, for
+        which Triton compiles again."""
+        return cls(like.new_full((rows,), -torch.inf), like.new_zeros(rows), like.new_zeros(rows))
 
     def merge(self, other: "Partial", scale: float) -> "Partial":
         """Both together, where no entry was seen by both."""

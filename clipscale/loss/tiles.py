@@ -22,6 +22,9 @@ from clipscale.loss.statistics import Partial, Softmax
 
 DEFAULT_TILE = 1024
 
+CHUNK_ELEMENTS = 1 << 22
+"""What is done row by row outside the tiles is done for so many elements at a time: no temporary grows with N."""
+
 
 def logsumexp_block(
     image_MD: Tensor,
@@ -102,6 +105,12 @@ def tiles_of(rows: int, columns: int, tile: int) -> Iterator[tuple[slice, slice]
     for top in range(0, rows, tile):
         for left in range(0, columns, tile):
             yield slice(top, min(top + tile, rows)), slice(left, min(left + tile, columns))
+
+
+def row_chunks(rows: int, width: int) -> Iterator[slice]:
+    """Slices of `rows` rows, each of at most CHUNK_ELEMENTS elements, or of one row."""
+    step = max(1, CHUNK_ELEMENTS // max(1, width))
+    return (slice(start, start + step) for start in range(0, rows, step))
 
 
 def _fold(partial: Partial, where: slice, x_TU: Tensor, scale: float) -> None:

@@ -63,7 +63,7 @@ _HOPPER = (
 _BLACKWELL = (Shape(128, 128, 64, 8, 3, descriptors=True), Shape(128, 128, 64, 8, 3))
 _TF32 = (Shape(128, 128, 32, 8, 3), Shape(128, 128, 32, 8, 3, descriptors=True))
 _TF32_AMPERE = (Shape(128, 128, 32, 8, 3), Shape(64, 128, 32, 4, 3))
-_FLOAT32 = (Shape(64, 64, 32, 4, 2), Shape(128, 64, 16, 8, 2), Shape(128, 128, 16, 8, 2))
+_FLOAT32 = (Shape(64, 64, 64, 4, 2), Shape(128, 64, 64, 8, 2), Shape(64, 64, 32, 4, 2))
 
 
 def candidates(precision: str, capability: tuple[int, int]) -> tuple[Shape, ...]:
@@ -78,6 +78,10 @@ def candidates(precision: str, capability: tuple[int, int]) -> tuple[Shape, ...]
         return _TF32 if family else _TF32_AMPERE
     return family or _AMPERE
 
+
+_DOES_NOT_FIT = ("PassManager::run failed", "[CUDA]: invalid argument", "[CUDA]: out of memory", "out of resource")
+"""Found in an error that has no class of its own: of Triton's compiler, and of a driver that refuses to load or launch
+a kernel, before anything ran."""
 
 _chosen: dict[str, Shape] = {}
 _KERNELS = Remembered("kernels.json", "loss kernels", check=lambda record: Shape(*record["shape"]))
@@ -126,7 +130,8 @@ def _source_hash() -> str:
 def _timed(key: str, shapes: Iterable[Shape], visit: Callable[[Shape], object]) -> dict[Shape, float]:
     """Median milliseconds, the fastest first. A shape that does not compile or fit is left out.
 
-    RuntimeError if none is left.
+    RuntimeError if none is left; and for any other fault of the device, which after an illegal access fails every
+    shape alike.
     """
     times = {}
     for shape in shapes:
@@ -135,6 +140,11 @@ def _timed(key: str, shapes: Iterable[Shape], visit: Callable[[Shape], object]) 
         except torch.OutOfMemoryError:
             raise
         except (TritonError, RuntimeError, AssertionError, KeyError) as error:  # the compiler, the driver, the options
+            if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in _DOES_NOT_FIT):
+                raise RuntimeError(
+                    f"{key}: {shape} failed while it was timed, and not because it does not compile or fit: {error}; "
+                    "choose engine='torch', and run with CUDA_LAUNCH_BLOCKING=1 to see which kernel it was"
+                ) from error
             tell(f"{key}: {shape} is left out: {error}")
     if not times:
         raise RuntimeError(f"none of the loss kernel's shapes runs ({key}): choose engine='torch'")

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from clipscale.step.gradcache import Encoder
 from clipscale.step.plan import GraphCost
-from clipscale.towers import Tower, Towers
+from clipscale.towers import Towers
 
 _SAMPLES = 8, 16  # of the chunks that are measured
 _SHORT = 16  # tokens
@@ -45,7 +46,7 @@ def _line(few: int, many: int) -> GraphCost:
     return GraphCost(max(0.0, few - sample * _SAMPLES[0]), sample)
 
 
-def saved_bytes(tower: Tower, inputs: Tensor) -> int:
+def saved_bytes(tower: Encoder, inputs) -> int:
     """Bytes that the graph of one chunk keeps beyond what it shares with that of another chunk."""
     devices = [tower.device] if tower.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.enable_grad(), tower.shared_casts():
@@ -55,7 +56,7 @@ def saved_bytes(tower: Tower, inputs: Tensor) -> int:
     return sum(size for storage, size in own.items() if storage not in shared)
 
 
-def _saved(tower: Tower, inputs: Tensor) -> tuple[dict[int, int], Tensor]:
+def _saved(tower: Encoder, inputs) -> tuple[dict[int, int], Tensor]:
     """Bytes of each storage that a call's graph saves, by its address; and the embeddings, which hold the graph."""
     weights = {each.untyped_storage().data_ptr() for each in tower.encoder.state_dict().values()}
     found: dict[int, int] = {}

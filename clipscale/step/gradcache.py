@@ -19,11 +19,11 @@ Shapes: N slots of this rank, of which V valid; M of a chunk; D width; L tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from typing import NamedTuple
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clipscale.counter import fold
 from clipscale.data.load.replay import Inputs
@@ -31,7 +31,7 @@ from clipscale.loss import ContrastiveGrads
 from clipscale.parts import UNTIMED, Parts
 from clipscale.step.places import Places, compact_
 from clipscale.step.plan import StepPlan, TowerPlan
-from clipscale.step.walks import Captions, Chunk, Pictures
+from clipscale.step.walks import Captions, Chunk, Pictures, Walk
 from clipscale.towers import Tower, Towers
 
 LossAndGrads = Callable[..., ContrastiveGrads]
@@ -118,13 +118,28 @@ def captions_of(tower: Tower, tokens_NL: Tensor, plan: TowerPlan) -> Captions:
     return Captions(tokens_NL, plan, tower.cut.lengths(tokens_NL) if tower.cut and not plan.by_chunk else None)
 
 
+class Encoder(Protocol):
+    """What two passes ask of a tower."""
+
+    name: str
+    encoder: nn.Module
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def shared_casts(self) -> AbstractContextManager: ...
+
+    def __call__(self, inputs, positions: Tensor | None = None) -> Tensor:
+        """A chunk's inputs, as its walk has them -> embeddings [M, D]."""
+
+
 class TwoPasses:
     """One tower in one step: its embeddings, and then its gradients."""
 
     def __init__(
         self,
-        tower: Tower,
-        walk: Pictures | Captions,
+        tower: Encoder,
+        walk: Walk,
         key: int,
         positions: Tensor | None = None,
         *,
@@ -170,12 +185,14 @@ class TwoPasses:
 
     @staticmethod
     def _backward(embeddings: Tensor, slots: slice | Tensor, d_VD: Tensor, places: Places, grad_scale: float) -> None:
+        if not embeddings.requires_grad:  # what learns in the encoder has no part in them
+            return
         d_MD = places.rows_of(d_VD, slots, len(embeddings)) * grad_scale
         embeddings.backward(d_MD.to(embeddings.dtype))
 
 
 @contextmanager
-def chunk_randomness(key: int, tower: Tower, start: int) -> Iterator[None]:
+def chunk_randomness(key: int, tower: Encoder, start: int) -> Iterator[None]:
     """torch's generators, seeded for the chunk that begins at slot `start`; the outer state comes back afterwards."""
     on_gpu = tower.device.type == "cuda"
     seed = torch.manual_seed if on_gpu else torch.default_generator.manual_seed  # the first prepares absent GPUs too

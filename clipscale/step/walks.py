@@ -13,7 +13,7 @@ Shapes: N slots of this rank, M slots of a chunk, L tokens of a caption.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -45,6 +45,19 @@ class Chunk(NamedTuple):
     def size(self) -> int:
         """M."""
         return self.slots.stop - self.slots.start if isinstance(self.slots, slice) else len(self.slots)
+
+
+class Walk(Protocol):
+    """What two passes ask of a walk."""
+
+    kept: int
+    """Samples of the chunks whose graphs are kept."""
+
+    def __len__(self) -> int: ...
+
+    def first(self, device: torch.device) -> Iterator[Chunk]: ...
+
+    def again(self, device: torch.device) -> Iterator[Chunk]: ...
 
 
 class Pictures:
@@ -118,9 +131,14 @@ class Captions:
         part = self._tokens_NL[rows.slots][:, : rows.length]
         if rows.rows > rows.size:
             part = torch.cat([part, part[:1].expand(rows.rows - rows.size, -1)])
-        if device.type != "cuda":
-            return part.to(device)
-        return part.contiguous().pin_memory().to(device, non_blocking=True)  # from a cache of page-locked memory
+        return on_device(part, device)
+
+
+def on_device(part: Tensor, device: torch.device) -> Tensor:
+    """`part` itself, or a copy that the host does not wait for."""
+    if device.type != "cuda" or part.is_cuda:
+        return part.to(device)
+    return part.contiguous().pin_memory().to(device, non_blocking=True)  # from a cache of page-locked memory
 
 
 def _how_many(chunks: list[Rows], plan: TowerPlan) -> int:

@@ -30,7 +30,7 @@ from clipscale.errors import UserError, require
 from clipscale.open_clip_files import TokenizerChoice, check_model, model_settings
 from clipscale.towers.captions import CaptionCut
 from clipscale.towers.draws import draw_by_position, draws_by_chunk
-from clipscale.towers.tower import Tower, normalise_pixels, token_ids
+from clipscale.towers.tower import Tower, normalise_pixels, refuse_batchnorm, token_ids
 
 
 @dataclass
@@ -105,7 +105,7 @@ def build_towers(
             model = open_clip.CustomTextCLIP(init_logit_scale=math.log(config.logit_scale_init), **settings)
         except Exception as error:  # open_clip and timm assert, divide, unpack and download
             raise UserError(f"{what} cannot be built: {_reason(error)}") from error
-    _refuse_batchnorm(model, what)
+    refuse_batchnorm(model, what)
     for encoder in (model.visual, model.text):
         draw_by_position(encoder)
     model = model.to(device)
@@ -217,12 +217,3 @@ def _vocabulary(text: nn.Module) -> int:
     if isinstance(text, HFTextEncoder):
         return text.transformer.get_input_embeddings().num_embeddings
     return text.token_embedding.num_embeddings
-
-
-def _refuse_batchnorm(model: nn.Module, what: str) -> None:
-    for path, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            raise UserError(
-                f"{what} has BatchNorm ({path}): gradient caching runs every chunk twice, which would "
-                "change its statistics; choose a tower with LayerNorm (a ViT, a ConvNeXt)"
-            )

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from clipscale.errors import UserError
 from clipscale.towers.captions import CaptionCut
 from clipscale.towers.draws import drawing
 
@@ -94,3 +95,13 @@ def token_ids(tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Token ids [M, L], of any integer type, as what a text encoder takes: int64."""
     del dtype
     return tokens.long()
+
+
+def refuse_batchnorm(model: nn.Module, what: str) -> None:
+    """UserError where a chunk's second pass would change what the first one has left."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise UserError(
+                f"{what} has BatchNorm ({path}): gradient caching runs every chunk twice, which would "
+                "change its statistics; choose a tower with LayerNorm (a ViT, a ConvNeXt)"
+            )

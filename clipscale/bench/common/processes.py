@@ -5,6 +5,7 @@
     cpu_seconds() - before          # of all threads of this process and of its descendants, to the nanosecond
     settle()                        # waits until none of them works any more
     memory(pid).resident_bytes
+    held_bytes()                    # of the whole tree
 
 Counted: the process CPU clocks (user and system) of this process and of all living descendants, which have the threads
 that ended in them, and what descendants had used that ended and were waited for. Not counted: the kernel's own threads
@@ -38,15 +39,15 @@ def cpu_seconds() -> float:
     return time.process_time() + ended.ru_utime + ended.ru_stime + sum(map(_cpu_seconds_of, descendants()))
 
 
-def descendants() -> list[int]:
-    """Process numbers of the children, their children, and so on."""
+def descendants(pid: int | None = None) -> list[int]:
+    """Process numbers of the children, their children, and so on, of a process; by default of this one."""
     children: dict[int, list[int]] = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit() and (stat := _stat(int(entry))):
             children.setdefault(int(stat[1]), []).append(int(entry))
-    found = [os.getpid()]
-    for pid in found:  # grows while it is walked
-        found += children.get(pid, [])
+    found = [os.getpid() if pid is None else pid]
+    for parent in found:  # grows while it is walked
+        found += children.get(parent, [])
     return found[1:]
 
 
@@ -62,9 +63,24 @@ def settle(limit_seconds: float = 60.0) -> None:
 
 def memory(pid: int) -> Memory:
     """Of a living process of this user."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
-    sizes = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
+    sizes = _rollup(pid)
     return Memory(sizes["Rss"], sizes["Pss"], sizes["Anonymous"])
+
+
+def held_bytes() -> int:
+    """Anonymous and shared memory of this process and its descendants together, each page once: heaps, stacks and
+    memory files, without the files that programs are read from."""
+    kinds = ("Pss_Anon", "Pss_Shmem")
+    return sum(sizes[kind] for pid in (os.getpid(), *descendants()) if (sizes := _rollup(pid)) for kind in kinds)
+
+
+def _rollup(pid: int) -> dict[str, int]:
+    """/proc/<pid>/smaps_rollup, in bytes; empty when the process is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    except OSError:
+        return {}
+    return {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
 
 
 def _cpu_seconds_of(pid: int) -> float:

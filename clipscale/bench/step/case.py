@@ -193,7 +193,14 @@ class CaseRun:
             return {}
         self.trainee.restore()
         takes = {entry.contestant.name: entry.contestant.take for entry in entries}
-        turns = self._in_turn(takes, max(entry.step_seconds for entry in entries), between)
+        for own in filter(None, (entry.contestant.own for entry in entries)):
+            own.part_seconds()  # what was watched is not told
+        try:
+            turns = self._in_turn(takes, max(entry.step_seconds for entry in entries), between)
+        except Exception as error:  # as in `_guarded`, though whose it was is not known
+            for entry in entries:
+                entry.status = f"failed: {first_line(error)}"
+            return {}
         for name, done in turns.items():
             self.budget.record(
                 self.case, name, statistics.median(_step_seconds(turn, self.case.pairs) for turn in done)
@@ -214,6 +221,7 @@ class CaseRun:
 
         def say(line: str) -> None:
             _say(f"  {line}")
+            self.trainee.restore_weights()
             between()
 
         rounds = self.budget.rounds(step_seconds)
@@ -255,6 +263,7 @@ class CaseRun:
         tflops = entry.flop / row["step_seconds"]["median"] / 1e12
         return row | {
             "loss": entry.loss,
+            "seconds_by_part": one.own.part_seconds() if one.own else {},
             "kept_share": one.own.result.kept_share if one.own else 0.0,
             "tokens_per_caption": one.own.result.tokens_per_caption if one.own else float(self.batch.tokens.shape[1]),
             "tower_flop": entry.flop,

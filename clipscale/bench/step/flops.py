@@ -27,7 +27,12 @@ def _attention_backward(grad_shape, query_shape, key_shape, value_shape, *_, out
     return sdpa_backward_flop_count(grad_shape, query_shape, key_shape, value_shape)
 
 
-_ATTENTION_ON_A_CPU = {  # which torch itself does not count
+def _addmm(total_shape, left_shape, right_shape, *_, out_shape=None, **__) -> int:
+    return 2 * left_shape[0] * left_shape[1] * right_shape[1]
+
+
+_OWN_COUNTS = {  # what torch does not count: attention on a CPU, and half products added to a float32 matrix
+    torch.ops.aten.addmm: _addmm,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
@@ -35,7 +40,7 @@ _ATTENTION_ON_A_CPU = {  # which torch itself does not count
 
 class _Count:
     def __init__(self) -> None:
-        self.counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION_ON_A_CPU)
+        self.counter = FlopCounterMode(display=False, custom_mapping=_OWN_COUNTS)
         self.of_others = 0
 
 

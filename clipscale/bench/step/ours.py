@@ -8,7 +8,7 @@ step.kept_share                    # of all samples of both towers, whose graphs
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ from clipscale.bench.step.trainee import Batch, Trainee
 from clipscale.config import Config, GradCache, Replay, Train
 from clipscale.data.load.replay import Held
 from clipscale.dist import World
-from clipscale.loss import ContrastiveGrads, contrastive_grads
+from clipscale.loss import ContrastiveGrads, contrastive_grads_in_place
+from clipscale.parts import OTHER, Parts
 from clipscale.step import StepResult, TowerPlan, gradcache_step
 from clipscale.step.gradcache import TwoPasses, captions_of
 from clipscale.step.places import Places
@@ -40,7 +41,7 @@ class OwnStep:
         loss_precision: str = "auto",
     ) -> None:
         self._trainee, self._batch, self._loss_precision = trainee, batch, loss_precision
-        self._images = _Marked(batch.images, image_chunk)
+        self._images = Held(batch.images, image_chunk)
         self._valid = torch.ones(len(batch), dtype=torch.bool)
         settings = GradCache(image_chunk=image_chunk, text_chunk=text_chunk, keep_bytes=keep_bytes)
         config = Config(train=Train(global_batch=len(batch)), gradcache=settings, replay=Replay(kind="host"))
@@ -48,6 +49,12 @@ class OwnStep:
         self.how = f"gradcache_step; {plan_line(self._plan, trainee.towers, len(batch))}"
         self.result: StepResult | None = None
         """Of the last step."""
+        self._parts, self._steps = _SeenParts(trainee.device), 0
+
+    def part_seconds(self) -> dict[str, float]:
+        """Of a step, on the average of those since the last call."""
+        steps, self._steps = max(self._steps, 1), 0
+        return {name: seconds / steps for name, seconds in self._parts.take().items() if name != OTHER}
 
     def take(self) -> float:
         trainee = self._trainee
@@ -60,36 +67,37 @@ class OwnStep:
             plan=self._plan,
             loss_and_grads=self._loss,
             key=0,
+            positions=torch.arange(len(self._batch)),
             grad_scale=trainee.multiply,
+            parts=self._parts,
         )
-        trainee.finish(clip=math.inf)
+        with self._parts.part("optimizer"):
+            trainee.finish(clip=math.inf)
+        self._steps += 1
         return self.result.loss
 
     def _loss(self, image_VD: Tensor, text_VD: Tensor, logit_scale: float, **wanted: bool) -> ContrastiveGrads:
-        begin_part("loss")
         with not_towers():
-            grads = contrastive_grads(image_VD, text_VD, logit_scale, precision=self._loss_precision, **wanted)
-        begin_part("pass 2")
-        return grads
+            return contrastive_grads_in_place(image_VD, text_VD, logit_scale, precision=self._loss_precision, **wanted)
 
 
-class _Marked(Held):
-    """Pictures, whose first pass is a part of the step, and what follows it the captions' first pass."""
+class _SeenParts(Parts):
+    """A step's parts, whose memory may be watched as well."""
 
-    def first(self, device: torch.device, kept: int = 0) -> Iterator[tuple[int, Tensor]]:
-        begin_part("image pass 1")
-        yield from super().first(device, kept)
-        begin_part("text pass 1")
+    def enter(self, name: str) -> None:
+        super().enter(name)
+        begin_part(name)
 
 
 def own_text(trainee: Trainee, batch: Batch, d_text_ND: Tensor, *, chunk: int) -> Callable[[], None]:
     """The text tower's part of a step that keeps nothing: both passes, for given gradients of its embeddings."""
-    tower, only = trainee.towers.text, TowerPlan(chunk)
-    places = Places(torch.ones(len(batch), dtype=torch.bool))
+    tower, plan = trainee.towers.text, TowerPlan(chunk, by_chunk=bool(trainee.towers.draws_by_chunk()["text"]))
+    places, positions = Places(torch.ones(len(batch), dtype=torch.bool)), torch.arange(len(batch))
 
     def take() -> None:
         trainee.begin()
-        passes = TwoPasses(tower, captions_of(tower, batch.tokens, only), key=0)
+        captions = captions_of(tower, batch.tokens, plan)
+        passes = TwoPasses(tower, captions, 0, positions, by_chunk=plan.by_chunk)
         passes.embed()
         passes.replay(d_text_ND, places, 1.0)
 

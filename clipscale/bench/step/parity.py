@@ -4,12 +4,14 @@
     found["met"]                       # losses within 1e-5, gradients of the logit scale within 1e-3 of the largest
 
 open_clip takes every batch whole (accumulation 1), clipscale takes it in chunks. The scale's gradient is compared for
-itself: AdamW divides each gradient by its own size, so that a factor on it hardly shows in the losses.
+itself: AdamW divides each gradient by its own size, so that a constant factor on it does not show in the losses (four
+times too large, after 20 steps of the tests' model: 5e-7, which is rounding).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -20,9 +22,11 @@ from clipscale.bench.step.ours import OwnStep
 from clipscale.bench.step.peers import open_clip_step
 from clipscale.bench.step.trainee import Batch, Trainee, build_trainee, draw_batch
 from clipscale.config import Model
+from clipscale.loss.precision import exact_products
 
 STEPS = 20
 LOSS_BOUND, SCALE_BOUND = 1e-5, 1e-3
+_CONVOLUTIONS_APART = hasattr(torch.backends.cudnn, "conv")  # since torch 2.9
 
 
 class Track(NamedTuple):
@@ -39,9 +43,23 @@ def measure_parity(
     """The numbers, ready for JSON."""
     trainee = build_trainee(model, device=device, precision="fp32", seed=seed)
     batches = [draw_batch(trainee, pairs, lengths, distinct=pairs, seed=seed + step) for step in range(STEPS)]
-    own = follow(trainee, batches, own_maker(trainee, shape))
-    theirs = follow(trainee, batches, lambda batch: open_clip_step(trainee, batch, chunk=pairs))
+    with exact_products("fp32", device), _exact_convolutions():
+        own = follow(trainee, batches, own_maker(trainee, shape))
+        theirs = follow(trainee, batches, lambda batch: open_clip_step(trainee, batch, chunk=pairs))
     return {"pairs": pairs, "image_chunk": shape.image_chunk, "text_chunk": shape.text_chunk} | compare(own, theirs)
+
+
+@contextmanager
+def _exact_convolutions() -> Iterator[None]:
+    """Within: cuDNN does not round float32 to TF32, as it does by default."""
+    settings = torch.backends.cudnn.conv if _CONVOLUTIONS_APART else torch.backends.cudnn
+    name, exact = ("fp32_precision", "ieee") if _CONVOLUTIONS_APART else ("allow_tf32", False)
+    before = getattr(settings, name)
+    setattr(settings, name, exact)
+    try:
+        yield
+    finally:
+        setattr(settings, name, before)
 
 
 def own_maker(trainee: Trainee, shape: Shape) -> Callable[[Batch], Callable[[], float]]:

@@ -8,7 +8,7 @@ from clipscale.bench.common.results import LAST_LINE, heading, images
 from clipscale.bench.common.tables import aligned, markdown_table, short
 from clipscale.bench.common.words import size_name
 
-PARTS = ("image pass 1", "text pass 1", "loss", "pass 2", "optimizer")
+PARTS = ("image forward", "text forward", "loss", "image backward", "text backward", "optimizer")
 COLUMNS = (
     "contestant",
     "samples/s",
@@ -21,7 +21,7 @@ COLUMNS = (
     "of matmul",
     "kept",
     "peak MiB",
-    *PARTS,
+    *(f"{part}: MiB" for part in PARTS),
 )
 
 
@@ -54,7 +54,20 @@ def cells(case: dict[str, Any], row: dict[str, Any]) -> list[str]:
     ]
 
 
-def text_line(case: dict[str, Any]) -> str:
+def lines_below(case: dict[str, Any]) -> list[str]:
+    """What a table does not hold: time by part, and the text tower alone."""
+    timed = [row for row in case["rows"] if row["status"] == "measured" and row["seconds_by_part"]]
+    return [*(_time_line(row) for row in timed), _text_line(case)]
+
+
+def _time_line(row: dict[str, Any]) -> str:
+    whole = sum(row["seconds_by_part"].values())
+    parts = (f"{part} {short(1e3 * s)} ms ({s / whole:.0%})" for part, s in row["seconds_by_part"].items())
+    tokens = f"{row['tokens_per_caption']:.1f} tokens a caption run"
+    return f"{row['contestant']}, time by part: {', '.join(parts)}; {tokens}."
+
+
+def _text_line(case: dict[str, Any]) -> str:
     """The text tower alone."""
     text = case["text"]
     return (
@@ -84,7 +97,7 @@ def text_table(case: dict[str, Any]) -> str:
     lines += [
         aligned(row, widths) if status == "measured" else f"{row[0].ljust(widths[0])}  {status}" for status, row in rows
     ]
-    return "\n".join([*lines, text_line(case)])
+    return "\n".join([*lines, *lines_below(case)])
 
 
 def markdown(document: dict[str, Any], pictures: list[str]) -> str:
@@ -92,7 +105,8 @@ def markdown(document: dict[str, Any], pictures: list[str]) -> str:
     lines = [*heading(document, "Training step"), *document["notes"], "", *images(pictures)]
     for case in document["steps"]:
         table = markdown_table(COLUMNS, [cells(case, row) for row in case["rows"]])
-        lines += ["", f"## {case_title(case)}", "", *table, "", text_line(case)]
+        below = (f"- {line}" for line in lines_below(case))
+        lines += ["", f"## {case_title(case)}", "", *table, "", *below]
     if document["parity"]:
         lines += ["", "## The same losses", ""]
         lines += [f"- {parity_line(model, parity)}" for model, parity in document["parity"].items()]

@@ -77,8 +77,12 @@ class Trainee:
     def restore(self) -> None:
         """The first weights, and an optimizer that has seen nothing."""
         self.begin()
-        self.towers.model.load_state_dict(self.weights)
+        self.restore_weights()
         self.optimizer.state.clear()
+
+    def restore_weights(self) -> None:
+        """Noise is no data: hundreds of steps on it lead nowhere, perhaps to numbers that are not finite."""
+        self.towers.model.load_state_dict(self.weights)
 
     def tensors(self) -> Iterable[Tensor]:
         """All that is there between two steps."""

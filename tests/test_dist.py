@@ -1,0 +1,36 @@
+"""clipscale/dist.py: how the ranks are joined. The ranks themselves: tests/test_ranks.py."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from clipscale.dist import start_world
+
+
+class Joined(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("device", "backend"), [("cpu", "gloo"), ("cuda", "nccl")])
+def test_only_nccl_is_asked_for_streams_of_high_priority(monkeypatch, device, backend):
+    told = {}
+
+    def join(name, **options):
+        told.update(options, backend=name)
+        raise Joined
+
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: None)
+    monkeypatch.setattr(dist, "init_process_group", join)
+    with pytest.raises(Joined), start_world(device):
+        pass
+    assert told["backend"] == backend
+    options = told["pg_options"]
+    if device == "cpu":
+        assert options is None
+    else:
+        assert options.is_high_priority_stream
+        assert options._timeout == told["timeout"], "or torch warns"
