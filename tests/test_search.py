@@ -122,8 +122,9 @@ def on_gpu(clock, room, sizes=(32, 64, 128, 256)) -> list[int]:
     """The sizes that are timed on a GPU."""
     clock.busy = 300
     tower = SimpleNamespace(encoder=nn.Linear(2, 2), device=GPU, shared_casts=nullcontext)
-    timings = measured(tower, torch.ones, sizes, True, lambda samples: 1e99, room)
+    timings, full = measured(tower, torch.ones, sizes, True, lambda samples: 1e99, room)
     assert [each.samples for each in timings] == [s for s, _ in clock.timed if not isinstance(clock.peak(s), Exception)]
+    assert full == (len(timings) < len(sizes))
     return [each.samples for each in timings]
 
 
@@ -179,13 +180,18 @@ def test_what_the_figures_depend_on(tmp_path, clock, monkeypatch):
 
     clock.busy = 32
     assert timed_anew()
-    assert not timed_anew("train.samples=9999", "optim.lr=1", room=0.9e9), "memory goes by powers of two"
+    assert not timed_anew("train.samples=9999", "optim.lr=1")
+    assert not timed_anew(room=9e9), "memory was no bound"
     assert not timed_anew(slots=8192), "no chunk is that large"
     assert timed_anew("model.vision.width=48")
     assert timed_anew("train.deterministic=true")
     assert timed_anew(side="text")
-    assert timed_anew(room=2e9)
     assert timed_anew(slots=256)
+    clock.busy, bound = 4096, 2 * 1000 * 64
+    assert timed_anew("model.vision.width=64", room=bound)
+    assert not timed_anew("model.vision.width=64", room=bound * 1.01), "memory goes by powers of two"
+    assert timed_anew("model.vision.width=64", room=bound * 4)
+    clock.busy = 32
     for name, value in (
         ("device_name", lambda device: "another"),
         ("_precision", lambda tower: "another"),

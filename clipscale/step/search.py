@@ -123,19 +123,20 @@ class Search:
     ) -> list[Timing]:
         """Of `sizes`, as far as it makes sense to go; from the file where it has them."""
         key = self._key(tower, sizes, backwards)
-        record = _FILE.find(key)
+        within = f"{key}, within {_power_of_two(self._room):,} bytes"  # where memory was the end of it
+        record = _FILE.find(key) or _FILE.find(within)
         if record is not None:
             self._remembered = True
         else:
             begin = time.perf_counter()
             with _undone(tower):
-                timings = measured(tower, self._inputs(tower), sizes, backwards, peak_bytes, self._room)
+                timings, full = measured(tower, self._inputs(tower), sizes, backwards, peak_bytes, self._room)
             self._seconds += time.perf_counter() - begin
-            record = _FILE.keep(key, {"timings": timings})
+            record = _FILE.keep(within if full else key, {"timings": timings})
         return [Timing(*each) for each in record["timings"]]
 
     def _key(self, tower: Tower, sizes: Sequence[int], backwards: bool) -> str:
-        """All that the figures depend on; memory to the power of two below."""
+        """All that the figures depend on, but for memory."""
         model = json.dumps(dataclasses.asdict(self._config.model), sort_keys=True)
         versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "open_clip_torch", "timm"))
         way = "forwards and backwards" if backwards else "forwards"
@@ -143,7 +144,7 @@ class Search:
             way += ", deterministic"
         return (
             f"{tower.name} tower of {self._config.model.name} {hashlib.sha256(model.encode()).hexdigest()[:12]} {way}, "
-            f"{sizes[0]} to {sizes[-1]} in {_power_of_two(self._room):,} bytes, {_precision(tower)} on "
+            f"{sizes[0]} to {sizes[-1]} in {_precision(tower)} on "
             f"{device_name(tower.device)}, {versions}, clipscale {__version__}"
         )
 
@@ -169,8 +170,8 @@ def measured(
     backwards: bool,
     peak_bytes: Callable[[int], float],
     room_bytes: float,
-) -> list[Timing]:
-    """Timings of `sizes`, ascending: up to memory's end, the time's, or where two in a row bring nothing.
+) -> tuple[list[Timing], bool]:
+    """Timings of `sizes`, ascending: up to memory's end (then true), the time's, or where two in a row bring nothing.
 
     Args:
         peak_bytes: an estimate, for a CPU, where nobody counts.
@@ -179,17 +180,17 @@ def measured(
     with tower.shared_casts(), torch.set_grad_enabled(backwards):
         for samples in sizes:
             on_gpu = tower.device.type == "cuda"
-            if not on_gpu and peak_bytes(samples) > room_bytes:
-                break
+            foretold = peak_bytes(samples) if not on_gpu else 2 * timings[-1].peak_bytes if timings else 0
+            if foretold > room_bytes:
+                return timings, True
             try:
                 seconds, peak = _timed(tower, inputs(samples), backwards, deadline)
             except torch.OutOfMemoryError:
-                break
+                return timings, True
             timings.append(Timing(samples, seconds, peak if on_gpu else peak_bytes(samples)))
-            full = on_gpu and 2 * peak > room_bytes
-            if full or _level(timings) or time.perf_counter() + 4 * seconds > deadline:  # of twice the size, two turns
+            if _level(timings) or time.perf_counter() + 4 * seconds > deadline:  # of twice the size, two turns
                 break
-    return timings
+    return timings, False
 
 
 def _timed(tower: Tower, inputs: Tensor, backwards: bool, deadline: float) -> tuple[float, int]:
