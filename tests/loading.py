@@ -72,7 +72,7 @@ class Copy:
     positions: np.ndarray  # int64 [N]
     keys: list[str]  # [N]
     images: torch.Tensor  # uint8 [N, 3, S, S]
-    tokens: torch.Tensor  # int64 [N, L]
+    tokens: torch.Tensor  # int32 [N, L]
     valid: torch.Tensor  # bool [N]
     skips: list[Skip]
 

@@ -33,7 +33,7 @@ model:
 data: {{sources: {{s: {{urls: "{urls}"}}}}, threads: 3, loader: inline, max_bad_fraction: 0.5}}
 train: {{global_batch: 8, samples: 96}}
 optim: {{lr: 1.0e-2, warmup_steps: 3, kind: {kind}}}
-gradcache: {{image_chunk: 3, text_chunk: 5}}
+gradcache: {{image_chunk: 3, text_chunk: 5, keep_bytes: 240_000}}  # of the three chunks of pictures two are kept
 checkpoint: {{every_steps: 2}}
 """
 

@@ -13,7 +13,7 @@ model:
   text: {{context_length: 8, width: 32, heads: 2, layers: 1}}
 data: {{sources: {{mine: {{urls: "{urls}"}}}}, threads: 1, loader: inline}}
 train: {{global_batch: 8, samples: 32}}
-gradcache: {{image_chunk: 3, text_chunk: 5}}
+gradcache: {{image_chunk: 3, text_chunk: 5, keep_bytes: 0}}
 """
 MODEL = config_from_yaml(YAML.format(run="run", urls="x.tar")).model
 

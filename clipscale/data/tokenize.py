@@ -59,7 +59,7 @@ class Tokenizer:
 def caption_hashes(tokens_NL: torch.Tensor) -> torch.Tensor:
     """int64 [N]: the same for the same tokens. A dot product with odd 64-bit constants, modulo 2^64."""
     weights = np.random.default_rng(0).integers(0, 2**63, tokens_NL.shape[1], np.int64) * 2 + 1
-    return tokens_NL @ torch.from_numpy(weights)
+    return tokens_NL.long() @ torch.from_numpy(weights)
 
 
 def build_tokenizer(model_name: str | None, context_length: int) -> Tokenizer:

@@ -39,9 +39,12 @@ def plan_step(config: Config, towers: Towers, world: World, recorded: dict[str, 
     slots = config.train.global_batch // world.size
     if recorded and recorded["settings"] == _settings(config, world):
         return StepPlan(*(_tower_plan(recorded[name]) for name in ("image", "text")))
-    training = towers.model.training
+    settings, training = config.gradcache, towers.model.training
+    sizes = settings.image_chunk, settings.text_chunk, settings.forward_chunks
     towers.model.train()
-    costs, by_chunk = graph_costs(towers), towers.draws_by_chunk()
+    counted_for = settings.keep_bytes != 0 or "auto" in sizes
+    costs = graph_costs(towers) if counted_for else (GraphCost(), GraphCost())
+    by_chunk = towers.draws_by_chunk()
     towers.model.train(training)
     for name, layers in by_chunk.items():
         if layers:
@@ -57,7 +60,7 @@ def plan_step(config: Config, towers: Towers, world: World, recorded: dict[str, 
         TowerPlan(sizes.chunk, sizes.chunk * sizes.forward_chunks, cost=cost, by_chunk=by_chunk)
         for sizes, cost, by_chunk in zip(_sizes(config, towers, world, room, costs, alike), costs, alike, strict=True)
     ]
-    keep_bytes = config.gradcache.keep_bytes
+    keep_bytes = settings.keep_bytes
     if keep_bytes == "auto":
         keep_bytes = max(0, int(room - _replay_bytes(towers, StepPlan(*plans))))
     keep_bytes, image_cost, text_cost = _agreed(world, keep_bytes, *costs)

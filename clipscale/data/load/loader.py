@@ -64,7 +64,7 @@ class StepBatch:
     position: int  # of the global batch's first slot
     positions: np.ndarray  # int64 [N]
     images: StepPictures  # uint8 [N, 3, S, S], chunk by chunk
-    tokens: torch.Tensor  # int64 [N, L]
+    tokens: torch.Tensor  # int32 [N, L]
     valid: torch.Tensor  # bool [N]
     skips: list[Skip]
 
@@ -115,7 +115,7 @@ class Loader(Iterator[StepBatch]):
         self.workers = work(pipeline, share, self._blocks, setup.threads)
         self._blocks.fault_in(setup.threads)  # while the process starts
         self.staging = self._lock() if setup.pin else None
-        tokens = torch.zeros(share.slots, pipeline.context_length, dtype=torch.int64)
+        tokens = torch.zeros(share.slots, pipeline.context_length, dtype=torch.int32)
         self._tokens = tokens.pin_memory() if setup.pin else tokens
         self._valid = torch.zeros(share.slots, dtype=torch.bool)
         self._plan = _planned(start, share.global_batch, setup.shape, passes=1 + tier.asks_twice)
