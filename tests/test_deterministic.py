@@ -15,7 +15,7 @@ from tiny import tiny_config
 from clipscale import train as train_module
 from clipscale.deterministic import deterministic, prepare_cublas
 from clipscale.errors import SharedError, UserError
-from clipscale.loss import contrastive_grads
+from clipscale.loss import contrastive_grads_in_place
 from clipscale.preflight.checks import check_training
 from clipscale.towers import build_towers
 from clipscale.train import train
@@ -59,9 +59,9 @@ def test_the_setting_reaches_torch_and_is_undone(tmp_path, urls, monkeypatch, un
 
     def recorded(*inputs, **options):
         seen.append(state())
-        return contrastive_grads(*inputs, **options)
+        return contrastive_grads_in_place(*inputs, **options)
 
-    monkeypatch.setattr(train_module, "contrastive_grads", recorded)
+    monkeypatch.setattr(train_module, "contrastive_grads_in_place", recorded)
     for name, wanted in (("true", ON), ("false", unusual)):
         (tmp_path / name).mkdir()
         train(tiny_config(tmp_path / name, urls, f"train.deterministic={name}"))

@@ -70,7 +70,7 @@ def bytes_by_part(precision: str, grads=contrastive_grads_in_place) -> Counter:
     return Counter({name: peak / (SLOTS * WIDTH) for name, peak in peaks.items()})
 
 
-SLACK = 0.7  # bytes by N D: statistics, a tile, a chunk
+SLACK = 0.9  # bytes by N D: statistics, a tile, a chunk
 
 
 @pytest.mark.parametrize(("precision", "bar"), [("fp32", 16), ("bf16", 12)])

@@ -10,8 +10,6 @@ import pytest
 from shards import write_pairs
 from tiny import MODEL, write_config
 
-from clipscale.bench.common.processes import held_bytes
-
 SMALL, LARGE = 4_096, 65_536
 WORDS = [
     *("model.vision.image_size=32", "data.loader=process", "data.allow_repeats=true", "data.prefetch_bytes=8000000"),
@@ -20,16 +18,22 @@ WORDS = [
 PER_PAIR = 36 * MODEL.embed_dim + 20 * MODEL.text["context_length"]  # bytes: embeddings and gradients; tokens
 
 
-def test_memory_of_this_process_and_its_children_counts_each_page_once():
-    before = held_bytes()
-    mine = bytearray(b"x") * (64 * 2**20)
-    code = "import sys; x = bytearray(b'x') * (32 * 2**20); print(flush=True); sys.stdin.read()"
-    with subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1) as child:
-        child.stdout.readline()
-        both = held_bytes() - before
-        child.stdin.close()
-    assert 94 * 2**20 < both < 130 * 2**20
-    del mine
+HOLD = """
+import subprocess, sys
+from clipscale.bench.common.processes import held_bytes
+before = held_bytes()
+mine = bytearray(b"x") * (64 * 2**20)
+code = "import sys; x = bytearray(b'x') * (32 * 2**20); print(flush=True); sys.stdin.read()"
+with subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1) as child:
+    child.stdout.readline()
+    print(held_bytes() - before)
+    child.stdin.close()
+"""
+
+
+def test_memory_of_a_process_and_its_children_counts_each_page_once():
+    done = subprocess.run([sys.executable, "-c", HOLD], capture_output=True, text=True, check=True)
+    assert 94 * 2**20 < int(done.stdout) < 130 * 2**20
 
 
 @pytest.mark.slow

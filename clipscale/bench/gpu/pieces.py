@@ -21,6 +21,7 @@ from clipscale.bench.gpu.timing import product_rate, timed
 from clipscale.bench.loss.inputs import draw_pairs
 from clipscale.dist import World
 from clipscale.loss import kernels
+from clipscale.loss.merge import merge
 from clipscale.loss.precision import exact_products
 from clipscale.loss.statistics import Partial
 from clipscale.loss.tuning import INTERPRETED, Shape, candidates
@@ -67,10 +68,11 @@ def piece_rows(world: World) -> Iterator[dict[str, Any]]:
                     yield {"piece": f"{kind} {_shape_name(shape)}", "note": f"failed: {first_line(error)}"}
                     if device.type == "cuda":
                         torch.cuda.synchronize()  # after an illegal access nothing runs any more: no further rows
-        running = Partial.empty(size, level_M)
-        slots = logsumexp(_shapes(device)[0])[0]
-        yield row("merge", "merge of one side", partial(kernels._merge, running.max, running.sum, slots, _SCALE), 0)
-    whole = sum(fastest[kind] for kind in ("logsumexp", "gradient", "image", "text")) + 2 * fastest["merge"]
+        running = [Partial.empty(size, level_M) for _ in range(2)]
+        slots = logsumexp(_shapes(device)[0])
+        sides = [(one.max, one.sum, its_slots) for one, its_slots in zip(running, slots, strict=True)]
+        yield row("merge", "merge of both sides", partial(merge, *sides, _SCALE), 0)
+    whole = sum(fastest[kind] for kind in ("logsumexp", "gradient", "image", "text", "merge"))
     yield _row("all of one macro-tile, the fastest of each", whole, 8 * size**2 * width, rate)
 
 
