@@ -36,7 +36,7 @@ def small_towers():
     """One matrix each: what their chunks hold is next to nothing beside N D."""
     torch.manual_seed(0)
     image = nn.Sequential(nn.Flatten(), nn.Linear(12, WIDTH))
-    text = nn.EmbeddingBag(100, WIDTH)
+    text = nn.EmbeddingBag(10, WIDTH)
     scale = nn.Parameter(torch.tensor(2.0))
     return SimpleNamespace(
         model=SimpleNamespace(logit_scale=scale),
@@ -50,7 +50,7 @@ def bytes_by_part(precision: str, grads=contrastive_grads_in_place) -> Counter:
     """Most bytes at a time in each part of a step, by N D."""
     towers, generator = small_towers(), torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (SLOTS, 3, 2, 2), dtype=torch.uint8, generator=generator)
-    tokens = torch.randint(0, 100, (SLOTS, 4), dtype=torch.int32, generator=generator)
+    tokens = torch.randint(0, 10, (SLOTS, 4), dtype=torch.int32, generator=generator)
     valid = torch.ones(SLOTS, dtype=torch.bool)
     valid[::100] = False
     step = partial(
@@ -70,7 +70,7 @@ def bytes_by_part(precision: str, grads=contrastive_grads_in_place) -> Counter:
     return Counter({name: peak / (SLOTS * WIDTH) for name, peak in peaks.items()})
 
 
-SLACK = 0.9  # bytes by N D: statistics, a tile, a chunk
+SLACK = 0.7  # bytes by N D: statistics, a tile, a chunk
 
 
 @pytest.mark.parametrize(("precision", "bar"), [("fp32", 16), ("bf16", 12)])
