@@ -22,7 +22,7 @@ from clipscale.parts import Parts
 from clipscale.step import StepPlan, TowerPlan, gradcache, gradcache_step
 from clipscale.towers import Tower
 
-SLOTS, WIDTH, CHUNK, TILE = 2000, 1024, 50, 100
+SLOTS, WIDTH, CHUNK, TILE = 2000, 1024, 20, 100
 CPU = torch.device("cpu")
 
 
