@@ -94,10 +94,9 @@ def draws_for(pairs, scale, precision):
 
 
 WIDTHS = {32: "pointers", 80: "descriptors", 130: "pointers", 768: "descriptors"}
-CASES = [  # the widest of the largest take the interpreter minutes
-    pytest.param(
-        pairs, width, loads, marks=[pytest.mark.slow] if DEVICE == "cpu" and pairs == 200 and width > 80 else []
-    )
+LONG = {(2, 130), (2, 768), (200, 130), (200, 768)} if DEVICE == "cpu" else set()  # the interpreter is slow
+CASES = [
+    pytest.param(pairs, width, loads, marks=[pytest.mark.slow] * ((pairs, width) in LONG))
     for pairs in PAIRS
     for width, loads in WIDTHS.items()
 ]
