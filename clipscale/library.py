@@ -27,17 +27,19 @@ from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from clipscale.counter import fold
+from clipscale.data.load.replay import handed_over
 from clipscale.data.load.shape import spans
 from clipscale.errors import require
 from clipscale.loss import contrastive_grads_in_place
 from clipscale.loss.link import Group, Link, open_link
 from clipscale.loss.precision import accumulator_dtype, resolve_precision
+from clipscale.optim import loss_scale
 from clipscale.parallel import sum_in_buckets
 from clipscale.step.costs import saved_bytes
 from clipscale.step.gradcache import TwoPasses
 from clipscale.step.places import Places
 from clipscale.step.plan import GraphCost, TowerPlan
-from clipscale.step.walks import Chunk, on_device
+from clipscale.step.walks import Chunk
 from clipscale.towers import refuse_batchnorm
 from clipscale.words import counted
 
@@ -133,7 +135,7 @@ class GradCache:
         require(counts[0] == counts[1], f"{counts[0]} images and {counts[1]} texts: pass as many, row i of each a pair")
         self._check_ranks(link)
         learned = logit_scale if isinstance(logit_scale, Tensor) and logit_scale.requires_grad else None
-        factor = _scale_of(grad_scale, self._sides[0].device) if isinstance(grad_scale, GradScaler) else grad_scale
+        factor = loss_scale(grad_scale, self._sides[0].device) if isinstance(grad_scale, GradScaler) else grad_scale
         with _complete_gradients(self._parameters(), link, self._sides[0].device):
             grads = self._towers_step((images, texts), logit_scale, link, factor, scale_grad=learned is not None)
         if learned is not None and grads.pairs > 0:
@@ -179,7 +181,7 @@ class GradCache:
         part = _each(batch, lambda tensor: tensor[:chunk])
         shapes = side.name, *(tuple(tensor.shape) for tensor in _tensors(part))
         if shapes not in self._graph_bytes:
-            self._graph_bytes[shapes] = saved_bytes(side, _each(part, lambda tensor: on_device(tensor, side.device)))
+            self._graph_bytes[shapes] = saved_bytes(side, _each(part, lambda tensor: handed_over(tensor, side.device)))
         cost = GraphCost(sample=self._graph_bytes[shapes] / _size(part))
         return TowerPlan(chunk, keep_bytes=keep_bytes, cost=cost)
 
@@ -296,7 +298,7 @@ class _InOrder:
     def _cut(self, first: int, last: int, device: torch.device, *, kept: bool) -> Iterator[Chunk]:
         for start, stop in spans(first, last, self._chunk):
             slots = slice(start, stop)
-            yield Chunk(slots, _each(self._batch, lambda x, slots=slots: on_device(x[slots], device)), kept)
+            yield Chunk(slots, _each(self._batch, lambda x, slots=slots: handed_over(x[slots], device)), kept)
 
 
 def _size(batch: Batch) -> int:
@@ -329,11 +331,6 @@ def _rows(batch: Batch, what: str) -> int:
     rows = {len(tensor) for tensor in tensors}
     require(len(rows) == 1, f"{what} hold tensors of {sorted(rows)} rows: all must have one row a sample")
     return rows.pop()
-
-
-def _scale_of(scaler: GradScaler, device: torch.device) -> float:
-    """Its factor. Asked for in this way, it is ready for `scaler.step`."""
-    return scaler.scale(torch.ones((), device=device)).item()
 
 
 def _checksum(module: nn.Module) -> int:

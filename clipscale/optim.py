@@ -32,6 +32,11 @@ def build_optimizer(model: nn.Module, config: Optim) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps, fused=True)
 
 
+def loss_scale(scaler: torch.amp.GradScaler, device: torch.device) -> float:
+    """What the scaler multiplies gradients by. Asked for in this way, it is ready for its `unscale_` and `step`."""
+    return scaler.scale(torch.ones((), device=device)).item() if scaler.is_enabled() else 1.0
+
+
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load the moments and step counts of a checkpoint; the settings (decay, betas, eps) stay those of the config."""
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]

@@ -42,7 +42,7 @@ from clipscale.files import write_file
 from clipscale.launch import check_ranks
 from clipscale.loss import ContrastiveGrads, contrastive_grads, contrastive_grads_in_place
 from clipscale.loss.engines import adopt_shapes, check_engine, tuned_shapes
-from clipscale.optim import build_optimizer, restore_optimizer, set_lr
+from clipscale.optim import build_optimizer, loss_scale, restore_optimizer, set_lr
 from clipscale.parallel import broadcast_parameters, sum_gradients
 from clipscale.parts import Parts
 from clipscale.parts_picture import draw_parts
@@ -213,7 +213,7 @@ class Trainer:
             loss_and_grads=self._loss,
             key=fold(self.config.seed, "towers", self.steps_done, self.world.rank),
             positions=torch.from_numpy(batch.positions),
-            grad_scale=self.scaler.scale(torch.ones((), device=self.world.device)).item(),
+            grad_scale=loss_scale(self.scaler, self.world.device),
             parts=self.parts,
         )
         if result.pairs:

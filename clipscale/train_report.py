@@ -36,11 +36,11 @@ def start_lines(
         f"{config.run.dir}: {counted(last_step, 'step')} of {counted(config.train.global_batch, 'pair')} on "
         f"{counted(world.size, f'{world.device.type} rank')}, "
     )
-    kept = ["train.deterministic=true: the same steps give the same bits"] if config.train.deterministic else []
+    promises = ["train.deterministic=true: the same steps give the same bits"] if config.train.deterministic else []
     if snapshot is None:
-        return [line + "from the start", *kept]
+        return [line + "from the start", *promises]
     changes = [f"changed since the checkpoint: {change}" for change in changed_keys(snapshot.config, config)]
-    return [f"{line}resuming after step {snapshot.step} from {found}", *changes, *kept]
+    return [f"{line}resuming after step {snapshot.step} from {found}", *changes, *promises]
 
 
 def step_line(row: dict[str, Any], *, last_step: int, eta_seconds: float) -> str:

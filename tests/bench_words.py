@@ -1,9 +1,11 @@
-"""What is typed behind `clipscale bench loss`, `data` and `step`, as the benchmarks get it."""
+"""What is typed behind `clipscale bench loss`, `data` and `step`, as the benchmarks get it; and what they print."""
+
+import pytest
 
 from clipscale.bench.data.options import DataBench, data_options
 from clipscale.bench.loss.options import LossBench, loss_options
 from clipscale.bench.step.options import StepBench, step_options
-from clipscale.cli import parse
+from clipscale.cli import main, parse
 
 
 def loss_bench(*words: str) -> LossBench:
@@ -16,3 +18,14 @@ def data_bench(*words: str) -> DataBench:
 
 def step_bench(*words: str) -> StepBench:
     return step_options(parse(["bench", "step", *words])[1])
+
+
+def printed_by(words: list[str], **changed: object) -> str:
+    """What `clipscale` with these words prints, while attributes have other values ({"module.name": value})."""
+    printed = []
+    with pytest.MonkeyPatch.context() as patch:
+        for target, value in changed.items():
+            patch.setattr(target, value)
+        patch.setattr("builtins.print", lambda *parts, **_: printed.append(" ".join(map(str, parts))))
+        assert main(words) == 0
+    return "\n".join(printed)

@@ -6,12 +6,12 @@ import pytest
 import torch
 from bench_words import loss_bench
 
-from clipscale.bench.common.failures import is_out_of_memory
 from clipscale.bench.loss import case as case_module
 from clipscale.bench.loss.case import Budget, Case, CaseRun
 from clipscale.bench.loss.contestants import Contestant, in_two_passes, own_contestants
 from clipscale.bench.loss.report import COLUMNS, cells, text_table
 from clipscale.bench.loss.team import Outcome, Team
+from clipscale.device import is_out_of_memory
 from clipscale.dist import World
 
 ALONE = Team(World(0, 1, 0, torch.device("cpu")))

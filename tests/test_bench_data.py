@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from bench_words import data_bench
+from bench_words import data_bench, printed_by
 
 from clipscale import __version__
 from clipscale.bench.common import turns
@@ -51,11 +51,7 @@ def result(small, tmp_path_factory):
     words = ["bench", "data", "--samples", "64", "--rounds", "2", "--seconds", "0.05", "--batch", "8", "--workers", "2"]
     words += ["--image-size", "16", "--soak", "1000", "--model-rate", "500,vit=3000"]
     words += ["--cache-dir", str(folder / "cache"), "--output", str(folder), "--name", "small"]
-    printed = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("builtins.print", lambda *parts, **_: printed.append(" ".join(map(str, parts))))
-        assert main(words) == 0
-    return folder, words, "\n".join(printed)
+    return folder, words, printed_by(words)
 
 
 def test_json_has_every_number_and_what_made_it(result):

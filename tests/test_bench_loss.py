@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench_words import printed_by
 
 from clipscale import __version__
 from clipscale.bench.common.stamp import commit
@@ -42,12 +43,8 @@ def result(tmp_path_factory):
         "32",
     ]
     words += ["--output", str(folder), "--name", "small"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("clipscale.bench.common.matmul._SIZE", {"cpu": 64, "cuda": 256})
-        printed = []
-        patch.setattr("builtins.print", lambda *parts, **_: printed.append(" ".join(map(str, parts))))
-        assert main(words) == 0
-    return folder, words, "\n".join(printed)
+    smaller = {"clipscale.bench.common.matmul._SIZE": {"cpu": 64, "cuda": 256}}
+    return folder, words, printed_by(words, **smaller)
 
 
 def test_json_has_every_number_and_what_made_it(result):

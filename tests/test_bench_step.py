@@ -5,11 +5,9 @@ import json
 import pytest
 import tiny
 import torch
-from bench_words import step_bench
+from bench_words import printed_by, step_bench
 from torch import nn
 
-from clipscale.bench.common import matmul, turns
-from clipscale.bench.step import parity
 from clipscale.bench.step import trainee as trainee_module
 from clipscale.bench.step.bench import _for_device
 from clipscale.bench.step.captions import draw_captions, read_lengths, tokens_of
@@ -32,15 +30,13 @@ def result(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     words = ["bench", "step", "--models", "small", "--batches", "4,8", "--image-chunk", "2", "--text-chunk", "4"]
     words += ["--peers", "--parity", "--seconds", "0.05", "--device", "cpu", "--output", str(folder), "--name", "small"]
-    printed = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainee_module, "_SMALL", tiny.MODEL)
-        patch.setattr(matmul, "_SIZE", {"cpu": 64})
-        patch.setattr(parity, "STEPS", 2)
-        patch.setattr(turns, "settle", lambda: None)
-        patch.setattr("builtins.print", lambda *parts, **_: printed.append(" ".join(map(str, parts))))
-        assert main(words) == 0
-    return folder, words, "\n".join(printed)
+    smaller = {
+        "clipscale.bench.step.trainee._SMALL": tiny.MODEL,
+        "clipscale.bench.common.matmul._SIZE": {"cpu": 64},
+        "clipscale.bench.step.parity.STEPS": 2,
+        "clipscale.bench.common.turns.settle": lambda: None,
+    }
+    return folder, words, printed_by(words, **smaller)
 
 
 def test_json_has_every_number_and_what_made_it(result):

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from clipscale.counter import fold
-from clipscale.data.load.replay import Inputs
+from clipscale.data.load.replay import Inputs, handed_over
 from clipscale.loss import ContrastiveGrads
 from clipscale.parts import UNTIMED, Parts
 from clipscale.step.places import Places, compact_
@@ -84,17 +84,17 @@ def gradcache_step(
     """
     image = TwoPasses(towers.image, Pictures(images, plan.image), key, positions, by_chunk=plan.image.by_chunk)
     with parts.part("image forward"):
-        image_VD = image.embed()
+        image_ND = image.embed()
     with parts.part("text forward"):
         text = TwoPasses(
             towers.text, captions_of(towers.text, tokens, plan.text), key, positions, by_chunk=plan.text.by_chunk
         )
-        text_VD = text.embed()
+        text_ND = text.embed()
     logit_scale = towers.logit_scale()
     with parts.part("loss"):
-        image_VD, text_VD = compact_(image_VD, valid), compact_(text_VD, valid)
-        grads = loss_and_grads(image_VD, text_VD, logit_scale, image_grad=image.learns, text_grad=text.learns)
-    del image_VD, text_VD
+        sides_VD = compact_(image_ND, valid), compact_(text_ND, valid)
+        grads = loss_and_grads(*sides_VD, logit_scale, image_grad=image.learns, text_grad=text.learns)
+    del image_ND, text_ND, sides_VD
     if grads.pairs > 0:
         places = Places(valid)
         for tower, d_VD in ((image, grads.d_image_ND), (text, grads.d_text_ND)):
@@ -160,7 +160,10 @@ class TwoPasses:
                     self._kept.append((chunk.slots, embeddings))
                 if out_ND is None:
                     out_ND = embeddings.new_empty(len(self.walk), embeddings.shape[1], requires_grad=False)
-                out_ND[chunk.slots] = embeddings.detach()[: chunk.size]
+                slots = chunk.slots
+                if isinstance(slots, Tensor):
+                    slots = handed_over(slots, out_ND.device)
+                out_ND[slots] = embeddings.detach()[: chunk.size]
         return out_ND
 
     def replay(self, d_VD: Tensor, places: Places, grad_scale: float) -> None:
@@ -179,7 +182,7 @@ class TwoPasses:
         if self._positions is not None:
             positions_M = self._positions[chunk.slots]
             filled = positions_M[-1:].expand(len(chunk.inputs) - chunk.size)
-            positions_M = torch.cat([positions_M, filled]).to(self.tower.device, non_blocking=True)
+            positions_M = handed_over(torch.cat([positions_M, filled]), self.tower.device)
         with chunk_randomness(self._key, self.tower, chunk.first) if self._by_chunk else nullcontext():
             return self.tower(chunk.inputs, positions_M)
 

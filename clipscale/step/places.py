@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from clipscale.data.load.replay import handed_over
+
 ROWS_AT_ONCE = 1 << 14
 
 
@@ -20,7 +22,7 @@ def compact_(values_ND: Tensor, valid: Tensor) -> Tensor:
     """
     slots_V = valid.nonzero().squeeze(1)
     if len(slots_V) < len(valid):
-        index_V = slots_V.to(values_ND.device)
+        index_V = handed_over(slots_V, values_ND.device)
         for start in range(0, len(slots_V), ROWS_AT_ONCE):
             piece = index_V[start : start + ROWS_AT_ONCE]
             values_ND[start : start + len(piece)] = values_ND[piece]
@@ -42,4 +44,4 @@ class Places:
         where = self._valid[slots].nonzero().squeeze(1)
         index = self._place[slots][where]
         out = values_VD.new_zeros(rows, values_VD.shape[1])
-        return out.index_copy_(0, where.to(out.device), values_VD[index.to(out.device)])
+        return out.index_copy_(0, handed_over(where, out.device), values_VD[handed_over(index, out.device)])

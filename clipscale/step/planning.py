@@ -40,13 +40,13 @@ def plan_step(config: Config, towers: Towers, world: World, recorded: dict[str, 
     if recorded and recorded["settings"] == _settings(config, world):
         return StepPlan(*(_tower_plan(recorded[name]) for name in ("image", "text")))
     settings, training = config.gradcache, towers.model.training
-    sizes = settings.image_chunk, settings.text_chunk, settings.forward_chunks
+    chosen = settings.image_chunk, settings.text_chunk, settings.forward_chunks
     towers.model.train()
-    counted_for = settings.keep_bytes != 0 or "auto" in sizes
-    costs = graph_costs(towers) if counted_for else (GraphCost(), GraphCost())
-    by_chunk = towers.draws_by_chunk()
+    counts = settings.keep_bytes != 0 or "auto" in chosen
+    costs = graph_costs(towers) if counts else (GraphCost(), GraphCost())
+    drawing_layers = towers.draws_by_chunk()
     towers.model.train(training)
-    for name, layers in by_chunk.items():
+    for name, layers in drawing_layers.items():
         if layers:
             tell(
                 f"the {name} tower draws by chunk in {counted(len(layers), 'layer')} ({layers[0]}): its chunks are the "
@@ -55,10 +55,11 @@ def plan_step(config: Config, towers: Towers, world: World, recorded: dict[str, 
     if towers.text.cut is None:
         tell("the text tower looks beyond the end of a caption: captions run at full length")
     room = _room_bytes(config, towers, world, slots)
-    alike = [bool(layers) for layers in by_chunk.values()]
+    by_chunk = [bool(layers) for layers in drawing_layers.values()]
+    sizes = _sizes(config, towers, world, room, costs, by_chunk)
     plans = [
-        TowerPlan(sizes.chunk, sizes.chunk * sizes.forward_chunks, cost=cost, by_chunk=by_chunk)
-        for sizes, cost, by_chunk in zip(_sizes(config, towers, world, room, costs, alike), costs, alike, strict=True)
+        TowerPlan(size.chunk, size.chunk * size.forward_chunks, cost=cost, by_chunk=alike)
+        for size, cost, alike in zip(sizes, costs, by_chunk, strict=True)
     ]
     keep_bytes = settings.keep_bytes
     if keep_bytes == "auto":

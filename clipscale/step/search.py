@@ -21,6 +21,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from statistics import median
 from typing import NamedTuple
@@ -130,7 +131,9 @@ class Search:
         else:
             begin = time.perf_counter()
             with _undone(tower):
-                timings, full = measured(tower, self._inputs(tower), sizes, backwards, peak_bytes, self._room)
+                timings, full = measured(
+                    tower, partial(self._towers.noise, tower), sizes, backwards, peak_bytes, self._room
+                )
             self._seconds += time.perf_counter() - begin
             record = _FILE.keep(within if full else key, {"timings": timings})
         return [Timing(*each) for each in record["timings"]]
@@ -147,14 +150,6 @@ class Search:
             f"{sizes[0]} to {sizes[-1]} in {_precision(tower)} on "
             f"{device_name(tower.device)}, {versions}, clipscale {__version__}"
         )
-
-    def _inputs(self, tower: Tower) -> Callable[[int], Tensor]:
-        """Of so many samples: noise, since zeros are cheaper to multiply."""
-        towers, device = self._towers, tower.device
-        side, length = towers.image_size, towers.context_length
-        if tower is towers.image:
-            return lambda samples: torch.randint(256, (samples, 3, side, side), dtype=torch.uint8, device=device)
-        return lambda samples: torch.randint(towers.vocabulary, (samples, length), device=device)
 
 
 def best(timings: Sequence[Timing], room_bytes: float) -> int | None:

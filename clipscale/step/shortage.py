@@ -11,13 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from clipscale.config import GradCache
+from clipscale.device import is_out_of_memory
 from clipscale.errors import UserError
 from clipscale.step.plan import StepPlan
-
-_IN_WORDS = "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"  # where torch has no class for it
 
 
 @contextmanager
@@ -26,7 +23,7 @@ def shortage_explained(*, step: int, plan: StepPlan, settings: GradCache) -> Ite
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in _IN_WORDS):
+        if is_out_of_memory(error):
             raise UserError(_fix(step, plan, settings, error)) from error
         raise
 

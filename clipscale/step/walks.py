@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from clipscale.data.load.replay import Inputs
+from clipscale.data.load.replay import Inputs, handed_over
 from clipscale.data.load.shape import spans
 from clipscale.step.plan import TowerPlan
 
@@ -105,13 +105,14 @@ class Captions:
 
     def __init__(self, tokens_NL: Tensor, plan: TowerPlan, lengths_N: Tensor | None) -> None:
         self._tokens_NL = tokens_NL
-        chunks = _arranged(torch.arange(len(tokens_NL)), tokens_NL, lengths_N, plan.chunk)
+        slots_N = torch.arange(len(tokens_NL))
+        chunks = _arranged(slots_N, tokens_NL, lengths_N, plan.chunk)
         count = _how_many(chunks, plan)
         self._kept, self._others = chunks[:count], chunks[count:]
         self._wide = self._others
         if plan.wide > plan.chunk and self._others and not plan.by_chunk:
-            rest_M = torch.cat([torch.arange(len(tokens_NL))[rows.slots] for rows in self._others])
-            self._wide = _arranged(rest_M, tokens_NL, lengths_N, plan.wide)
+            rest_K = torch.cat([slots_N[rows.slots] for rows in self._others])
+            self._wide = _arranged(rest_K, tokens_NL, lengths_N, plan.wide)
         self.kept = sum(rows.size for rows in self._kept)
         self.tokens = sum(rows.size * rows.length for rows in chunks)
         """That the tower runs in one pass."""
@@ -131,14 +132,7 @@ class Captions:
         part = self._tokens_NL[rows.slots][:, : rows.length]
         if rows.rows > rows.size:
             part = torch.cat([part, part[:1].expand(rows.rows - rows.size, -1)])
-        return on_device(part, device)
-
-
-def on_device(part: Tensor, device: torch.device) -> Tensor:
-    """`part` itself, or a copy that the host does not wait for."""
-    if device.type != "cuda" or part.is_cuda:
-        return part.to(device)
-    return part.contiguous().pin_memory().to(device, non_blocking=True)  # from a cache of page-locked memory
+        return handed_over(part, device)
 
 
 def _how_many(chunks: list[Rows], plan: TowerPlan) -> int:
@@ -152,7 +146,8 @@ def _how_many(chunks: list[Rows], plan: TowerPlan) -> int:
 
 
 def _arranged(slots_K: Tensor, tokens_NL: Tensor, lengths_N: Tensor | None, chunk: int) -> list[Rows]:
-    """`slots_K`, ascending, cut into chunks of as many tokens as `chunk` captions of full length have."""
+    """`slots_K` cut into chunks of as many tokens as `chunk` captions of full length have: by length, and in the order
+    given within each; without lengths, which wants slots that follow each other, in order."""
     longest = tokens_NL.shape[1]
     if lengths_N is None:
         first = int(slots_K[0]) if len(slots_K) else 0

@@ -66,6 +66,14 @@ class Towers:
         caption = torch.zeros(1, self.context_length, dtype=torch.int64, device=device)
         return (self.image, picture), (self.text, caption)
 
+    def noise(self, tower: Tower, samples: int) -> torch.Tensor:
+        """Inputs of one of the two on its device: uint8 [M, 3, S, S], or int64 [M, L] of full length. For timing: zeros
+        are cheaper to multiply."""
+        if tower is self.image:
+            shape = samples, 3, self.image_size, self.image_size
+            return torch.randint(256, shape, dtype=torch.uint8, device=tower.device)
+        return torch.randint(self.vocabulary, (samples, self.context_length), device=tower.device)
+
     def draws_by_chunk(self) -> dict[str, list[str]]:
         """Name of the tower -> names of its modules that draw for a chunk as a whole, each in the mode it is in now.
 

@@ -15,6 +15,18 @@ def aligned(row: Sequence[str], widths: Sequence[int]) -> str:
     return "  ".join(f"{cell:{'>' if i else '<'}{widths[i]}}" for i, cell in enumerate(row))
 
 
+def contestants_table(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
+    """Lines for the terminal: the heads, and each (status, cells). The reason why a contestant was not measured, its
+    status then, takes the rest of its line."""
+    measured = [columns, *(cells for status, cells in rows if status == "measured")]
+    names = [*measured, *(cells for _, cells in rows)]
+    widths = [max(len(cells[i]) for cells in (measured if i else names)) for i in range(len(columns))]
+    return [aligned(columns, widths)] + [
+        aligned(cells, widths) if status == "measured" else f"{cells[0].ljust(widths[0])}  {status}"
+        for status, cells in rows
+    ]
+
+
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [_row(columns), _row(["---", *["---:"] * (len(columns) - 1)]), *map(_row, rows)]
 

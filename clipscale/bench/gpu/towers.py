@@ -15,13 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipscale.bench.common.failures import is_out_of_memory
 from clipscale.bench.gpu.timing import product_rate, timed
 from clipscale.bench.step.flops import tower_flops
 from clipscale.config import Model
+from clipscale.device import is_out_of_memory
 from clipscale.dist import World
 from clipscale.towers import build_towers
-from clipscale.towers.build import Towers
 from clipscale.towers.tower import Tower, autocast_dtype
 
 TINY = Model(  # for a CPU
@@ -51,7 +50,7 @@ def tower_rows(world: World, *, compiled: bool) -> Iterator[dict[str, Any]]:
             for chunk in chunks[name]:
                 row = {"model": name, "tower": tower.name, "chunk": chunk}
                 try:
-                    yield row | _measure(tower, _inputs(towers, tower, chunk), rate, compiled)
+                    yield row | _measure(tower, towers.noise(tower, chunk), rate, compiled)
                 except Exception as error:
                     if not is_out_of_memory(error):
                         raise
@@ -96,14 +95,6 @@ def _measure(tower: Tower, inputs: Tensor, rate: float, compiled: bool) -> dict[
     if device.type == "cuda":
         found["peak GB"] = torch.cuda.max_memory_allocated() / 1e9
     return found
-
-
-def _inputs(towers: Towers, tower: Tower, chunk: int) -> Tensor:
-    """Raw inputs of a chunk, on the device: noise, and captions of full length."""
-    if tower is towers.image:
-        shape = (chunk, 3, towers.image_size, towers.image_size)
-        return torch.randint(0, 256, shape, dtype=torch.uint8, device=tower.device)
-    return torch.randint(1, towers.vocabulary, (chunk, towers.context_length), device=tower.device)
 
 
 def _clear(tower: Tower) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from clipscale import __version__
-from clipscale.bench.common.failures import is_out_of_memory
 from clipscale.bench.common.results import finish, write
 from clipscale.bench.common.stamp import package_version, result_name, stamp
 from clipscale.bench.loss.case import Budget, Case, CaseRun
@@ -22,6 +21,7 @@ from clipscale.bench.loss.peers import peer_contestants
 from clipscale.bench.loss.plots import draw
 from clipscale.bench.loss.report import markdown, text_table
 from clipscale.bench.loss.team import Team
+from clipscale.device import is_out_of_memory
 from clipscale.dist import start_world
 from clipscale.errors import SharedError, UserError, require
 from clipscale.loss.precision import resolve_precision

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from clipscale.bench.common.budget import refusal, repeats
 from clipscale.bench.common.clock import seconds_of
-from clipscale.bench.common.failures import first_line, is_out_of_memory
+from clipscale.bench.common.failures import first_line
 from clipscale.bench.common.matmul import Matmul
 from clipscale.bench.common.memory import watched
 from clipscale.bench.common.spread import Spread
@@ -30,12 +31,12 @@ from clipscale.bench.loss.options import LossBench
 from clipscale.bench.loss.peers import SIGMOID_BIAS
 from clipscale.bench.loss.reference import Sampled, errors, sigmoid_truth, softmax_truth
 from clipscale.bench.loss.team import Outcome, Team
+from clipscale.device import is_out_of_memory
 from clipscale.loss.precision import OPERAND_DTYPE, exact_products
 
 _SAMPLED_ROWS = 64
 _LEAST_REPEATS, _MOST_REPEATS = 3, 50
-_ONCE_ABOVE = 2.0  # a turn that takes more than so many times the seconds is timed once
-_COLD_ABOVE = 0.125  # and one that takes more than this share of the limit is not taken before, untimed
+_COLD_ABOVE = 0.125  # a turn that takes more than this share of the limit is not taken before, untimed
 
 
 class Case(NamedTuple):
@@ -68,14 +69,10 @@ class Budget:
 
     def refusal(self, name: str, case: Case) -> str:
         """Why a contestant does not run; empty if it does."""
-        predicted = self.predict(name, case)
-        too_long = predicted is not None and predicted > self.limit_seconds
-        return f"skipped: predicted {predicted:.0f} s" if too_long else ""
+        return refusal(self.predict(name, case), self.limit_seconds)
 
     def repeats(self, turn_seconds: float) -> int:
-        if turn_seconds > _ONCE_ABOVE * self.seconds:
-            return 1
-        return min(max(int(self.seconds / max(turn_seconds, 1e-9)), _LEAST_REPEATS), _MOST_REPEATS)
+        return repeats(turn_seconds, seconds=self.seconds, least=_LEAST_REPEATS, most=_MOST_REPEATS)
 
 
 @dataclass

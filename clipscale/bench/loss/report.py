@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from clipscale.bench.common.results import LAST_LINE, heading, images
-from clipscale.bench.common.tables import aligned, markdown_table, short
+from clipscale.bench.common.tables import contestants_table, markdown_table, short
 from clipscale.bench.common.words import size_name
 
 COLUMNS = (
@@ -58,16 +58,9 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def text_table(case: dict[str, Any]) -> str:
-    """For the terminal; the reason why a contestant was not measured takes the rest of its line."""
+    """For the terminal."""
     rows = [(row["status"], cells(row)) for row in case["rows"]]
-    measured = [list(COLUMNS), *(row for status, row in rows if status == "measured")]
-    names = [*measured, *(row for _, row in rows)]
-    widths = [max(len(row[i]) for row in (measured if i else names)) for i in range(len(COLUMNS))]
-    lines = [case_title(case), aligned(COLUMNS, widths)]
-    lines += [
-        aligned(row, widths) if status == "measured" else f"{row[0].ljust(widths[0])}  {status}" for status, row in rows
-    ]
-    return "\n".join(lines)
+    return "\n".join([case_title(case), *contestants_table(COLUMNS, rows)])
 
 
 def markdown(document: dict[str, Any], pictures: list[str]) -> str:

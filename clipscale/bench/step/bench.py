@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from clipscale.bench.common.failures import is_out_of_memory
 from clipscale.bench.common.results import finish, write
 from clipscale.bench.common.stamp import package_version, result_name, stamp
 from clipscale.bench.step.captions import Lengths, read_lengths
@@ -22,6 +21,7 @@ from clipscale.bench.step.parity import measure_parity
 from clipscale.bench.step.plots import draw
 from clipscale.bench.step.report import markdown, parity_line, text_table
 from clipscale.bench.step.trainee import OPTIM, build_trainee, model_config
+from clipscale.device import is_out_of_memory
 from clipscale.dist import start_world
 from clipscale.errors import SharedError, UserError, require
 from clipscale.open_clip_files import check_model

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from clipscale.bench.common.budget import refusal, repeats
 from clipscale.bench.common.clock import seconds_of
-from clipscale.bench.common.failures import first_line, is_out_of_memory
+from clipscale.bench.common.failures import first_line
 from clipscale.bench.common.matmul import Matmul
 from clipscale.bench.common.memory import watched_parts
 from clipscale.bench.common.spread import Spread
@@ -29,11 +30,11 @@ from clipscale.bench.step.ours import own_text
 from clipscale.bench.step.peers import dense_step, full_length_text
 from clipscale.bench.step.trainee import Trainee, batch_bytes, draw_batch
 from clipscale.data.load.replay_plan import host_memory
+from clipscale.device import is_out_of_memory
 from clipscale.errors import require
 from clipscale.loss.precision import OPERAND_DTYPE, exact_products
 
 _LEAST_ROUNDS, _MOST_ROUNDS = 3, 9
-_ONCE_ABOVE = 2.0  # where a step takes more than so many times the seconds, each is timed once
 _DISTINCT = 2048  # pictures of a batch, about
 _FREE_SHARE = 0.7  # of the memory that is left, to be asked for
 
@@ -60,14 +61,11 @@ class Budget:
 
     def refusal(self, case: Case, name: str) -> str:
         """Why a contestant does not run; empty if it does."""
-        predicted = self._pair_seconds.get((case.model, name), 0.0) * case.pairs
-        return f"skipped: predicted {predicted:.0f} s" if predicted > self.limit_seconds else ""
+        return refusal(self._pair_seconds.get((case.model, name), 0.0) * case.pairs, self.limit_seconds)
 
     def rounds(self, step_seconds: float) -> int:
         """How many, where the slowest step takes so long."""
-        if step_seconds > _ONCE_ABOVE * self.seconds:
-            return 1
-        return min(max(int(self.seconds / max(step_seconds, 1e-9)), _LEAST_ROUNDS), _MOST_ROUNDS)
+        return repeats(step_seconds, seconds=self.seconds, least=_LEAST_ROUNDS, most=_MOST_ROUNDS)
 
 
 @dataclass

@@ -20,6 +20,7 @@ from clipscale.config import Config, GradCache, Replay, Train
 from clipscale.data.load.replay import Held
 from clipscale.dist import World
 from clipscale.loss import ContrastiveGrads, contrastive_grads_in_place
+from clipscale.optim import loss_scale
 from clipscale.parts import OTHER, Parts
 from clipscale.step import StepResult, TowerPlan, gradcache_step
 from clipscale.step.gradcache import TwoPasses, captions_of
@@ -69,7 +70,7 @@ class OwnStep:
             loss_and_grads=self._loss,
             key=0,
             positions=torch.arange(len(self._tokens)),
-            grad_scale=trainee.multiply,
+            grad_scale=loss_scale(trainee.scaler, trainee.device),
             parts=self._parts,
         )
         with self._parts.part("optimizer"):

@@ -55,11 +55,6 @@ class Trainee:
     def device(self) -> torch.device:
         return self.towers.image.device
 
-    @property
-    def multiply(self) -> float:
-        """What the scaler multiplies a loss by; asked so that it is ready to unscale."""
-        return self.scaler.scale(torch.ones((), device=self.device)).item()
-
     def begin(self) -> None:
         """Before the gradients of a step."""
         self.optimizer.zero_grad(set_to_none=True)

@@ -114,8 +114,11 @@ def _finish(copied: torch.cuda.Event, free: Callable[[], None]) -> None:
 
 
 def handed_over(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A small tensor of the host on `device`. Neither waits for a GPU: the copy is behind what it has to do."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    """`tensor` itself where it is on `device`, else a copy there. Nobody waits for a GPU: the copy comes behind what it
+    has to do, from torch's cache of page-locked memory."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 class Chunks(Protocol):
