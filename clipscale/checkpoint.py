@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipscale.config import Config
-from clipscale.config_load import config_from_yaml, dump_config
+from clipscale.config.load import config_from_yaml, dump_config
 from clipscale.errors import UserError, reason, require
 from clipscale.files import hash_file, lock_file, sync_folder, synced_file
 from clipscale.tell import tell

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from clipscale.config import Config
-from clipscale.config_data import AugmentSettings, Replay
+from clipscale.config.data import AugmentSettings, Replay
 from clipscale.data.load.loader import Loader, Setup, StepBatch
 from clipscale.data.load.replay_plan import Plan, budgets, build_tier, choose_tier, tightest
 from clipscale.data.load.shape import StepShape

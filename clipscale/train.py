@@ -30,7 +30,7 @@ from clipscale.checkpoint import (
     save_checkpoint,
 )
 from clipscale.config import Config
-from clipscale.config_load import dump_config
+from clipscale.config.load import dump_config
 from clipscale.counter import fold
 from clipscale.data.load.loader import StepBatch
 from clipscale.deterministic import deterministic

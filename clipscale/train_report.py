@@ -16,7 +16,7 @@ from typing import Any
 
 from clipscale.checkpoint import Snapshot
 from clipscale.config import Config
-from clipscale.config_load import changed_keys
+from clipscale.config.load import changed_keys
 from clipscale.dist import World
 from clipscale.parts import from_row
 from clipscale.progress import time_left

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from clipscale.config_data import Data, Replay, SourceSettings
+from clipscale.config.data import Data, Replay, SourceSettings
 from clipscale.data.load.fill import Skip
 from clipscale.data.load.loader import Loader, Setup
 from clipscale.data.load.replay_plan import Budgets, build_tier, choose_tier

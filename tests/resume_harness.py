@@ -19,7 +19,7 @@ import torch
 from loading import keys_of
 from shards import write_pairs
 
-from clipscale.config_load import load_config
+from clipscale.config.load import load_config
 from clipscale.train import Trainer, train
 
 STEPS, BATCH, SAMPLES = 12, 8, 40  # 2.4 epochs

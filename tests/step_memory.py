@@ -11,7 +11,7 @@ import threading
 import torch
 
 from clipscale.bench.common.processes import held_bytes
-from clipscale.config_load import load_config
+from clipscale.config.load import load_config
 from clipscale.dist import World
 from clipscale.train import Trainer
 

@@ -8,7 +8,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
 from clipscale import counter
-from clipscale.config_data import AugmentSettings
+from clipscale.config.data import AugmentSettings
 from clipscale.counter_torch import draw, uniform
 from clipscale.data.pixels import augment
 from clipscale.data.pixels.augment import Augment, gray, jitter, rotate_hue

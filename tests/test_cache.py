@@ -22,7 +22,7 @@ from http_server import Fault, serve
 from processes import wait_until
 from shards import write_tar
 
-from clipscale.config_data import Fetch
+from clipscale.config.data import Fetch
 from clipscale.data.fetch import cache as cache_module
 from clipscale.data.fetch import copies
 from clipscale.data.fetch.cache import Expected, FetchError, ShardCache

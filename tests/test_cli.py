@@ -15,8 +15,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from clipscale import __version__
 from clipscale.cli import main
-from clipscale.config_load import config_from_yaml, load_config
-from clipscale.recipes import list_recipes
+from clipscale.config.load import config_from_yaml, load_config
+from clipscale.config.recipes import list_recipes
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -1,4 +1,4 @@
-"""clipscale/config.py and clipscale/config_load.py."""
+"""clipscale/config/settings.py and clipscale/config/load.py."""
 
 import dataclasses
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from clipscale.config import Config, Model, flat
-from clipscale.config_data import Shapes, SourceSettings
-from clipscale.config_load import apply_overrides, changed_keys, config_from_yaml, dump_config, load_config
+from clipscale.config.data import Shapes, SourceSettings
+from clipscale.config.load import apply_overrides, changed_keys, config_from_yaml, dump_config, load_config
 from clipscale.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,4 +1,4 @@
-"""clipscale/config_help.py and `clipscale config`: every setting, from the dataclasses and their comments."""
+"""clipscale/config/help.py and `clipscale config`: every setting, from the dataclasses and their comments."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -8,10 +8,10 @@ import yaml
 
 from clipscale.cli import main
 from clipscale.config import Config, flat
-from clipscale.config_data import Data, Shapes, SourceSettings
-from clipscale.config_help import _notes, find_settings, with_comments
-from clipscale.config_load import config_from_yaml, dump_config, load_config
-from clipscale.recipes import list_recipes
+from clipscale.config.data import Data, Shapes, SourceSettings
+from clipscale.config.help import _notes, find_settings, with_comments
+from clipscale.config.load import config_from_yaml, dump_config, load_config
+from clipscale.config.recipes import list_recipes
 
 WHOLE = Config(data=Data(sources={"<name>": SourceSettings("")}, shapes=Shapes()))
 

@@ -1,4 +1,4 @@
-"""clipscale/config_read.py: text is taken as it stands, and what YAML would bend is refused or put right."""
+"""clipscale/config/read.py: text is taken as it stands, and what YAML would bend is refused or put right."""
 
 import dataclasses
 
@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from clipscale.cli import main
 from clipscale.config import Config, Model, Run
-from clipscale.config_data import Data, SourceSettings
-from clipscale.config_load import apply_overrides, config_from_yaml, dump_config, load_config
+from clipscale.config.data import Data, SourceSettings
+from clipscale.config.load import apply_overrides, config_from_yaml, dump_config, load_config
 from clipscale.errors import UserError
 
 TOWERS = ["model.vision={width: 32}", "model.text={width: 32}"]

@@ -16,7 +16,7 @@ from loading import read, tokenize
 from shards import picture, write_shard
 from tiny import tiny_config
 
-from clipscale.config_data import Data, Fetch, Select, SourceSettings
+from clipscale.config.data import Data, Fetch, Select, SourceSettings
 from clipscale.data.bad import BadSample
 from clipscale.data.pipeline import build_pipeline
 from clipscale.data.source import Source, open_source

@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 from shards import picture, write_pairs, write_shard
 
-from clipscale.config_data import Data, SourceSettings
+from clipscale.config.data import Data, SourceSettings
 from clipscale.data.pixels.decode import Decoding, center_square, crop_and_resize, decode
 from clipscale.data.source import open_source
 from clipscale.errors import UserError

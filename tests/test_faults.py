@@ -15,7 +15,7 @@ from loading import Copy, open_loader, read, take, tokenize
 from shards import picture, write_pairs, write_shard
 from tiny import tiny_config
 
-from clipscale.config_data import Data, Fetch, SourceSettings
+from clipscale.config.data import Data, Fetch, SourceSettings
 from clipscale.data.pipeline import Pipeline, build_pipeline
 from clipscale.errors import UserError
 from clipscale.train import train

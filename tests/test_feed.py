@@ -13,7 +13,7 @@ from shards import picture, write_pairs, write_shard
 from tiny import tiny_config
 
 from clipscale import feed
-from clipscale.config_data import Replay
+from clipscale.config.data import Replay
 from clipscale.data.load.shape import StepShape
 from clipscale.data.load.workers import LoaderError
 from clipscale.data.tokenize import caption_hashes

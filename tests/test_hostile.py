@@ -31,7 +31,7 @@ LIMIT_BYTES = 200_000_000
 PROBE = """
 import json, os, re, sys
 from collections import Counter
-from clipscale.config_data import Data, Select, SourceSettings
+from clipscale.config.data import Data, Select, SourceSettings
 from clipscale.data.pixels.decode import decode
 from clipscale.data.bad import BadSample
 from clipscale.data.source import open_source

@@ -15,7 +15,7 @@ from PIL import Image
 from shards import picture, write_tar
 from tools import load_tool
 
-from clipscale.config_data import Data, SourceSettings
+from clipscale.config.data import Data, SourceSettings
 from clipscale.data.source import open_source
 from clipscale.errors import UserError
 from clipscale.shardkit.imagenet import Labels, find_pictures, read_labels

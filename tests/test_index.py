@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from processes import alive, parent, wait_until
 from shards import picture, write_pairs, write_shard
 
-from clipscale.config_data import Data, Fetch, Select, SourceSettings
+from clipscale.config.data import Data, Fetch, Select, SourceSettings
 from clipscale.data.fetch.cache import ShardCache
 from clipscale.data.shard import index as index_module
 from clipscale.data.shard import index_many as indexing
@@ -626,7 +626,7 @@ def test_nothing_goes_on_behind_an_indexing_that_is_ended(tmp_path, number):
     code = (
         "import sys; from clipscale.data.shard.index import Index\n"
         "from clipscale.data.shard.index_many import index_shards\n"
-        "from clipscale.config_data import Fetch; from clipscale.data.fetch.cache import ShardCache\n"
+        "from clipscale.config.data import Fetch; from clipscale.data.fetch.cache import ShardCache\n"
         "index_shards(sys.argv[2:], Index(), ShardCache(sys.argv[1], None, Fetch(), allow_pipe=True), jobs=2)"
     )
     main = subprocess.Popen(

@@ -13,7 +13,7 @@ from shards import picture, write_shard
 
 from clipscale.cli import main, parse
 from clipscale.cli.index import index_settings
-from clipscale.config_data import Data, Select, SourceSettings
+from clipscale.config.data import Data, Select, SourceSettings
 from clipscale.data.source import open_source
 
 

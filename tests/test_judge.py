@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from shards import picture, write_shard
 
-from clipscale.config_data import Select
+from clipscale.config.data import Select
 from clipscale.data.shard import judge as judge_module
 from clipscale.data.shard.captions import CaptionRule
 from clipscale.data.shard.judge import Fault, Judge, picture_of

@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 GROUND = {
     *("__init__", "errors", "counter", "escape", "words", "paths", "tell", "files", "progress", "pool", "dist"),
-    *("config_data", "config", "config_read", "config_load", "config_help", "recipes", "launch", "schedule", "runlog"),
+    *("config", "launch", "schedule", "runlog"),
     *("open_clip_files", "open_clip_flags", "counter_torch", "parts", "parts_picture", "deterministic"),
     *("remembered", "device"),
 }
@@ -179,7 +179,7 @@ def test_imports_go_downwards_only():
     ("module", "code"),
     [
         ("clipscale.errors", "from clipscale.counter import fold"),
-        ("clipscale.config_data", "import clipscale.data.shard.tar"),
+        ("clipscale.config.data", "import clipscale.data.shard.tar"),
         ("clipscale.counter", "import clipscale.data.shard.tar"),
         ("clipscale.counter", "from clipscale.counter_torch import draw"),
         ("clipscale.data.order.mixture", "from clipscale.files import write_file"),
@@ -229,7 +229,7 @@ def test_the_checker_catches(module, code):
         ("clipscale.bench.redraw", "from clipscale.bench.data import plots"),
         ("clipscale.cli.bench", "from clipscale.bench.redraw import redraw"),
         ("clipscale.cli", "from clipscale.train import train\nimport torch"),
-        ("data_tools.make_shards", "from clipscale.shardkit import packing\nfrom clipscale.config_data import Data"),
+        ("data_tools.make_shards", "from clipscale.shardkit import packing\nfrom clipscale.config.data import Data"),
     ],
 )
 def test_the_checker_lets_pass(module, code):
@@ -269,7 +269,7 @@ def test_help_and_configuration_leave_torch_alone():
 import runpy
 import sys
 from pathlib import Path
-import clipscale.config_load
+import clipscale.config.load
 from clipscale.cli import COMMANDS, main
 from clipscale.shardkit import commands
 

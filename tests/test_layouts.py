@@ -14,7 +14,7 @@ from PIL import Image
 from shards import picture
 from tools import load_tool
 
-from clipscale.config_data import Data, SourceSettings
+from clipscale.config.data import Data, SourceSettings
 from clipscale.data.source import open_source
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from shards import picture
 from torchvision.transforms import RandomResizedCrop
 
-from clipscale.config_data import Data
+from clipscale.config.data import Data
 from clipscale.data.bad import BadSample
 from clipscale.data.pixels.decode import (
     DRAWS_PER_SAMPLE,

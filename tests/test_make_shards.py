@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from processes import wait_until
 from tools import FOLDER, load_tool
 
-from clipscale.config_data import Data, SourceSettings
+from clipscale.config.data import Data, SourceSettings
 from clipscale.data.source import open_source
 
 TOOL = FOLDER / "make_shards.py"

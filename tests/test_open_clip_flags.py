@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from clipscale.cli import main
-from clipscale.config_help import find_settings
+from clipscale.config.help import find_settings
 from clipscale.open_clip_flags import FLAGS, explain, markdown_table
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "from_open_clip.md"

@@ -7,7 +7,7 @@ import torch
 from tiny import MODEL
 
 from clipscale.config import Optim
-from clipscale.config_load import load_config
+from clipscale.config.load import load_config
 from clipscale.optim import build_optimizer, set_lr
 from clipscale.schedule import learning_rate, total_steps
 from clipscale.towers import build_towers

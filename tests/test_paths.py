@@ -13,9 +13,9 @@ from shards import picture, write_shard
 
 from clipscale.cli import COMMANDS, main, parse
 from clipscale.config import Config
-from clipscale.config_help import find_settings
-from clipscale.config_load import apply_overrides, config_from_yaml, dump_config, load_config
-from clipscale.config_read import _inner, _kind, read_file, read_word
+from clipscale.config.help import find_settings
+from clipscale.config.load import apply_overrides, config_from_yaml, dump_config, load_config
+from clipscale.config.read import _inner, _kind, read_file, read_word
 from clipscale.errors import UserError
 from clipscale.paths import PathKind, local_path, path_option, shard_urls, shards_option
 from clipscale.shardkit.commands import cifar10, describe, make, run_script, shapes

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from shards import write_pairs, write_shard
 
-from clipscale.config_data import AugmentSettings, Data, Select, SourceSettings
+from clipscale.config.data import AugmentSettings, Data, Select, SourceSettings
 from clipscale.data.order.order import rank_positions
 from clipscale.data.pipeline import Pipeline, build_pipeline
 from clipscale.data.tokenize import build_tokenizer

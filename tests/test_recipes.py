@@ -1,13 +1,13 @@
-"""clipscale/recipes.py, and the files that a recipe names: found from any folder."""
+"""clipscale/config/recipes.py, and the files that a recipe names: found from any folder."""
 
 from pathlib import Path
 
 import pytest
 
 from clipscale.cli import main
-from clipscale.config_load import apply_overrides, config_from_yaml, dump_config, load_config
+from clipscale.config.load import apply_overrides, config_from_yaml, dump_config, load_config
+from clipscale.config.recipes import FOLDER, find_config, list_recipes
 from clipscale.errors import UserError
-from clipscale.recipes import FOLDER, find_config, list_recipes
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ["names.txt", "lists/templates.txt", "counts.json", "lists/uids.txt"]

@@ -23,7 +23,7 @@ from fsspec.registry import _registry
 from http_server import Fault, serve
 from processes import wait_until
 
-from clipscale.config_data import Fetch
+from clipscale.config.data import Fetch
 from clipscale.data.fetch import open_fsspec, open_http
 from clipscale.data.fetch.download import Expected, FetchError, Stopped, download
 from clipscale.data.fetch.streams import Refused, Seen, TryAgain, look, open_body

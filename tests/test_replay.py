@@ -7,7 +7,7 @@ import torch
 from loading import CPU, open_loader, pipeline, read, take
 from shards import write_pairs
 
-from clipscale.config_data import AugmentSettings
+from clipscale.config.data import AugmentSettings
 from clipscale.data.load.replay import Disk, Held, handed_over
 from clipscale.data.load.shape import StepShape
 from clipscale.data.load.workers import LoaderError

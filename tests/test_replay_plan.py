@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clipscale.config_data import Replay
+from clipscale.config.data import Replay
 from clipscale.data.load.replay_plan import Budgets, Plan, budgets, choose_tier, host_memory, tightest
 from clipscale.data.load.shape import StepShape
 from clipscale.errors import UserError

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from shards import picture, write_shard, write_tar
 
-from clipscale.config_data import Data, Select, SourceSettings
+from clipscale.config.data import Data, Select, SourceSettings
 from clipscale.data.shard.select import Chosen, Rules, select_samples
 from clipscale.data.shard.tar import Listing, list_members, mapped
 from clipscale.data.shard.uids import UidList

@@ -6,9 +6,9 @@ import pytest
 from shards import write_pairs
 from tiny import tiny_config
 
-from clipscale.config_load import load_config
+from clipscale.config.load import load_config
+from clipscale.config.recipes import list_recipes
 from clipscale.preflight.sense import odd_pairs
-from clipscale.recipes import list_recipes
 from clipscale.schedule import learning_rate, rate_jump, total_steps
 from clipscale.train import train
 

@@ -18,7 +18,7 @@ import webdataset
 from http_server import Fault, Server
 from shards import picture, write_pairs, write_shard
 
-from clipscale.config_data import Data, Fetch, Select, SourceSettings
+from clipscale.config.data import Data, Fetch, Select, SourceSettings
 from clipscale.data.bad import BadSample
 from clipscale.data.fetch.cache import ShardCache
 from clipscale.data.shard import handles

@@ -15,7 +15,7 @@ from spawn import run_ranks
 from tiny import MODEL
 
 from clipscale.config import Loss, Validation
-from clipscale.config_data import Data, SourceSettings
+from clipscale.config.data import Data, SourceSettings
 from clipscale.data.pixels.decode import Decoding
 from clipscale.data.source import open_source
 from clipscale.data.tokenize import build_tokenizer

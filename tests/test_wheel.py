@@ -94,8 +94,8 @@ def test_the_installed_wheel_finds_its_recipes_from_any_folder(wheel, tmp_path):
 import sys
 sys.path.insert(0, sys.argv[1])
 from clipscale.cli import main
-from clipscale.config_load import load_config
-from clipscale.recipes import list_recipes
+from clipscale.config.load import load_config
+from clipscale.config.recipes import list_recipes
 for name in list_recipes():
     load_config([name])
 assert main(["recipes"]) == main(["config", "optim.lr"]) == 0
@@ -124,7 +124,7 @@ def test_an_editable_install_finds_the_tree(tree, tmp_path):
     with zipfile.ZipFile(build("editable", tree, tmp_path / "editable")) as archive:
         archive.extractall(tmp_path / "site")
     code = "import site, sys; site.addsitedir(sys.argv[1])"
-    code += "; from clipscale import recipes; print(recipes.FOLDER, *recipes.list_recipes())"
+    code += "; from clipscale.config import recipes; print(recipes.FOLDER, *recipes.list_recipes())"
     folder, *names = run("-I", "-S", "-c", code, str(tmp_path / "site"), cwd=tmp_path).split()
     assert Path(folder) == tree / "configs"
     assert set(names) == {path.stem for path in ROOT.glob("configs/*.yaml")}

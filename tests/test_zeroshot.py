@@ -16,7 +16,7 @@ from shards import picture, write_shard
 from tiny import MODEL
 
 from clipscale.config import ZeroShot
-from clipscale.config_data import Data
+from clipscale.config.data import Data
 from clipscale.data.pixels.decode import Decoding
 from clipscale.data.tokenize import build_tokenizer
 from clipscale.dist import World

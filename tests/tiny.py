@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from clipscale.config import Config
-from clipscale.config_load import config_from_yaml, load_config
+from clipscale.config.load import config_from_yaml, load_config
 
 YAML = """
 run: {{dir: {run}, log_every_steps: 1}}

@@ -21,11 +21,11 @@ from contextlib import suppress
 from types import ModuleType
 
 from clipscale import __version__
+from clipscale.config.recipes import list_recipes
 from clipscale.errors import SharedError, UserError, reason
 from clipscale.escape import one_line
 from clipscale.files import write_file
 from clipscale.open_clip_flags import explain
-from clipscale.recipes import list_recipes
 from clipscale.tell import listening
 from clipscale.words import did_you_mean
 

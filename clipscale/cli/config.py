@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import textwrap
 
-from clipscale.config_help import WIDTH, Section, find_settings
+from clipscale.config.help import WIDTH, Section, find_settings
 
 EXAMPLES = """\
 examples:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from clipscale.config_data import Data, Select, SourceSettings
+from clipscale.config.data import Data, Select, SourceSettings
 from clipscale.errors import require
 from clipscale.escape import escaped
 from clipscale.paths import path_option, shards_option

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from clipscale.recipes import FOLDER, list_recipes
+from clipscale.config.recipes import FOLDER, list_recipes
 
 EXAMPLES = """\
 examples:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 
 from clipscale.cli import rank
-from clipscale.config_help import with_comments
-from clipscale.config_load import dump_config, load_config
+from clipscale.config.help import with_comments
+from clipscale.config.load import dump_config, load_config
 from clipscale.launch import told_once
 from clipscale.tell import say
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clipscale.config_data import Data
+from clipscale.config.data import Data
 from clipscale.counter import fold
 from clipscale.data.order.mixture import Mixture, begin, quotas, resumed
 from clipscale.data.order.order import Order, Resampled, default_streams, rank_positions

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from clipscale.config_data import Data, SourceSettings
+from clipscale.config.data import Data, SourceSettings
 from clipscale.data.bad import MASK_CAUSES, BadSample, RefusedSample
 from clipscale.data.fetch.cache import Expected, FetchError, ShardCache
 from clipscale.data.fetch.urls import expand_urls, is_local, masked

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from clipscale.config import Config
-from clipscale.config_data import SourceSettings
+from clipscale.config.data import SourceSettings
 from clipscale.data.pixels.decode import Decoding
 from clipscale.data.source import open_source
 from clipscale.data.tokenize import Tokenize

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipscale.config import ZeroShot
-from clipscale.config_data import Data, SourceSettings
+from clipscale.config.data import Data, SourceSettings
 from clipscale.data.pixels.decode import Decoding
 from clipscale.data.source import open_source
 from clipscale.data.tokenize import Tokenize

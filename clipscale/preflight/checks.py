@@ -5,7 +5,7 @@
 
     found, config = check_evaluation("runs/a", ["eval.zeroshot.folder=imagenet/val"])
 
-Settings by themselves were checked when they were loaded (config.py). Here is what takes a look outside: at files,
+Settings by themselves were checked when they were loaded (config/). Here is what takes a look outside: at files,
 folders and open_clip's models. Where one process trains, shards are indexed here too, so that their number is known.
 """
 
@@ -25,8 +25,8 @@ from clipscale.checkpoint import (
     unverified_checkpoint,
 )
 from clipscale.config import Config, ZeroShot
-from clipscale.config_data import Data, SourceSettings
-from clipscale.config_load import apply_overrides
+from clipscale.config.data import Data, SourceSettings
+from clipscale.config.load import apply_overrides
 from clipscale.data.fetch.urls import expand_urls, is_local
 from clipscale.data.pipeline import require_sources
 from clipscale.data.shard.counts import read_counts

@@ -10,7 +10,7 @@ import dataclasses
 from typing import Any
 
 from clipscale.config import Config
-from clipscale.config_data import SourceSettings
+from clipscale.config.data import SourceSettings
 from clipscale.data.pipeline import check_layout
 from clipscale.data.shapes.make import make_shapes
 from clipscale.data.source import open_source

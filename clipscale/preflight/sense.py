@@ -2,7 +2,7 @@
 
 odd_pairs(config)  # ["warning: optim.warmup_samples=20,000,000 is longer than the run ..."]
 
-What cannot be at all is refused where the setting is (config.py). What is here could be meant, in a trial for one.
+What cannot be at all is refused where the setting is (config/). What is here could be meant, in a trial for one.
 """
 
 from __future__ import annotations

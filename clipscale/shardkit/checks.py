@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from clipscale.config_data import Select
+from clipscale.config.data import Select
 from clipscale.data.fetch.cache import ShardCache
 from clipscale.data.fetch.urls import is_local
 from clipscale.data.pixels.decode import picture_size

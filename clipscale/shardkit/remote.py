@@ -5,7 +5,7 @@ with opened(url, cache_for([url], cache_dir=None)) as tar: ...        # `opened`
 
 from __future__ import annotations
 
-from clipscale.config_data import Fetch
+from clipscale.config.data import Fetch
 from clipscale.data.fetch.cache import ShardCache
 from clipscale.data.fetch.urls import is_local
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from clipscale.config_data import Data
+from clipscale.config.data import Data
 from clipscale.data.order.mixture import begin, quotas
 from clipscale.data.order.order import Order, Resampled, default_streams
 from clipscale.data.order.repeats import count_repeats

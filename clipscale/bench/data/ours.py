@@ -16,7 +16,7 @@ import torch
 
 from clipscale.bench.common.stopwatch import Stopwatch
 from clipscale.bench.data.baseline import MODEL
-from clipscale.config_data import Data, SourceSettings
+from clipscale.config.data import Data, SourceSettings
 from clipscale.data.load import fill
 from clipscale.data.load.blocks import Blocks, Layout
 from clipscale.data.load.fill import Filler, Job

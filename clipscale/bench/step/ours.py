@@ -16,7 +16,8 @@ from torch import Tensor
 from clipscale.bench.common.memory import begin_part
 from clipscale.bench.step.flops import not_towers
 from clipscale.bench.step.trainee import Batch, Trainee
-from clipscale.config import Config, GradCache, Replay, Train
+from clipscale.config import Config, GradCache, Train
+from clipscale.config.data import Replay
 from clipscale.data.load.replay import Held
 from clipscale.dist import World
 from clipscale.loss import ContrastiveGrads, contrastive_grads_in_place

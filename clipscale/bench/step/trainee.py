@@ -25,11 +25,11 @@ from clipscale.bench.common.memory import begin_part
 from clipscale.bench.step.captions import Lengths, draw_captions
 from clipscale.bench.step.options import SMALL
 from clipscale.config import Model, Optim
-from clipscale.config_load import load_config
+from clipscale.config.load import load_config
+from clipscale.config.recipes import list_recipes
 from clipscale.counter import fold
 from clipscale.open_clip_files import known_models
 from clipscale.optim import build_optimizer
-from clipscale.recipes import list_recipes
 from clipscale.towers import Towers, autocast_dtype, build_towers
 
 OPTIM = Optim(lr=5e-4, eps=1e-6)

@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import NamedTuple
 
-from clipscale.config_data import Fetch
+from clipscale.config.data import Fetch
 from clipscale.data.fetch.copies import Copies, Lock, PartFile
 from clipscale.data.fetch.download import (
     MAX_RETRY_AFTER_SECONDS,

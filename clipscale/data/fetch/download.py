@@ -19,7 +19,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from clipscale.config_data import Fetch
+from clipscale.config.data import Fetch
 from clipscale.data.fetch.streams import Body, Refused, TryAgain, open_body
 from clipscale.data.fetch.urls import masked
 from clipscale.words import counted

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from clipscale.config_data import Replay
+from clipscale.config.data import Replay
 from clipscale.data.load.replay import Disk, Gpu, Host, Recompute
 from clipscale.data.load.shape import StepShape
 from clipscale.errors import UserError, reason

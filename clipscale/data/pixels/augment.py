@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clipscale.config_data import AugmentSettings
+from clipscale.config.data import AugmentSettings
 from clipscale.counter import fold
 from clipscale.counter_torch import draw, uniform
 

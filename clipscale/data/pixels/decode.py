@@ -29,7 +29,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from clipscale.config_data import Data
+from clipscale.config.data import Data
 from clipscale.data.bad import BadSample
 from clipscale.data.pixels.formats import jpeg_scans, orientation, plain_png, png_size, sniff, turned, webp_size
 

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
-from clipscale.config_data import Select
+from clipscale.config.data import Select
 from clipscale.data.fetch.cache import FetchError, ShardCache
 from clipscale.data.fetch.urls import is_local, masked, scheme_of
 from clipscale.data.shard.captions import CaptionRule

@@ -13,7 +13,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
-from clipscale.config_data import Select
+from clipscale.config.data import Select
 from clipscale.data.bad import BadSample
 from clipscale.data.shard.captions import MAX_JSON_BYTES, CaptionError, CaptionRule, look_up, parse_json
 from clipscale.data.shard.group import lying_apart

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 
-from clipscale.config_data import Data, SourceSettings
+from clipscale.config.data import Data, SourceSettings
 from clipscale.data.fetch.urls import masked
 from clipscale.data.shard.index import Shard
 from clipscale.data.shard.judge import APART, IMAGE_SUFFIXES, ON_PURPOSE

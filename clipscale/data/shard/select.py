@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from clipscale.config_data import Data, Select, SourceSettings
+from clipscale.config.data import Data, Select, SourceSettings
 from clipscale.data.shard.captions import CaptionRule
 from clipscale.data.shard.group import group, why_passed
 from clipscale.data.shard.judge import Fault, Judge, picture_of

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from clipscale.config_data import Data
+from clipscale.config.data import Data
 from clipscale.paths import path_option
 from clipscale.pool import cores
 

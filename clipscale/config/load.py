@@ -1,4 +1,4 @@
-"""From YAML files and command-line words (read by config_read.py) to a `Config` and back. No torch import.
+"""From YAML files and command-line words (read by read.py) to a `Config` and back. No torch import.
 
     config = load_config(["quickstart", "train.global_batch=4096"])      # a recipe's name, or a YAML file's path
     config.train.global_batch                      # 4096
@@ -23,10 +23,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from clipscale.config import Config, flat
-from clipscale.config_read import escaped, read_file, read_word, read_yaml, write_yaml
+from clipscale.config.read import escaped, read_file, read_word, read_yaml, write_yaml
+from clipscale.config.recipes import find_config
 from clipscale.errors import UserError, require
 from clipscale.open_clip_flags import explain
-from clipscale.recipes import find_config
 
 
 class Layer(NamedTuple):

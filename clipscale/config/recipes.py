@@ -14,7 +14,7 @@ from pathlib import Path
 from clipscale.errors import UserError
 from clipscale.paths import local_path
 
-FOLDER = Path(__file__).with_name("configs").resolve()  # in a checkout a link to configs/ at its top
+FOLDER = Path(__file__).parents[1].joinpath("configs").resolve()  # in a checkout a link to configs/ at its top
 
 
 def list_recipes() -> dict[str, str]:

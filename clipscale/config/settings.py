@@ -1,7 +1,7 @@
-"""Every setting of clipscale (those of `data` and `replay` in config_data.py). No torch import.
+"""Every setting of clipscale (those of `data` and `replay` in data.py). No torch import.
 
 A value or combination that cannot be raises `UserError` with one line that holds the value, the rule and the fix.
-Units live in names (`_steps`, `_samples`, `_bytes`, `_seconds`). `config_load.py` fills these in from YAML.
+Units live in names (`_steps`, `_samples`, `_bytes`, `_seconds`). `load.py` fills these in from YAML.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from clipscale.config_data import Data, Replay
+from clipscale.config.data import Data, Replay
 from clipscale.errors import require
 from clipscale.paths import LocalFile, LocalPath, ShardUrls
 
