@@ -8,31 +8,54 @@ from pathlib import Path
 import pytest
 import torch
 from spawn import run_ranks
-from test_gradcache import make_batch, make_plan, make_towers, worst_error
+from test_gradcache import TEXT, VISION, make_batch, make_plan, make_towers, worst_error
 
-from clipscale.config import Config, Train
+from clipscale.config import Config, Model, Train
 from clipscale.data.load.replay import Held
 from clipscale.dist import World
 from clipscale.errors import SharedError
 from clipscale.loss import contrastive_grads
 from clipscale.parallel import broadcast_parameters, sum_gradients
 from clipscale.step import gradcache_step
+from clipscale.towers import Towers, build_towers
 from clipscale.train import Trainer
 
 SLOTS, STEPS = 16, 5
-MASKS = {
-    "equal": (),
-    "unequal, one rank of four with none": (1, 4, 5, 6, 7, 15),
-}
+UNEQUAL, DRAWING = "unequal, one rank of four with none", "by position and length"
+MASKS = {"equal": (), UNEQUAL: (1, 4, 5, 6, 7, 15)}
 
 
 BARS = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 
-def five_steps(rank: int, size: int, masked: tuple[int, ...], dtype: torch.dtype) -> dict:
-    """SGD on the same five global batches; every step's loss and gradients, and the last parameters."""
+CONTEXT = 40  # tokens: captions are of three lengths
+
+
+def make_drawing_towers(dtype: torch.dtype) -> Towers:
+    """With patch dropout, which goes by position, and captions long enough to be walked by length."""
+    model = Model(embed_dim=16, vision=VISION, text=TEXT | {"context_length": CONTEXT})
+    towers = build_towers(model, seed=3)
+    towers.model.to(dtype).train()
+    return towers
+
+
+def make_long_batch(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(1, 1000, (n, CONTEXT), generator=generator)
+    tokens[torch.arange(n), torch.randint(2, CONTEXT, (n,), generator=generator)] = 49407
+    return make_batch(n, seed)[0], tokens
+
+
+def five_steps(
+    rank: int, size: int, masked: tuple[int, ...], dtype: torch.dtype, *, by_chunk: bool = True, offset: int = 0
+) -> dict:
+    """SGD on the same five global batches; every step's loss and gradients, and the last parameters.
+
+    by_chunk: nothing is drawn, and captions are walked in order; else patches are dropped by position (`offset` more
+    than it is), and captions are walked by length.
+    """
     world = World(rank, size, rank, torch.device("cpu"))
-    towers = make_towers(dtype, dropout=False)
+    towers = make_towers(dtype, dropout=False) if by_chunk else make_drawing_towers(dtype)
     with torch.no_grad():  # only rank 0 starts from the right weights
         for parameter in towers.model.parameters():
             parameter.add_(rank)
@@ -44,14 +67,15 @@ def five_steps(rank: int, size: int, masked: tuple[int, ...], dtype: torch.dtype
     share = slice(rank * SLOTS // size, (rank + 1) * SLOTS // size)
     losses, grads = [], []
     for step in range(STEPS):
-        images, tokens = make_batch(SLOTS, seed=step)
+        images, tokens = (make_batch if by_chunk else make_long_batch)(SLOTS, seed=step)
         optimizer.zero_grad()
         result = gradcache_step(
             towers,
             Held(images[share], 3),
             tokens[share],
             valid[share],
-            plan=make_plan(3, 5, kept=size),
+            plan=make_plan(3, 5, kept=size, by_chunk=by_chunk),
+            positions=None if by_chunk else torch.arange(SLOTS)[share] + step * SLOTS + offset,
             loss_and_grads=partial(contrastive_grads, tile=4),
             key=step,
         )
@@ -63,7 +87,9 @@ def five_steps(rank: int, size: int, masked: tuple[int, ...], dtype: torch.dtype
 
 
 def every_case(rank: int, size: int) -> dict:
-    return {(dtype, name): five_steps(rank, size, masked, dtype) for dtype in BARS for name, masked in MASKS.items()}
+    found = {(dtype, name): five_steps(rank, size, masked, dtype) for dtype in BARS for name, masked in MASKS.items()}
+    drawing = {(dtype, DRAWING): five_steps(rank, size, MASKS[UNEQUAL], dtype, by_chunk=False) for dtype in BARS}
+    return found | drawing
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +113,12 @@ def test_masks_matter(one_rank):
     """A control: the two masks are different problems, so agreement on both says something."""
     equal, unequal = (one_rank[torch.float64, name]["grads"][0] for name in MASKS)
     assert worst_error(equal, unequal) > 1e-2
+
+
+def test_positions_matter(one_rank):
+    """A control: other draws are another problem."""
+    moved = five_steps(0, 1, MASKS[UNEQUAL], torch.float64, by_chunk=False, offset=1)
+    assert worst_error(moved["grads"][0], one_rank[torch.float64, DRAWING]["grads"][0]) > 1e-2
 
 
 def missing_reduction(rank: int, size: int) -> float:
