@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 from functools import cache
@@ -247,3 +248,19 @@ def test_chunks_where_nothing_is_trained(tmp_path):
     config = tiny_config(tmp_path, "x.tar", "gradcache.image_chunk=auto", "gradcache.text_chunk=6")
     assert chunks_of(config, None) == (256, 6)
     assert chunks_of(config, {"settings": {}, "image": {"chunk": 12}, "text": {"chunk": 7}}) == (12, 6)
+
+
+def test_a_tower_that_runs_at_full_length_or_draws_by_chunk_is_told_once(tmp_path, counted_so, told):
+    plan(tmp_path)
+    assert not told
+    model = dataclasses.replace(MODEL, text=MODEL.text | {"no_causal_mask": True})
+    towers = build_towers(model, seed=3)
+    towers.model.text.transformer.resblocks[1].mlp.add_module("drop", torch.nn.Dropout(0.1))
+    config = tiny_config(tmp_path, "x.tar")
+    found = plan_step(config, towers, ALONE, None)
+    assert (found.image.by_chunk, found.text.by_chunk) == (False, True)
+    draws, length = told
+    assert "the text tower draws by chunk in 1 layer (transformer.resblocks.1.mlp.drop)" in draws
+    assert length == "the text tower looks beyond the end of a caption: captions run at full length"
+    plan_step(config, towers, ALONE, plan_record(found, config, ALONE))
+    assert told == [draws, length], "a resumed run has told it already"

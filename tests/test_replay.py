@@ -56,6 +56,11 @@ def test_a_small_tensor_reaches_a_gpu_from_pinned_memory():
     calls = []
 
     class Recorded:
+        is_cuda = False
+
+        def contiguous(self):
+            return self
+
         def pin_memory(self):
             calls.append("pinned")
             return self

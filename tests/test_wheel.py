@@ -4,6 +4,7 @@ import email
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -123,8 +124,9 @@ def test_a_source_distribution_gives_the_same_wheel(tree, wheel, tmp_path):
 def test_an_editable_install_finds_the_tree(tree, tmp_path):
     with zipfile.ZipFile(build("editable", tree, tmp_path / "editable")) as archive:
         archive.extractall(tmp_path / "site")
-    code = "import site, sys; site.addsitedir(sys.argv[1])"
+    code = "import site, sys; site.addsitedir(sys.argv[1]); sys.path.append(sys.argv[2])"
     code += "; from clipscale.config import recipes; print(recipes.FOLDER, *recipes.list_recipes())"
-    folder, *names = run("-I", "-S", "-c", code, str(tmp_path / "site"), cwd=tmp_path).split()
+    needs = sysconfig.get_path("purelib")  # as a plain folder: the clipscale that is installed there is not seen
+    folder, *names = run("-I", "-S", "-c", code, str(tmp_path / "site"), needs, cwd=tmp_path).split()
     assert Path(folder) == tree / "configs"
     assert set(names) == {path.stem for path in ROOT.glob("configs/*.yaml")}
