@@ -11,6 +11,14 @@ class SharedError(UserError):
     """Raised on every rank alike, so that telling it once is enough."""
 
 
+class RestartError(RuntimeError):
+    """What a restart may heal (a lost peer, a dead loader, a hang): shown as one line, exit status RESTART."""
+
+
+RESTART, INTERRUPTED = 70, 75
+"""Exit statuses: a restart may heal it; told to stop, saved, and goes on when started again. (2: `UserError`.)"""
+
+
 def reason(error: Exception) -> str:
     """What an error says, in words: the system's own with the file it is about, and without its number."""
     if isinstance(error, OSError) and error.strerror:

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.progress import TextColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from clipscale.faults import recording
 from clipscale.files import keep_rows
 from clipscale.parts import to_columns
 from clipscale.progress import bar_on, time_left
@@ -46,6 +47,7 @@ class RunLog:
         self._console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
         self._open = ExitStack()
         self._open.enter_context(listening(self._hear))
+        self._open.enter_context(recording(self._record))
 
     def __enter__(self) -> RunLog:
         return self
@@ -88,6 +90,17 @@ class RunLog:
     def _append(self, name: str) -> TextIO:
         return self._open.enter_context((self._folder / name).open("a", encoding="utf-8"))
 
+    def _record(self, fault: dict[str, Any]) -> None:
+        """A row of faults.jsonl, whichever rank met it."""
+        if self._folder.is_dir():
+            row = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "rank": self._rank} | fault
+            self._append_line("faults.jsonl", json.dumps(row))
+
+    def _append_line(self, name: str, line: str) -> None:
+        """Opened for each line: ranks may share the file, and one write at its end stays whole."""
+        with open(self._folder / name, "ab", buffering=0) as file:
+            file.write(f"{line}\n".encode())
+
     def _hear(self, line: str, every_rank: bool) -> None:
         if self._rank and not every_rank:
             return
@@ -95,9 +108,7 @@ class RunLog:
         self._console.print(line)
         if not self._folder.is_dir():  # not made yet, or this rank's node does not share it
             return
-        # Opened for each line: ranks may share the file, and one write at its end stays whole.
-        with open(self._folder / "run.log", "ab", buffering=0) as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n".encode())
+        self._append_line("run.log", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
 
 
 class Pace:

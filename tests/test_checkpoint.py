@@ -1,4 +1,4 @@
-"""clipscale/checkpoint.py: a checkpoint is whole or not there, and a run never starts over in silence."""
+"""clipscale/checkpoint: a checkpoint is whole or not there, and a run never starts over in silence."""
 
 import errno
 import hashlib

@@ -18,7 +18,7 @@ GROUND = {
     *("__init__", "errors", "counter", "escape", "words", "paths", "tell", "files", "progress", "pool", "dist"),
     *("config", "launch", "schedule", "runlog"),
     *("open_clip_files", "open_clip_flags", "counter_torch", "parts", "parts_picture", "deterministic"),
-    *("remembered", "device"),
+    *("remembered", "device", "faults", "injection"),
 }
 STAGES = {"data", "towers", "loss"}
 ASSEMBLY = {"step", "parallel", "optim", "checkpoint", "fit_tokenizer", "eval"}
@@ -33,6 +33,8 @@ LAWS: dict[str, set[str]] = {
     "words": set(),
     "paths": {"errors"},
     "tell": {"errors", "escape"},
+    "faults": {"tell"},
+    "injection": {"errors"},
     "files": {"errors"},
     "data": set(),
     "data.bad": set(),

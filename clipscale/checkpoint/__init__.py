@@ -1,0 +1,44 @@
+"""Checkpoints that are whole or not there: written aside, synced, hashed, then renamed.
+
+    save_checkpoint("runs/a", Snapshot(step=500, ...), keep=2)
+    found = newest_checkpoint("runs/a")                # the newest that verifies, or None where there is none
+    snapshot = load_checkpoint(found)
+
+A checkpoint is a folder `checkpoints/step-000000500` with model.pt (open_clip's CustomTextCLIP state dict),
+optimizer.pt, state.json (step, position and the fields of RunState), config.yaml and manifest.json
+(size and SHA-256 of each).
+Randomness needs no state: it is keyed by the seed and by steps and positions (step/, data/), which are here.
+
+Found and verified without torch; it is imported only where tensors are written or read.
+"""
+
+from clipscale.checkpoint.find import (
+    find_checkpoint,
+    newest_checkpoint,
+    refuse_fresh,
+    require_checkpoint,
+    saved_state,
+    unverified_checkpoint,
+    verify,
+)
+from clipscale.checkpoint.folder import RunFolder
+from clipscale.checkpoint.load import load_checkpoint, load_config_of
+from clipscale.checkpoint.save import save_checkpoint
+from clipscale.checkpoint.snapshot import VERSION, RunState, Snapshot
+
+__all__ = [
+    "VERSION",
+    "RunFolder",
+    "RunState",
+    "Snapshot",
+    "find_checkpoint",
+    "load_checkpoint",
+    "load_config_of",
+    "newest_checkpoint",
+    "refuse_fresh",
+    "require_checkpoint",
+    "save_checkpoint",
+    "saved_state",
+    "unverified_checkpoint",
+    "verify",
+]

@@ -1,0 +1,72 @@
+"""Writing a checkpoint: aside, synced, hashed, then renamed.
+
+save_checkpoint("runs/a", Snapshot(step=500, ...), keep=2)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from clipscale.checkpoint.find import candidates, facts
+from clipscale.checkpoint.snapshot import FILES, VERSION, Snapshot
+from clipscale.config.load import dump_config
+from clipscale.errors import UserError
+from clipscale.files import sync_folder, synced_file
+
+
+def save_checkpoint(run_dir: str, snapshot: Snapshot, keep: int) -> Path:
+    """Write one checkpoint durably, then drop all but the `keep` newest up to it. Main rank only.
+
+    Those of later steps stay: they are what a resume from an earlier one passed over, and do not count.
+
+    Raises:
+        UserError: it cannot be written (disk full, no permission); older checkpoints stay.
+    """
+    import torch
+
+    folder = Path(run_dir, "checkpoints")
+    target = folder / f"step-{snapshot.step:09}"
+    aside = folder / f"{target.name}.tmp-{os.getpid()}"
+    state = {"version": VERSION, "step": snapshot.step, "position": snapshot.position, **vars(snapshot.state)}
+    try:
+        for leftover in folder.glob("step-*.tmp-*"):
+            shutil.rmtree(leftover)
+        aside.mkdir(parents=True)
+        _write(aside / "model.pt", lambda file: torch.save(snapshot.model, file))
+        _write(aside / "optimizer.pt", lambda file: torch.save(snapshot.optimizer, file))
+        _write(aside / "state.json", lambda file: file.write(json.dumps(state, indent=1).encode()))
+        _write(aside / "config.yaml", lambda file: file.write(dump_config(snapshot.config).encode()))
+        manifest = {name: facts(aside / name) for name in FILES}
+        _write(aside / "manifest.json", lambda file: file.write(json.dumps(manifest, indent=1).encode()))
+        sync_folder(aside)
+        if target.exists():  # the same step again, after a resume from an earlier one
+            shutil.rmtree(target)
+        aside.rename(target)
+        sync_folder(folder)
+        sync_folder(folder.parent)
+        older = [path for step, path in candidates(folder) if step <= snapshot.step]
+        for old in older[keep:]:
+            shutil.rmtree(old)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError, and Ctrl-C too
+        free = shutil.disk_usage(run_dir).free if Path(run_dir).exists() else 0
+        shutil.rmtree(aside, ignore_errors=True)
+        if (interrupt := _interrupt_behind(error)) is not None:
+            raise interrupt from None
+        raise UserError(f"checkpoint {target} cannot be written ({free >> 20} MiB free): {error}") from error
+    return target
+
+
+def _interrupt_behind(error: BaseException | None) -> BaseException | None:
+    """The KeyboardInterrupt during whose handling `error` arose, if any."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error
+
+
+def _write(path: Path, write: Callable) -> None:
+    with synced_file(path, "wb") as file:
+        write(file)
