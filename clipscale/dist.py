@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from clipscale.launch import launched
 from clipscale.words import counted
 
 _TIMEOUT_SECONDS = 1800
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -85,16 +86,24 @@ class World:
         Raises:
             SharedError: on every rank, with the text of the first error that the work raised.
         """
+        mine = self.is_main or (on_each_node and self.local_rank == 0)
+        return self.broadcast(self.each(work if mine else lambda: None))
+
+    def each(self, work: Callable[[], _Result]) -> _Result:
+        """Every rank does its work and gets its own result; collective. The work itself must not be.
+
+        Raises:
+            SharedError: on every rank, with the text of the first error that the work raised on any.
+        """
         result, problem, cause = None, "", None
-        if self.is_main or (on_each_node and self.local_rank == 0):
-            try:
-                result = work()
-            except Exception as error:  # the others are waiting: whatever it is, they must hear of it
-                problem, cause = reason(error), error
+        try:
+            result = work()
+        except Exception as error:  # the others are waiting: whatever it is, they must hear of it
+            problem, cause = reason(error), error
         problems = [line for line in self.gather(problem) if line]
         if problems:
             raise SharedError(problems[0]) from cause
-        return self.broadcast(result)
+        return result
 
 
 def nccl_options() -> dist.ProcessGroupNCCL.Options:

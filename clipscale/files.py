@@ -15,7 +15,7 @@ import os
 import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -79,15 +79,17 @@ def keep_rows(path: _Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     path = Path(path)
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if keep(row):
-            kept.append(line + "\n")
-    write_file(path, "".join(kept))
+    write_file(path, "".join(json.dumps(row) + "\n" for row in read_rows(path) if keep(row)))
+
+
+def read_rows(path: _Path) -> Iterator[dict[str, Any]]:
+    """The rows of a JSONL file, without one that a crash cut short; none where there is no file."""
+    if not os.path.exists(path):
+        return
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            with suppress(json.JSONDecodeError):
+                yield json.loads(line)
 
 
 def append_rows(path: _Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -28,7 +28,7 @@ from rich.progress import TextColumn
 from torch.utils.tensorboard import SummaryWriter
 
 from clipscale.faults import recording
-from clipscale.files import keep_rows
+from clipscale.files import keep_rows, read_rows
 from clipscale.parts import to_columns
 from clipscale.progress import bar_on, time_left
 from clipscale.tell import listening
@@ -67,6 +67,10 @@ class RunLog:
         self._open.callback(self._board.close)
         self._progress = self._open.enter_context(bar_on(self._console, TextColumn("{task.fields[eta]}")))
         self._task = self._progress.add_task("step", total=total_steps, completed=start_step, eta="-")
+
+    def row_of(self, step: int) -> dict[str, Any] | None:
+        """The row of this step in metrics.jsonl, if there is one."""
+        return next((row for row in read_rows(self._folder / "metrics.jsonl") if row.get("step") == step), None)
 
     def metrics(self, row: dict[str, Any]) -> None:
         """One row of metrics.jsonl; its numbers go to TensorBoard under the same names."""
@@ -164,15 +168,8 @@ class Pace:
 
         Evaluations and checkpoints are counted apart, so that a long one does not pass for slow steps.
         """
-        pace = sum(self._recent) / len(self._recent)
+        pace = sum(self._recent) / max(len(self._recent), 1)
         return steps * pace + sum(self._others.get(name, 0.0) * times for name, times in others.items())
-
-
-def times_due(every_steps: int, done: int, last: int) -> int:
-    """How often what is due every so many steps (0: never) and at the last one is still to come after `done` steps."""
-    if done >= last:
-        return 0
-    return 1 + ((last - 1) // every_steps - done // every_steps if every_steps else 0)
 
 
 def memory() -> dict[str, int]:

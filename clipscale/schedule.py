@@ -44,3 +44,15 @@ def rate_jump(before: Config, now: Config, position: int) -> str:
         f"curve is drawn by optim.* and train.samples, {now.train.samples:,} now and {before.train.samples:,} before; "
         "to go on gently set optim.lr to the highest rate that you want from here on"
     )
+
+
+def is_due(every_steps: int, step: int, last_step: int) -> bool:
+    """Whether what comes every so many steps (0: never) and at the last one comes after `step` steps."""
+    return step == last_step or (every_steps > 0 and step % every_steps == 0)
+
+
+def times_due(every_steps: int, done: int, last: int) -> int:
+    """How often what is due every so many steps (0: never) and at the last one is still to come after `done` steps."""
+    if done >= last:
+        return 0
+    return 1 + ((last - 1) // every_steps - done // every_steps if every_steps else 0)

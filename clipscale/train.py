@@ -22,6 +22,7 @@ from torch import Tensor
 from clipscale.checkpoint import (
     RunFolder,
     RunState,
+    SaveClock,
     Snapshot,
     find_checkpoint,
     load_checkpoint,
@@ -37,6 +38,7 @@ from clipscale.deterministic import deterministic
 from clipscale.dist import World, start_world
 from clipscale.errors import SharedError, UserError, reason, require
 from clipscale.eval.suite import EvalSuite
+from clipscale.faults import report_fault
 from clipscale.feed import Feed, Skips
 from clipscale.files import write_file
 from clipscale.launch import check_ranks
@@ -49,8 +51,8 @@ from clipscale.parts_picture import draw_parts
 from clipscale.preflight.checks import check_training
 from clipscale.preflight.prepare import prepare_files
 from clipscale.progress import duration
-from clipscale.runlog import Pace, RunLog, memory, times_due
-from clipscale.schedule import learning_rate, rate_jump, total_steps
+from clipscale.runlog import Pace, RunLog, memory
+from clipscale.schedule import is_due, learning_rate, rate_jump, times_due, total_steps
 from clipscale.step import StepResult, gradcache_step
 from clipscale.step.planning import plan_line, plan_record, plan_step
 from clipscale.step.shortage import shortage_explained
@@ -118,10 +120,12 @@ class Trainer:
         self.nonfinite_in_a_row = 0
         self.last_step = self.steps_done + total_steps(config, self.position)
         self.skips = Skips(config, state.skips, world)
-        if self.steps_done < self.last_step and not prepared:
+        self._look_at_last_row(found)
+        unfinished = self.steps_done < self.last_step
+        if self._cut_short or (unfinished and not prepared):
             self._prepare_files(state.order)
         self._build_towers(snapshot)
-        if self.steps_done < self.last_step:
+        if unfinished or self._cut_short:
             self.plan = plan_step(config, self.towers, world, state.plan)
             self._build_data(state.order)
             self._begin()
@@ -131,26 +135,23 @@ class Trainer:
             tell(jump)
 
     def run(self) -> list[str]:
-        """The loop: take a batch, step, evaluate, tell, save."""
+        """The loop: take a batch, step, save, evaluate, tell."""
         config = self.config
-        if self.steps_done == self.last_step:
+        if self.steps_done == self.last_step and not self._cut_short:
             return self._summary("already complete: nothing to do")
         self.towers.model.train()
         first, pace = self.steps_done, Pace()
         self.parts.take()  # what building took is no step's
+        if self._cut_short:
+            self._finish_row(pace)
+        clock = SaveClock(config.checkpoint, first=first == 0)
         while self.steps_done < self.last_step:
-            step, scores = self._timed_step(pace), self._evaluate_if_due(pace)
-            row = self.last_row = step | scores | pace.spent(self.parts.take())
-            eta_seconds = self._eta_seconds(pace)
-            self.log.metrics(row)
-            self.log.advance(self.steps_done, eta_seconds)
-            if self._due(config.run.log_every_steps):
-                tell(step_line(row | pace.interval(), last_step=self.last_step, eta_seconds=eta_seconds))
-            for line in evaluation_lines(scores, step=self.steps_done, last_step=self.last_step):
-                tell(line)
-            if self._due(config.checkpoint.every_steps):
+            self.last_row = self._timed_step(pace)
+            if self.world.broadcast(clock.wants()) or self._due(config.checkpoint.every_steps):
                 with pace.other("checkpoint"), self.parts.part("checkpoint"):
                     self._save()
+                clock.saved()
+            self._finish_row(pace)
         if self.world.is_main and self.last_step >= _STEPS_OF_A_PICTURE:
             self._draw()
         return self._summary(f"trained {counted(self.last_step - first, 'step')} in {duration(pace.elapsed())}")
@@ -255,17 +256,38 @@ class Trainer:
     # --- evaluation and saving ----------------------------------------------------------------------------------------
 
     def _due(self, every_steps: int) -> bool:
-        return self.steps_done == self.last_step or (every_steps > 0 and self.steps_done % every_steps == 0)
+        return is_due(every_steps, self.steps_done, self.last_step)
 
-    def _evaluate_if_due(self, pace: Pace) -> dict[str, float]:
-        row = {}
-        if self._due(self.config.eval.validation.every_steps):
-            with pace.other("validation"), self.parts.part("evaluation"):
-                row |= self.evaluations.validation()
-        if self._due(self.config.eval.zeroshot.every_steps):
-            with pace.other("zeroshot"), self.parts.part("evaluation"):
-                row |= self.evaluations.zeroshot()
-        return row
+    def _finish_row(self, pace: Pace) -> None:
+        """Evaluate what is due after this step, and write its row; its checkpoint, if it has one, is there already."""
+        scores = {}
+        for name in self.evaluations.due(self.steps_done, self.last_step):
+            with pace.other(name), self.parts.part("evaluation"):
+                scores |= self._scores(name)
+        row = self.last_row = self.last_row | scores | pace.spent(self.parts.take())
+        eta_seconds = self._eta_seconds(pace)
+        self.log.metrics(row)
+        self.log.advance(self.steps_done, eta_seconds)
+        if self._due(self.config.run.log_every_steps) and not self._cut_short:
+            tell(step_line(row | pace.interval(), last_step=self.last_step, eta_seconds=eta_seconds))
+        for line in evaluation_lines(scores, step=self.steps_done, last_step=self.last_step):
+            tell(line)
+        self._cut_short = False
+
+    def _scores(self, name: str) -> dict[str, float]:
+        """Metrics of an evaluation; one that fails costs its own, and ends the run only where that is asked for."""
+        begin = time.perf_counter()
+        try:
+            return self.evaluations.run(name)
+        except Exception as error:  # whatever it is: a score is worth no run
+            if self.world.size > 1 and not isinstance(error, SharedError):
+                raise  # this rank's alone, and the others wait for it
+            what = f"step {self.steps_done}: the evaluation {name!r} failed: {reason(error)}"
+            if self.config.eval.on_error == "stop":
+                raise SharedError(f"{what}; mend it and start again, or set eval.on_error=report") from error
+            lost = time.perf_counter() - begin
+            report_fault("evaluation", what, action="its scores are missing", step=self.steps_done, lost_seconds=lost)
+            return {f"{name}/failed": 1.0}
 
     def _eta_seconds(self, pace: Pace) -> float:
         """Of the steps that are left, and of the evaluations and checkpoints that come with them."""
@@ -320,6 +342,14 @@ class Trainer:
         refuse_fresh(resume, found)
         # A run started from elsewhere goes on from its own checkpoints once it has any: a requeued job loses nothing.
         return found if found is not None or resume in ("auto", "fresh") else find_checkpoint(resume)
+
+    def _look_at_last_row(self, found: Path | None) -> None:
+        """Whether the step that the run's own checkpoint was written after got its row: it is written last, behind the
+        evaluations. They are made up for where the run was cut short between the two."""
+        own = found is not None and found.parent.parent == Path(self.config.run.dir)
+        row = self.world.lead(partial(self.log.row_of, self.steps_done)) if own else None
+        self.last_row = row or self.last_row
+        self._cut_short = own and row is None
 
     def _build_towers(self, snapshot: Snapshot | None) -> None:
         config, device = self.config, self.world.device

@@ -119,6 +119,7 @@ def summary_lines(what: str, row: dict[str, Any], *, run_dir: str, pairs: int) -
     scores = [f"loss {row['loss']:.4f}", in_batch_accuracy(row, pairs=pairs)]
     if "validation/loss" in row:
         scores.append(f"validation loss {row['validation/loss']:.4f}")
+    scores += [f"{name} failed" for name in ("validation", "zeroshot") if f"{name}/failed" in row]
     if "zeroshot/top1" in row:
         scores.append(f"zero-shot top-1 {row['zeroshot/top1']:.4f}, top-5 {row['zeroshot/top5']:.4f}")
     masked = f", {row['masked_samples']:,} masked" if row["masked_samples"] else ""

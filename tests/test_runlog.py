@@ -13,7 +13,8 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from clipscale.progress import duration, time_left
-from clipscale.runlog import Pace, RunLog, times_due
+from clipscale.runlog import Pace, RunLog
+from clipscale.schedule import times_due
 from clipscale.tell import tell
 
 

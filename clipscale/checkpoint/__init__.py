@@ -12,6 +12,7 @@ Randomness needs no state: it is keyed by the seed and by steps and positions (s
 Found and verified without torch; it is imported only where tensors are written or read.
 """
 
+from clipscale.checkpoint.due import SaveClock
 from clipscale.checkpoint.find import (
     find_checkpoint,
     newest_checkpoint,
@@ -30,6 +31,7 @@ __all__ = [
     "VERSION",
     "RunFolder",
     "RunState",
+    "SaveClock",
     "Snapshot",
     "find_checkpoint",
     "load_checkpoint",

@@ -151,10 +151,12 @@ class Checkpoint:
     """When the state of a run is written, and how much of it stays."""
 
     every_steps: int = 500  # also written at the end
+    every_minutes: float = 30.0  # and after so long without one; a run's first comes earlier; 0: never by time
     keep: int = 2  # newest ones that stay on disk
 
     def __post_init__(self) -> None:
         require(self.every_steps >= 1, f"checkpoint.every_steps={self.every_steps} must be at least 1")
+        require(self.every_minutes >= 0, f"checkpoint.every_minutes={self.every_minutes} must not be negative")
         require(self.keep >= 1, f"checkpoint.keep={self.keep} must be at least 1")
 
 
@@ -199,6 +201,9 @@ class Validation:
 
 @dataclass(frozen=True)
 class Eval:
+    """What is evaluated while training."""
+
+    on_error: Literal["report", "stop"] = "report"  # of an evaluation that fails: train on without its scores, or end
     zeroshot: ZeroShot = field(default_factory=ZeroShot)
     validation: Validation = field(default_factory=Validation)
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
+
 from clipscale.config import Config
 from clipscale.config.data import SourceSettings
 from clipscale.data.pixels.decode import Decoding
 from clipscale.data.source import open_source
 from clipscale.data.tokenize import Tokenize
 from clipscale.dist import World
+from clipscale.eval.mode import evaluating
+from clipscale.eval.pictures import ShardPictures, batches
 from clipscale.eval.validation import evaluate_validation
 from clipscale.eval.zeroshot import check_task, evaluate_zeroshot, load_task
+from clipscale.schedule import is_due
 from clipscale.tell import tell
 from clipscale.towers import Towers
 
@@ -39,6 +44,31 @@ class EvalSuite:
         if self._task is not None and (odd := world.lead(partial(check_task, self._task))):
             tell(odd)
         self._reading = {"threads": config.data.threads, "decoding": Decoding.of(config.data)}
+
+        world.each(self._try_out)
+
+    def due(self, step: int, last_step: int) -> list[str]:
+        """Names of the evaluations that come after this step."""
+        settings = self.config.eval
+        sets = (("validation", self._pairs, settings.validation), ("zeroshot", self._task, settings.zeroshot))
+        return [name for name, there, its in sets if there is not None and is_due(its.every_steps, step, last_step)]
+
+    def run(self, name: str) -> dict[str, float]:
+        """Metrics of the evaluation of this name. Collective."""
+        return {"validation": self.validation, "zeroshot": self.zeroshot}[name]()
+
+    @torch.no_grad()
+    def _try_out(self) -> None:
+        """A picture of each set and a class's caption go through the towers now: what can be seen at once must not end
+        an evaluation a day later."""
+        sets = (self._pairs and ShardPictures(self._pairs), self._task and self._task.pictures)
+        with evaluating(self.towers):
+            for pictures in filter(None, sets):
+                for images, _, _ in batches(pictures, [0], batch=1, side=self.towers.image_size, **self._reading):
+                    self.towers.image(images.to(self.towers.image.device))
+            if self._task is not None:
+                caption = self._task.templates[0].replace("{}", self._task.classnames[0])
+                self.towers.text(self.tokenize([caption]).to(self.towers.text.device))
 
     def validation(self) -> dict[str, float]:
         """Metrics of the held-out pairs; none without `eval.validation.urls`. Collective."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from clipscale.config import Loss, Validation
 from clipscale.data.order.repeats import count_repeats
@@ -12,7 +14,8 @@ from clipscale.data.pixels.decode import Decoding
 from clipscale.data.source import Source
 from clipscale.data.tokenize import Tokenize, caption_hashes
 from clipscale.dist import World
-from clipscale.errors import require
+from clipscale.errors import SharedError
+from clipscale.eval.mode import evaluating
 from clipscale.eval.pictures import ShardPictures, batches
 from clipscale.loss import ContrastiveGrads, contrastive_grads
 from clipscale.towers import Towers
@@ -49,13 +52,13 @@ def evaluate_validation(
     Batches of `config.batch` pairs over all ranks, in the order of the shards; a last batch that is not full is left
     out (unless it is the only one), because a contrastive loss depends on how many pairs it is taken over.
     """
-    training = towers.model.training
-    towers.model.eval()
     total = min(config.samples, source.samples)
     size = min(config.batch, total)
     pictures = ShardPictures(source)
     results, slots, repeats = [], 0, 0
-    for start in range(0, total - size + 1, size):
+
+    def embed(start: int) -> tuple[Tensor, Tensor, Tensor]:
+        """This rank's share of the batch from `start` on: [n, D] twice, and the captions' hashes [n]."""
         mine = range(start + world.rank, start + size, world.size)
         images, texts, hashes = [_nothing(towers)], [_nothing(towers)], [torch.zeros(0, dtype=torch.int64)]
         for pixels, captions, valid in batches(
@@ -66,25 +69,29 @@ def evaluate_validation(
                 images.append(towers.image(pixels[valid].to(towers.image.device)))
                 texts.append(towers.text(tokens.to(towers.text.device)))
                 hashes.append(caption_hashes(tokens))
-        image_ND, text_ND = torch.cat(images), torch.cat(texts)
-        result = contrastive_grads(
-            image_ND,
-            text_ND,
-            towers.logit_scale(),
-            precision=loss.precision,
-            engine=loss.engine,
-            tile=loss.tile,
-            image_grad=False,
-            text_grad=False,
-            scale_grad=False,
-        )
-        everyone = world.collect(torch.cat(hashes))
-        repeats += 0 if everyone is None else count_repeats(everyone.numpy())
-        slots += size
-        if result.pairs > 0:
-            results.append(result)
-    towers.model.train(training)
-    require(bool(results), f"validation: none of the {counted(slots, 'picture')} of {source.name!r} can be decoded")
+        return torch.cat(images), torch.cat(texts), torch.cat(hashes)
+
+    with evaluating(towers):
+        for start in range(0, total - size + 1, size):
+            image_ND, text_ND, hashes_N = world.each(partial(embed, start))
+            result = contrastive_grads(
+                image_ND,
+                text_ND,
+                towers.logit_scale(),
+                precision=loss.precision,
+                engine=loss.engine,
+                tile=loss.tile,
+                image_grad=False,
+                text_grad=False,
+                scale_grad=False,
+            )
+            everyone = world.collect(hashes_N)
+            repeats += 0 if everyone is None else count_repeats(everyone.numpy())
+            slots += size
+            if result.pairs > 0:
+                results.append(result)
+    if not results:
+        raise SharedError(f"validation: none of the {counted(slots, 'picture')} of {source.name!r} can be decoded")
     pairs = sum(result.pairs for result in results)
     return ValidationResult(
         loss=_mean(results, lambda result: result.loss.item()),

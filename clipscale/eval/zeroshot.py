@@ -20,8 +20,9 @@ from clipscale.data.pixels.decode import Decoding
 from clipscale.data.source import open_source
 from clipscale.data.tokenize import Tokenize
 from clipscale.dist import World
-from clipscale.errors import require
+from clipscale.errors import SharedError, require
 from clipscale.eval.classes import check_folder, check_labels, checked_label, class_names, class_templates
+from clipscale.eval.mode import evaluating
 from clipscale.eval.pictures import EvalPictures, FolderPictures, ShardPictures, batches
 from clipscale.towers import Towers
 from clipscale.words import counted
@@ -98,32 +99,39 @@ def evaluate_zeroshot(
     """Classify every picture, each rank its share. Collective; the same result on every rank.
 
     Puts the model in eval mode for the time.
+
+    Raises:
+        SharedError: what went wrong on any rank, or no picture that can be decoded.
     """
-    training = towers.model.training
-    towers.model.eval()
-    classifier_CD = build_classifier(towers, task, tokenize, text_chunk)
     classes, device = len(task.classnames), towers.image.device
-    hits1, hits5, seen = (torch.zeros(classes, device=device) for _ in range(3))
-    bad = 0
     mine = range(world.rank, len(task.pictures), world.size)
-    for images, notes, valid in batches(
-        task.pictures, mine, batch=batch, side=towers.image_size, threads=threads, decoding=decoding
-    ):
-        bad += int((~valid).sum())
-        if not valid.any():
-            continue
-        labels = torch.tensor(
-            [checked_label(note, classes) for note, ok in zip(notes, valid, strict=True) if ok], device=device
-        )
-        similarity_MC = towers.image(images[valid].to(device)) @ classifier_CD.T
-        ranked = similarity_MC.topk(min(5, classes), dim=1).indices == labels[:, None]
-        seen += labels.bincount(minlength=classes)
-        hits1 += labels[ranked[:, 0]].bincount(minlength=classes)
-        hits5 += labels[ranked.any(1)].bincount(minlength=classes)
-    towers.model.train(training)
-    totals = world.sum([bad, *hits1.tolist(), *hits5.tolist(), *seen.tolist()])
+
+    def count() -> list[float]:
+        """Of this rank's pictures: bad ones, and by class the hits and those seen."""
+        classifier_CD = build_classifier(towers, task, tokenize, text_chunk)
+        hits1, hits5, seen = (torch.zeros(classes, device=device) for _ in range(3))
+        bad = 0
+        for images, notes, valid in batches(
+            task.pictures, mine, batch=batch, side=towers.image_size, threads=threads, decoding=decoding
+        ):
+            bad += int((~valid).sum())
+            if not valid.any():
+                continue
+            labels = torch.tensor(
+                [checked_label(note, classes) for note, ok in zip(notes, valid, strict=True) if ok], device=device
+            )
+            similarity_MC = towers.image(images[valid].to(device)) @ classifier_CD.T
+            ranked = similarity_MC.topk(min(5, classes), dim=1).indices == labels[:, None]
+            seen += labels.bincount(minlength=classes)
+            hits1 += labels[ranked[:, 0]].bincount(minlength=classes)
+            hits5 += labels[ranked.any(1)].bincount(minlength=classes)
+        return [bad, *hits1.tolist(), *hits5.tolist(), *seen.tolist()]
+
+    with evaluating(towers):
+        totals = world.sum(world.each(count))
     bad, counts = int(totals[0]), torch.tensor(totals[1:], dtype=torch.float64).view(3, classes)
     pictures = counts[2].sum().item()
-    require(pictures > 0, f"zero-shot evaluation: none of the {counted(bad, 'picture')} can be decoded")
+    if not pictures:
+        raise SharedError(f"zero-shot evaluation: none of the {counted(bad, 'picture')} can be decoded")
     top1, top5 = (counts[:2].sum(1) / pictures).tolist()
     return ZeroShotResult(top1, top5, int(pictures), bad, (counts[0] / counts[2]).tolist())
