@@ -16,9 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from clipscale.checkpoint import (
     RunFolder,
     RunState,
@@ -32,20 +29,19 @@ from clipscale.checkpoint import (
 )
 from clipscale.config import Config
 from clipscale.config.load import dump_config
-from clipscale.counter import fold
 from clipscale.data.load.loader import StepBatch
 from clipscale.deterministic import deterministic
 from clipscale.dist import World, start_world
-from clipscale.errors import SharedError, UserError, reason, require
+from clipscale.errors import SharedError, reason
 from clipscale.eval.suite import EvalSuite
 from clipscale.faults import report_fault
 from clipscale.feed import Feed, Skips
 from clipscale.files import write_file
 from clipscale.launch import check_ranks
-from clipscale.loss import ContrastiveGrads, contrastive_grads, contrastive_grads_in_place
+from clipscale.learner import Learner
 from clipscale.loss.engines import adopt_shapes, check_engine, tuned_shapes
-from clipscale.optim import build_optimizer, loss_scale, restore_optimizer, set_lr
-from clipscale.parallel import broadcast_parameters, sum_gradients
+from clipscale.optim import set_lr
+from clipscale.parallel import broadcast_parameters
 from clipscale.parts import Parts
 from clipscale.parts_picture import draw_parts
 from clipscale.preflight.checks import check_training
@@ -53,7 +49,6 @@ from clipscale.preflight.prepare import prepare_files
 from clipscale.progress import duration
 from clipscale.runlog import Pace, RunLog, memory
 from clipscale.schedule import is_due, learning_rate, rate_jump, times_due, total_steps
-from clipscale.step import StepResult, gradcache_step
 from clipscale.step.planning import plan_line, plan_record, plan_step
 from clipscale.step.shortage import shortage_explained
 from clipscale.tell import tell
@@ -117,7 +112,6 @@ class Trainer:
         state = snapshot.state if snapshot else RunState()
         self.last_row = state.last_row
         adopt_shapes(state.kernels)
-        self.nonfinite_in_a_row = 0
         self.last_step = self.steps_done + total_steps(config, self.position)
         self.skips = Skips(config, state.skips, world)
         self._look_at_last_row(found)
@@ -160,13 +154,13 @@ class Trainer:
         """One optimizer step on one global batch; returns its row of metrics, with repeats where it is logged."""
         config, model = self.config, self.towers.model
         lr = learning_rate(config, self.position)
-        set_lr(self.optimizer, lr)
-        self.optimizer.zero_grad(set_to_none=True)
-        with shortage_explained(step=self.steps_done + 1, plan=self.plan, settings=config.gradcache):
-            result = self._gradients(batch)
+        set_lr(self.learner.optimizer, lr)
+        step = self.steps_done + 1
+        with shortage_explained(step=step, plan=self.plan, settings=config.gradcache):
+            result = self.learner.gradients(batch, plan=self.plan, step=step)
             with self.parts.part("optimizer"):
-                grad_norm = self._update() if result.pairs else 0.0
-        self.steps_done += 1
+                grad_norm = self.learner.update(step=step) if result.pairs else 0.0
+        self.steps_done = step
         self.position += config.train.global_batch
         self.skips.account(batch, masked=result.pairs < config.train.global_batch, seen=self.position)
         self.towers.clamp_logit_scale()
@@ -202,56 +196,6 @@ class Trainer:
         row = self.step(batch)
         waited = loader.waited_seconds - waited
         return row | pace.add(self.config.train.global_batch, waited, time.perf_counter() - begin)
-
-    def _gradients(self, batch: StepBatch) -> StepResult:
-        """Gradients of the mean over the whole step's valid pairs, summed over the ranks."""
-        result = gradcache_step(
-            self.towers,
-            batch.images,
-            batch.tokens,
-            batch.valid,
-            plan=self.plan,
-            loss_and_grads=self._loss,
-            key=fold(self.config.seed, "towers", self.steps_done, self.world.rank),
-            positions=torch.from_numpy(batch.positions),
-            grad_scale=loss_scale(self.scaler, self.world.device),
-            parts=self.parts,
-        )
-        if result.pairs:
-            with self.parts.part("communication"):
-                sum_gradients(self.towers.encoder_parameters(), self.world)
-        return result
-
-    def _loss(self, image_VD: Tensor, text_VD: Tensor, logit_scale: float, **wanted: bool) -> ContrastiveGrads:
-        """The tiled loss of the whole step; embeddings that are not finite end the run, naming side and row."""
-        loss = self.config.loss
-        wider = loss.precision == "fp64"  # gradients that do not fit into the memory of float32 embeddings
-        grads = contrastive_grads if wider else contrastive_grads_in_place
-        try:
-            return grads(
-                image_VD, text_VD, logit_scale, precision=loss.precision, engine=loss.engine, tile=loss.tile, **wanted
-            )
-        except ValueError as error:
-            raise UserError(f"step {self.steps_done + 1}: {error}") from error
-
-    def _update(self) -> float:
-        """Clip and step; a gradient that is not finite is skipped and counted. Returns its norm before clipping."""
-        self.scaler.unscale_(self.optimizer)
-        limit = self.config.train.grad_clip_norm or math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.towers.model.parameters(), limit).item()
-        if math.isfinite(grad_norm):
-            self.scaler.step(self.optimizer)
-            self.nonfinite_in_a_row = 0
-        else:
-            self.nonfinite_in_a_row += 1
-            tell(f"step {self.steps_done + 1}: gradient norm is {grad_norm}, step skipped")
-            require(
-                self.nonfinite_in_a_row < self.config.train.max_nonfinite_steps,
-                f"step {self.steps_done + 1}: {self.nonfinite_in_a_row} steps in a row without a finite gradient "
-                "(train.max_nonfinite_steps); lower optim.lr, or use train.precision=bf16 or fp32",
-            )
-        self.scaler.update()
-        return grad_norm
 
     # --- evaluation and saving ----------------------------------------------------------------------------------------
 
@@ -319,11 +263,11 @@ class Trainer:
             step=self.steps_done,
             position=self.position,
             model=self.towers.model.state_dict(),
-            optimizer=self.optimizer.state_dict(),
+            optimizer=self.learner.optimizer.state_dict(),
             state=RunState(
                 order=self.feed.pipeline.identity(),
                 skips=dict(self.skips.counts),
-                scaler=self.scaler.state_dict(),
+                scaler=self.learner.scaler.state_dict(),
                 last_row=self.last_row,
                 kernels=tuned_shapes(),  # the main rank's: on equal machines, everyone's
                 plan=plan_record(self.plan, self.config, self.world),
@@ -357,22 +301,9 @@ class Trainer:
         self.towers = build_towers(config.model, device=device, autocast=autocast, seed=config.seed)
         if config.train.deterministic:
             try_backward(self.towers)
-        self.optimizer = build_optimizer(self.towers.model, config.optim)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=autocast == torch.float16)
+        self.learner = Learner(config, self.towers, self.world, self.parts)
         if snapshot is not None:
-            before = snapshot.config.optim.kind
-            require(
-                before == config.optim.kind,
-                f"optim.kind={config.optim.kind}, but the checkpoint was written under {before}; put it back, or start "
-                "a run of its own (run.dir)",
-            )
-            try:
-                self.towers.model.load_state_dict(snapshot.model)
-                restore_optimizer(self.optimizer, snapshot.optimizer)
-            except (RuntimeError, ValueError) as error:
-                raise UserError(f"the checkpoint does not fit the model of this config: {error}") from error
-            if snapshot.state.scaler:  # empty unless that part of the run was in fp16 too
-                self.scaler.load_state_dict(snapshot.state.scaler)
+            self.learner.restore(snapshot)
         broadcast_parameters(self.towers.model, self.world)
 
     def _prepare_files(self, recorded: dict[str, Any] | None) -> None:

@@ -20,6 +20,7 @@ from loading import keys_of
 from shards import write_pairs
 
 from clipscale.config.load import load_config
+from clipscale.learner import Learner
 from clipscale.train import Trainer, train
 
 STEPS, BATCH, SAMPLES = 12, 8, 40  # 2.4 epochs
@@ -49,7 +50,7 @@ def train_rank(config_path: Path, rank: int, world: int, port: int, kill_at: int
     if world > 1:
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
         os.environ.update(address | {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)})
-    step, update = Trainer.step, Trainer._update
+    step, update = Trainer.step, Learner.update
     seen = open(config_path.with_name(f"seen-{rank}.jsonl"), "a")  # noqa: SIM115
 
     def recorded_step(self, batch):
@@ -62,12 +63,12 @@ def train_rank(config_path: Path, rank: int, world: int, port: int, kill_at: int
         seen.flush()
         return step(self, batch)
 
-    def deadly_update(self):
-        if self.steps_done + 1 == kill_at:
+    def deadly_update(self, *, step):
+        if step == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
-        return update(self)
+        return update(self, step=step)
 
-    Trainer.step, Trainer._update = recorded_step, deadly_update
+    Trainer.step, Learner.update = recorded_step, deadly_update
     train(load_config([str(config_path)]))
 
 

@@ -22,7 +22,7 @@ GROUND = {
 }
 STAGES = {"data", "towers", "loss"}
 ASSEMBLY = {"step", "parallel", "optim", "checkpoint", "fit_tokenizer", "eval"}
-ENTRIES = {"train", "train_report", "feed", "evaluate", "library"}
+ENTRIES = {"train", "learner", "train_report", "feed", "evaluate", "library"}
 # What a room may import beside itself and (where nothing else is said) the ground.
 LAWS: dict[str, set[str]] = {
     **dict.fromkeys(GROUND, GROUND),

@@ -20,6 +20,7 @@ from tiny import tiny_config, write_config
 from clipscale.cli import main
 from clipscale.dist import World
 from clipscale.errors import UserError
+from clipscale.learner import Learner
 from clipscale.loss import contrastive_grads
 from clipscale.towers import Tower
 from clipscale.train import Trainer, train
@@ -70,7 +71,7 @@ def test_the_loss_is_computed_as_the_config_says(tmp_path, urls, monkeypatch):
         calls.append(options)
         return contrastive_grads(*inputs, **options)
 
-    for module in ("clipscale.train", "clipscale.eval.validation"):
+    for module in ("clipscale.learner", "clipscale.eval.validation"):
         monkeypatch.setattr(f"{module}.contrastive_grads", recorded)
     words = ["loss.precision=fp64", "loss.engine=torch", "loss.tile=3", "train.samples=8"]
     words += [f"eval.validation.urls={urls}", "eval.validation.batch=16"]
@@ -141,7 +142,7 @@ def test_embeddings_that_are_not_finite_name_side_and_row(tmp_path, urls):
 )
 def test_a_shortage_of_memory_is_one_line_with_the_fix(tmp_path, urls, monkeypatch, error, said, capsys):
     """In a tower, at the second step."""
-    embed, step, steps = Tower.__call__, Trainer._gradients, []
+    embed, step, steps = Tower.__call__, Learner.gradients, []
 
     def short_of_memory(self, *inputs):
         if len(steps) == 2:
@@ -149,7 +150,9 @@ def test_a_shortage_of_memory_is_one_line_with_the_fix(tmp_path, urls, monkeypat
         return embed(self, *inputs)
 
     monkeypatch.setattr(Tower, "__call__", short_of_memory)
-    monkeypatch.setattr(Trainer, "_gradients", lambda self, batch: (steps.append(batch), step(self, batch))[1])
+    monkeypatch.setattr(
+        Learner, "gradients", lambda self, batch, **rest: (steps.append(batch), step(self, batch, **rest))[1]
+    )
     assert main(["train", write_config(tmp_path, urls), "gradcache.keep_bytes=auto"]) == 2
     line = next(line for line in capsys.readouterr().err.splitlines() if "error" in line)
     assert line.startswith("clipscale: error: step 2: out of memory (")
@@ -159,10 +162,10 @@ def test_a_shortage_of_memory_is_one_line_with_the_fix(tmp_path, urls, monkeypat
 
 
 def test_other_errors_of_a_step_are_not_taken_for_a_shortage(tmp_path, urls, monkeypatch):
-    def fail(self, batch):
+    def fail(self, batch, **rest):
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(Trainer, "_gradients", fail)
+    monkeypatch.setattr(Learner, "gradients", fail)
     with pytest.raises(RuntimeError, match="something else"):
         train(tiny_config(tmp_path, urls))
 
@@ -295,10 +298,12 @@ def test_changed_optimizer_settings_hold_after_a_resume(tmp_path, urls):
     train(tiny_config(tmp_path, urls))
     changes = ("optim.weight_decay=0.05", "optim.betas=[0.5,0.6]", "optim.eps=1e-4", "train.samples=48")
     trainer = Trainer(tiny_config(tmp_path, urls, *changes), World(0, 1, 0, torch.device("cpu")))
-    decayed, plain = trainer.optimizer.param_groups
+    decayed, plain = trainer.learner.optimizer.param_groups
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
     assert all((group["betas"], group["eps"]) == ((0.5, 0.6), 1e-4) for group in (decayed, plain))
-    assert all(state["step"] == 4 for state in trainer.optimizer.state.values())  # the moments are the checkpoint's
+    assert all(
+        state["step"] == 4 for state in trainer.learner.optimizer.state.values()
+    )  # the moments are the checkpoint's
     trainer.run()
     trainer.close()
     with pytest.raises(UserError, match=r"optim\.kind=sgd, but the checkpoint was written under adamw"):
