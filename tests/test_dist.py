@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from clipscale.dist import start_world
+from clipscale.dist import World, start_world
+from clipscale.errors import SharedError
 
 
 class Joined(Exception):
@@ -34,3 +35,23 @@ def test_only_nccl_is_asked_for_streams_of_high_priority(monkeypatch, device, ba
     else:
         assert options.is_high_priority_stream
         assert options._timeout == told["timeout"], "or torch warns"
+
+
+class Pair(World):
+    """A rank of two, that hears of the other's problem, or of none."""
+
+    heard = ""
+
+    def gather(self, item):
+        return [item, self.heard]
+
+
+def test_an_error_of_any_rank_is_everyones(monkeypatch):
+    world = Pair(0, 2, 0, torch.device("cpu"))
+    assert world.each(lambda: 7) == 7
+    with pytest.raises(SharedError, match=r"^KeyError: 'mine'$") as raised:
+        world.each(lambda: {}["mine"])
+    assert isinstance(raised.value.__cause__, KeyError)
+    monkeypatch.setattr(Pair, "heard", "a.tar: it is gone")
+    with pytest.raises(SharedError, match="it is gone"):
+        world.each(lambda: 7)
