@@ -92,11 +92,14 @@ def read_rows(path: _Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
-def append_rows(path: _Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Add rows to a JSONL file; its folder is made."""
+def append_rows(path: _Path, rows: Iterable[dict[str, Any]], *, sync: bool = False) -> None:
+    """Add rows to a JSONL file; its folder is made. `sync`: wait until they are on the disk."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def hash_file(file: _Path | int, *, crc32: bool = False, sha256: bool = False) -> dict[str, Any]:

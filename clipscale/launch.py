@@ -37,6 +37,18 @@ def launched() -> Place:
     return Place(0, 1, 0)
 
 
+def launched_by() -> tuple[str, int]:
+    """The scheduler's name for this job ("" where there is none), and how often it has been started again.
+
+    A task of an array goes by the array's name: its own number may be another's.
+    """
+    env = os.environ
+    job = env.get("SLURM_JOB_ID", "")
+    if "SLURM_ARRAY_JOB_ID" in env:
+        job = f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
+    return job, int(env.get("SLURM_RESTART_COUNT") or env.get("TORCHELASTIC_RESTART_COUNT") or 0)
+
+
 @contextmanager
 def told_once() -> Iterator[None]:
     """The ranks of a node read the same words and files: its first one tells what is wrong with them."""

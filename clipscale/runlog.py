@@ -1,12 +1,12 @@
 """What a run tells: log lines and a progress bar for people, metrics.jsonl and TensorBoard for tools.
 
     with RunLog("runs/a", rank=0) as log:
-        log.begin(start_step=0, total_steps=400)
+        log.begin(start_step=0, total_steps=400)            # a row of attempts.jsonl
         log.metrics({"step": 1, "loss": 5.5, ...})          # one row of metrics.jsonl, the same in TensorBoard
         tell("step 1/400 ...")                               # above the progress bar, and in run.log
 
 Only the main rank writes; other ranks pass on what was told for every rank. Rows of steps that a resumed run does again
-are dropped first, so every step stands once.
+are moved to metrics.superseded.jsonl first, so every step stands once. All files: docs/reliability.md.
 """
 
 from __future__ import annotations
@@ -14,21 +14,24 @@ from __future__ import annotations
 import json
 import math
 import resource
+import socket
 import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import TextColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from clipscale import __version__
 from clipscale.faults import recording
-from clipscale.files import keep_rows, read_rows
+from clipscale.files import append_rows, keep_rows, read_rows
+from clipscale.launch import launched_by
 from clipscale.parts import to_columns
 from clipscale.progress import bar_on, time_left
 from clipscale.tell import listening
@@ -37,13 +40,14 @@ _RECENT_STEPS = 100  # whose mean is the pace that the time left is told by
 
 
 class RunLog:
-    """The one place a run writes to; on ranks other than 0 `begin`, `metrics` and `advance` do nothing.
+    """The one place a run writes to; on ranks other than 0 `begin`, `rewind`, `metrics` and `advance` do nothing.
 
     It hears what is told from the start; `begin` comes before the first row, when nothing can refuse the run any more.
     """
 
-    def __init__(self, folder: str, *, rank: int = 0) -> None:
-        self._rank, self._folder = rank, Path(folder)
+    def __init__(self, folder: str, *, rank: int = 0, ranks: int = 1) -> None:
+        self._rank, self._ranks, self._folder, self._started = rank, ranks, Path(folder), _now()
+        self._board: SummaryWriter | None = None
         self._console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
         self._open = ExitStack()
         self._open.enter_context(listening(self._hear))
@@ -56,29 +60,43 @@ class RunLog:
         self.close()
 
     def begin(self, start_step: int, total_steps: int) -> None:
-        """Drop the rows of the steps that will be done again, and start the progress bar."""
+        """The run goes on after `start_step` of `total_steps`: rewind to there, a row of attempts.jsonl, the bar."""
         if self._rank:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / "metrics.jsonl"
-        keep_rows(path, lambda row: row["step"] <= start_step)
-        self._metrics = self._append(path.name)
-        self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=start_step + 1)
-        self._open.callback(self._board.close)
+        self.rewind(start_step, f"started again after step {start_step}")
+        job, restart = launched_by()
+        attempt = {"time": self._started, "host": socket.gethostname(), "job": job, "restart": restart}
+        attempt |= {"ranks": self._ranks, "step": start_step, "last_step": total_steps, "version": __version__}
+        append_rows(self._folder / "attempts.jsonl", [attempt])
         self._progress = self._open.enter_context(bar_on(self._console, TextColumn("{task.fields[eta]}")))
         self._task = self._progress.add_task("step", total=total_steps, completed=start_step, eta="-")
+
+    def rewind(self, step: int, why: str) -> None:
+        """Rows of later steps, which will be done again, go to metrics.superseded.jsonl, behind a row that says when,
+        after which step and why; TensorBoard's curves go on from `step`."""
+        if self._rank:
+            return
+        path = self._folder / "metrics.jsonl"
+        if later := [row for row in read_rows(path) if row["step"] > step]:
+            about = {"time": _now(), "after_step": step, "rows": len(later), "why": why}
+            append_rows(path.with_name("metrics.superseded.jsonl"), [about, *later], sync=True)
+        keep_rows(path, lambda row: row["step"] <= step)
+        if self._board is not None:
+            self._board.close()
+        self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=step + 1)
+        self._open.callback(self._board.close)
 
     def row_of(self, step: int) -> dict[str, Any] | None:
         """The row of this step in metrics.jsonl, if there is one."""
         return next((row for row in read_rows(self._folder / "metrics.jsonl") if row.get("step") == step), None)
 
     def metrics(self, row: dict[str, Any]) -> None:
-        """One row of metrics.jsonl; its numbers go to TensorBoard under the same names."""
+        """One row of metrics.jsonl, with the time; its numbers go to TensorBoard under the same names."""
         if self._rank:
             return
         finite = {name: value if math.isfinite(value) else None for name, value in row.items()}  # JSON has no NaN
-        self._metrics.write(json.dumps(finite) + "\n")
-        self._metrics.flush()
+        self._append_line("metrics.jsonl", json.dumps(finite | {"time": _now()}))
         for name, value in row.items():
             if name != "step":
                 self._board.add_scalar(name if "/" in name else f"train/{name}", value, row["step"])
@@ -91,13 +109,10 @@ class RunLog:
     def close(self) -> None:
         self._open.close()
 
-    def _append(self, name: str) -> TextIO:
-        return self._open.enter_context((self._folder / name).open("a", encoding="utf-8"))
-
     def _record(self, fault: dict[str, Any]) -> None:
         """A row of faults.jsonl, whichever rank met it."""
         if self._folder.is_dir():
-            row = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "rank": self._rank} | fault
+            row = {"time": _now(), "rank": self._rank} | fault
             self._append_line("faults.jsonl", json.dumps(row))
 
     def _append_line(self, name: str, line: str) -> None:
@@ -170,6 +185,11 @@ class Pace:
         """
         pace = sum(self._recent) / max(len(self._recent), 1)
         return steps * pace + sum(self._others.get(name, 0.0) * times for name, times in others.items())
+
+
+def _now() -> float:
+    """Of every row: seconds since the epoch."""
+    return round(time.time(), 3)
 
 
 def memory() -> dict[str, int]:

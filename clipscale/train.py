@@ -102,7 +102,7 @@ class Trainer:
     def _resume(self, notes: Sequence[str], prepared: bool) -> None:
         """Find where the run stands, and build everything that its next step needs; then tell what will be trained."""
         config, world = self.config, self.world
-        self.log = self._resources.enter_context(RunLog(config.run.dir, rank=world.rank))
+        self.log = self._resources.enter_context(RunLog(config.run.dir, rank=world.rank, ranks=world.size))
         found = world.lead(self._find_checkpoint)
         for line in notes:
             tell(line)

@@ -18,7 +18,7 @@ GROUND = {
     *("__init__", "errors", "counter", "escape", "words", "paths", "tell", "files", "progress", "pool", "dist"),
     *("config", "launch", "schedule", "runlog"),
     *("open_clip_files", "open_clip_flags", "counter_torch", "parts", "parts_picture", "deterministic"),
-    *("remembered", "device", "faults", "injection"),
+    *("remembered", "device", "faults", "injection", "goodput"),
 }
 STAGES = {"data", "towers", "loss"}
 ASSEMBLY = {"step", "parallel", "optim", "checkpoint", "fit_tokenizer", "eval"}
@@ -80,6 +80,7 @@ FORBIDDEN = {
     "pool": {"torch"},
     "parts_picture": {"torch"},
     "tell": {"torch"},
+    "goodput": {"torch"},
 }
 FOLDERS = {"clipscale", "configs", "data_tools", "tests", "slurm", "docs", ".ci", ".github"}
 MOST_DATA_ROOMS = 10

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import socket
 import time
 
 import pytest
@@ -12,6 +13,7 @@ from processes import wait_until
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from clipscale import __version__
 from clipscale.progress import duration, time_left
 from clipscale.runlog import Pace, RunLog
 from clipscale.schedule import times_due
@@ -135,3 +137,72 @@ def test_the_bar_shows_the_same_time_left(tmp_path):
 )
 def test_durations(seconds, text, left):
     assert (duration(seconds), time_left(seconds)) == (text, left)
+
+
+# --- attempts, and rows that were superseded --------------------------------------------------------------------------
+
+
+def rows(folder, name: str) -> list[dict]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def test_rows_of_steps_that_are_done_again_are_set_aside_with_when_and_why(tmp_path):
+    begin = time.time()
+    write_steps(tmp_path, 0, 6, 1.0)
+    assert not (tmp_path / "metrics.superseded.jsonl").exists()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')  # cut by a crash
+    write_steps(tmp_path, 4, 9, 2.0)
+    write_steps(tmp_path, 8, 9, 3.0)
+    about, fifth, sixth, later, ninth = rows(tmp_path, "metrics.superseded.jsonl")
+    assert [(row["step"], row["loss"]) for row in (fifth, sixth, ninth)] == [(5, 1.0), (6, 1.0), (9, 2.0)]
+    assert [(row["after_step"], row["rows"], row["why"]) for row in (about, later)] == [
+        (4, 2, "started again after step 4"),
+        (8, 1, "started again after step 8"),
+    ]
+    assert begin <= fifth["time"] <= about["time"] <= later["time"] <= time.time()
+    assert [row["loss"] for row in rows(tmp_path, "metrics.jsonl")] == [1.0] * 4 + [2.0] * 4 + [3.0]
+
+
+def test_a_run_may_rewind_where_it_stands(tmp_path):
+    with RunLog(str(tmp_path)) as log:
+        log.begin(0, total_steps=9)
+        for step, loss in ((1, 1.0), (2, 1.0), (3, 1.0), (2, 2.0), (3, 2.0)):
+            if loss == 2.0 and step == 2:
+                log.rewind(1, "the loss diverged")
+            log.metrics({"step": step, "loss": loss})
+    assert [(row["step"], row["loss"]) for row in rows(tmp_path, "metrics.jsonl")] == [(1, 1.0), (2, 2.0), (3, 2.0)]
+    assert rows(tmp_path, "metrics.superseded.jsonl")[0]["why"] == "the loss diverged"
+    assert len(rows(tmp_path, "attempts.jsonl")) == 1
+
+
+@pytest.mark.parametrize(
+    ("variables", "job", "restart"),
+    [
+        ({}, "", 0),
+        ({"SLURM_JOB_ID": "41"}, "41", 0),
+        ({"SLURM_JOB_ID": "41", "SLURM_RESTART_COUNT": "2", "TORCHELASTIC_RESTART_COUNT": "0"}, "41", 2),
+        ({"SLURM_JOB_ID": "44", "SLURM_ARRAY_JOB_ID": "41", "SLURM_ARRAY_TASK_ID": "3"}, "41_3", 0),
+        ({"TORCHELASTIC_RESTART_COUNT": "1"}, "", 1),
+    ],
+)
+def test_each_attempt_is_written_down_as_it_begins(tmp_path, monkeypatch, variables, job, restart):
+    for name in ("JOB_ID", "RESTART_COUNT", "ARRAY_JOB_ID", "ARRAY_TASK_ID"):
+        monkeypatch.delenv(f"SLURM_{name}", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    for rank in (0, 1):
+        with RunLog(str(tmp_path), rank=rank, ranks=2) as log:
+            started = time.time()
+            log.begin(4, total_steps=9)
+    (row,) = rows(tmp_path, "attempts.jsonl")
+    assert started - 60 < row.pop("time") <= started
+    assert row == {
+        "host": socket.gethostname(),
+        "job": job,
+        "restart": restart,
+        "ranks": 2,
+        "step": 4,
+        "last_step": 9,
+        "version": __version__,
+    }
