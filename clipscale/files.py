@@ -63,6 +63,12 @@ def write_file(path: _Path, text: str, *, sync: bool = True) -> None:
         file.write(text)
 
 
+def sync_file(path: _Path) -> None:
+    """Make what has been written to a file durable."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
 def sync_folder(folder: _Path) -> None:
     """Make new names inside `folder` durable. Windows cannot open a folder and has no such call."""
     if os.name != "posix":

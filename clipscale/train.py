@@ -27,6 +27,7 @@ from clipscale.checkpoint import (
     refuse_fresh,
     save_checkpoint,
 )
+from clipscale.checkpoint.writer import CheckpointWriter
 from clipscale.config import Config
 from clipscale.config.load import dump_config
 from clipscale.data.load.loader import StepBatch
@@ -120,6 +121,7 @@ class Trainer:
             self._prepare_files(state.order)
         self._build_towers(snapshot)
         if unfinished or self._cut_short:
+            self._prepare_saving()
             self.plan = plan_step(config, self.towers, world, state.plan)
             self._build_data(state.order)
             self._begin()
@@ -146,6 +148,7 @@ class Trainer:
                     self._save()
                 clock.saved()
             self._finish_row(pace)
+        self.world.lead(self._writer.wait)
         if self.world.is_main and self.last_step >= _STEPS_OF_A_PICTURE:
             self._draw()
         return self._summary(f"trained {counted(self.last_step - first, 'step')} in {duration(pace.elapsed())}")
@@ -258,7 +261,8 @@ class Trainer:
         tell(problem or f"where the time went: {picture}")
 
     def _save(self) -> None:
-        """Every rank reaches this at the same step; the main rank writes, an error is everyone's."""
+        """Every rank reaches this at the same step; the main rank writes, in the background. Its error is everyone's at
+        the next save or at the end of the run."""
         snapshot = Snapshot(
             step=self.steps_done,
             position=self.position,
@@ -274,7 +278,10 @@ class Trainer:
             ),
             config=self.config,
         )
-        self.world.lead(partial(save_checkpoint, self.config.run.dir, snapshot, self.config.checkpoint.keep))
+        self.world.lead(partial(self._writer.save, snapshot))
+
+    def _publish(self, snapshot: Snapshot) -> None:
+        save_checkpoint(self.config.run.dir, snapshot, self.config.checkpoint.keep)
 
     # --- building -----------------------------------------------------------------------------------------------------
 
@@ -305,6 +312,13 @@ class Trainer:
         if snapshot is not None:
             self.learner.restore(snapshot)
         broadcast_parameters(self.towers.model, self.world)
+
+    def _prepare_saving(self) -> None:
+        """Closed before the log and the run's folder: what is being written is finished, however the run ends."""
+        self._writer = self._resources.enter_context(closing(CheckpointWriter(self._publish)))
+        if self.config.checkpoint.background:
+            model, optimizer = self.towers.model, self.learner.optimizer
+            tell(self.world.lead(partial(self._writer.prepare, model, optimizer, self.world.device)))
 
     def _prepare_files(self, recorded: dict[str, Any] | None) -> None:
         """The first rank of a node writes what is missing."""

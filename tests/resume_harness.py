@@ -19,6 +19,7 @@ import torch
 from loading import keys_of
 from shards import write_pairs
 
+from clipscale.checkpoint.tree import read_tree
 from clipscale.config.load import load_config
 from clipscale.learner import Learner
 from clipscale.train import Trainer, train
@@ -97,8 +98,8 @@ def outcome(config_path: Path) -> dict:
     """Everything that must not depend on interruptions."""
     folder = config_path.parent / "run"
     checkpoint = folder / "checkpoints" / f"step-{STEPS:09}"
-    tensors = torch.load(checkpoint / "model.pt", weights_only=True)
-    optimizer = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    tensors = read_tree(checkpoint / "model.safetensors")
+    optimizer = read_tree(checkpoint / "optimizer.safetensors")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     slots: dict[int, dict[int, str]] = {}  # step -> position -> key
     consistent = True

@@ -242,7 +242,7 @@ def test_checkpoints_that_are_in_the_way_damaged_or_of_another_model(capsys, goo
     message = refused(capsys, train(good, "model.embed_dim=8"))
     assert "the checkpoint does not fit the model of this config" in message
 
-    newest, older = (Path(f"run/checkpoints/step-00000000{step}/model.pt") for step in (4, 2))
+    newest, older = (Path(f"run/checkpoints/step-00000000{step}/model.safetensors") for step in (4, 2))
     newest.write_bytes(newest.read_bytes()[:-1])
     before = Path("run/metrics.jsonl").read_text()
     assert main(train(good)) == 0
@@ -256,7 +256,7 @@ def test_checkpoints_that_are_in_the_way_damaged_or_of_another_model(capsys, goo
         model.write_bytes(model.read_bytes()[:-1])
     message = refused(capsys, train(good))
     assert "verifies" in message
-    assert message.count("model.pt is not what was written") == 2
+    assert message.count("model.safetensors is not what was written") == 2
     assert "restore one, or set another run.dir" in message
     shutil.rmtree("run/checkpoints")
     assert main(train(good)) == 0

@@ -2,11 +2,11 @@
 
 import errno
 import hashlib
-import io
 import json
 import os
 import pickle
 import shutil
+from collections import OrderedDict
 from functools import partial
 from pathlib import Path
 
@@ -57,7 +57,9 @@ def flip_a_byte(path: Path) -> None:
     path.write_bytes(data)
 
 
-def test_a_round_trip_is_exact(tmp_path):
+@pytest.fixture
+def optimized(tmp_path) -> Snapshot:
+    """After two steps of AdamW."""
     config = tiny_config(tmp_path, "shards/{0..3}.tar", "optim.lr=0.1")
     towers = build_towers(config.model, seed=3)
     optimizer = build_optimizer(towers.model, Optim())
@@ -67,22 +69,28 @@ def test_a_round_trip_is_exact(tmp_path):
         optimizer.step()
     state = RunState(skips={"broken picture": 2}, order={"seed": 2**63 - 1, "crop": [0.1, 1 / 3]})
     model = towers.model.state_dict() | {"half": torch.tensor([1e-7, 3.0], dtype=torch.float16)}
-    snapshot = Snapshot(7, 56, model, optimizer.state_dict(), state, config)
-    path = save_checkpoint(str(tmp_path / "run"), snapshot, keep=2)
-    assert path == tmp_path / "run" / "checkpoints" / "step-000000007"
-    assert newest_checkpoint(str(tmp_path / "run")) == path
+    return Snapshot(7, 56, model, optimizer.state_dict(), state, config)
 
-    loaded = load_checkpoint(path)
-    assert (loaded.step, loaded.position, loaded.state, loaded.config) == (7, 56, state, config)
-    assert loaded.model.keys() == model.keys()
-    for name, tensor in model.items():
+
+def check_equal(loaded: Snapshot, snapshot: Snapshot) -> None:
+    for name in ("step", "position", "state", "config"):
+        assert getattr(loaded, name) == getattr(snapshot, name)
+    assert loaded.model.keys() == snapshot.model.keys()
+    for name, tensor in snapshot.model.items():
         assert loaded.model[name].dtype == tensor.dtype
         assert torch.equal(loaded.model[name], tensor)
-    ours, theirs = optimizer.state_dict(), loaded.optimizer
+    ours, theirs = snapshot.optimizer, loaded.optimizer
     assert theirs["param_groups"] == ours["param_groups"]
     for key, slots in ours["state"].items():
         assert slots.keys() == theirs["state"][key].keys()
         assert all(torch.equal(value, theirs["state"][key][name]) for name, value in slots.items())
+
+
+def test_a_round_trip_is_exact(tmp_path, optimized):
+    path = save_checkpoint(str(tmp_path / "run"), optimized, keep=2)
+    assert path == tmp_path / "run" / "checkpoints" / "step-000000007"
+    assert newest_checkpoint(str(tmp_path / "run")) == path
+    check_equal(load_checkpoint(path), optimized)
 
 
 def test_the_newest_by_number_is_found_and_only_so_many_are_kept(save, tmp_path):
@@ -114,10 +122,12 @@ def cut(path: Path) -> None:
 
 
 def keep_one_file(path: Path) -> None:
-    path.write_text(json.dumps({"model.pt": json.loads(path.read_text())["model.pt"]}))
+    path.write_text(json.dumps({"model.safetensors": json.loads(path.read_text())["model.safetensors"]}))
 
 
-@pytest.mark.parametrize("file", ["model.pt", "optimizer.pt", "state.json", "config.yaml", "manifest.json"])
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "optimizer.safetensors", "state.json", "config.yaml", "manifest.json"]
+)
 @pytest.mark.parametrize("harm", [flip_a_byte, cut, Path.unlink])
 def test_damage_is_found_and_the_previous_one_is_taken_with_a_warning(save, tmp_path, told, file, harm):
     good, bad = save(1), save(2)
@@ -130,7 +140,7 @@ def test_damage_is_found_and_the_previous_one_is_taken_with_a_warning(save, tmp_
         find_checkpoint(str(bad))
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", "null", '{"model.pt": 3}'])
+@pytest.mark.parametrize("content", ["{}", "[]", "null", '{"model.pt": 3}', '{"model.safetensors": 3}'])
 def test_a_manifest_that_does_not_name_every_file_is_damage(save, content):
     path = save(1)
     (path / "manifest.json").write_text(content)
@@ -139,16 +149,16 @@ def test_a_manifest_that_does_not_name_every_file_is_damage(save, content):
 
 def test_if_none_verifies_the_run_does_not_start_over(save, tmp_path):
     for step in (1, 2):
-        flip_a_byte(save(step) / "model.pt")
+        flip_a_byte(save(step) / "model.safetensors")
     with pytest.raises(UserError, match=r"no checkpoint of .* verifies .*set another run\.dir") as error:
         newest_checkpoint(str(tmp_path))
     for step in (1, 2):
-        assert f"step-{step:09}: model.pt is not what was written" in str(error.value)
+        assert f"step-{step:09}: model.safetensors is not what was written" in str(error.value)
 
 
 def test_a_damaged_newer_one_does_not_push_out_what_is_written_after_it(save, tmp_path):
     save(1)
-    flip_a_byte(save(9) / "model.pt")
+    flip_a_byte(save(9) / "model.safetensors")
     written = save(2, keep=1)
     assert newest_checkpoint(str(tmp_path)) == written
     assert names(tmp_path) == ["step-000000002", "step-000000009"]
@@ -169,14 +179,14 @@ def test_another_layout_version_is_named(save):
     path = save(1)
     state = json.loads((path / "state.json").read_text())
     (path / "state.json").write_text(json.dumps(state | {"version": 99}))
-    with pytest.raises(UserError, match="another layout version; this clipscale reads version 1"):
+    with pytest.raises(UserError, match="another layout version; this clipscale reads versions 1 to 2"):
         load_checkpoint(path)
 
 
 # --- state.json -------------------------------------------------------------------------------------------------------
 
 STATE = """{
- "version": 1,
+ "version": 2,
  "step": 3,
  "position": 24,
  "order": {
@@ -215,7 +225,7 @@ def rewrite(path: Path, **changes: object) -> Path:
     return path
 
 
-def test_state_json_is_that_of_earlier_versions_to_the_byte(tmp_path):
+def test_state_json_is_written_so_to_the_byte(tmp_path):
     snapshot = Snapshot(3, 24, {}, {}, RUN_STATE, tiny_config(tmp_path, "shards/*.tar"))
     path = save_checkpoint(str(tmp_path), snapshot, keep=1)
     assert (path / "state.json").read_text() == STATE
@@ -251,36 +261,63 @@ class Payload:
         return os.mkdir, ("pwned",)
 
 
-@pytest.mark.parametrize("file", ["model.pt", "optimizer.pt"])
+def rewrite_manifest(path: Path) -> None:
+    """Whoever can write files can write the manifest too."""
+    files = [file for file in path.iterdir() if file.name != "manifest.json"]
+    facts = {
+        file.name: {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+        for file in files
+    }
+    (path / "manifest.json").write_text(json.dumps(facts))
+    assert not verify(path)
+
+
+@pytest.mark.parametrize("name", ["model", "optimizer"])
 @pytest.mark.parametrize("dump", [partial(pickle.dump, protocol=2), torch.save], ids=["pickle", "torch"])
-def test_nothing_is_unpickled(save, tmp_path, monkeypatch, file, dump):
+@pytest.mark.parametrize("version", [1, 2])
+def test_nothing_is_unpickled(save, tmp_path, monkeypatch, name, dump, version):
     monkeypatch.chdir(tmp_path)
     path = save(1)
+    if version == 1:
+        as_version_1(path)
+    file = f"{name}.{'pt' if version == 1 else 'safetensors'}"
     with open(path / file, "wb") as out:
         dump(Payload(), out)
-    manifest = json.loads((path / "manifest.json").read_text())
-    data = (path / file).read_bytes()
-    manifest[file] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    (path / "manifest.json").write_text(json.dumps(manifest))
-    assert not verify(path)  # whoever can write the payload can write the manifest too
+    rewrite_manifest(path)
     with pytest.raises(UserError, match=rf"{file} holds more than tensors"):
         load_checkpoint(path)
     assert not Path("pwned").exists()
+
+
+def as_version_1(path: Path) -> None:
+    """A checkpoint as it was written before: by torch.save."""
+    snapshot = load_checkpoint(path)
+    torch.save(OrderedDict(snapshot.model), path / "model.pt")
+    torch.save(snapshot.optimizer, path / "optimizer.pt")
+    for name in ("model", "optimizer"):
+        (path / f"{name}.safetensors").unlink()
+    rewrite(path, version=1)
+    rewrite_manifest(path)
+
+
+def test_a_checkpoint_of_version_1_is_read(tmp_path, optimized):
+    path = save_checkpoint(str(tmp_path / "run"), optimized, keep=2)
+    as_version_1(path)
+    assert newest_checkpoint(str(tmp_path / "run")) == path
+    check_equal(load_checkpoint(path), optimized)
+    flip_a_byte(path / "optimizer.pt")
+    assert verify(path) == "optimizer.pt is not what was written (size or SHA-256 differs)"
 
 
 def full(*_) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def torch_full(*_) -> None:
-    raise RuntimeError("[enforce fail at inline_container.cc] . unexpected pos 64 vs 0")
-
-
-@pytest.mark.parametrize(("target", "failure"), [("os.fsync", full), ("torch.save", full), ("torch.save", torch_full)])
-def test_a_full_disk_is_told_in_a_line_and_leaves_the_older_ones(save, tmp_path, monkeypatch, target, failure):
+@pytest.mark.parametrize("target", ["os.fsync", "clipscale.checkpoint.tree.write_tree", "os.rename"])
+def test_a_full_disk_is_told_in_a_line_and_leaves_the_older_ones(save, tmp_path, monkeypatch, target):
     good = save(1)
     with monkeypatch.context() as patch:
-        patch.setattr(target, failure)
+        patch.setattr(target, full)
         with pytest.raises(UserError, match=r"step-000000002 cannot be written \(\d+ MiB free\)") as error:
             save(2, keep=1)
     assert "\n" not in str(error.value)
@@ -294,23 +331,15 @@ def test_a_folder_that_cannot_be_made_is_told_in_a_line(save, tmp_path):
         save(1)
 
 
-class Interrupted(io.RawIOBase):
-    """A file in whose second write the person presses Ctrl-C; torch's writer then fails over the missing bytes."""
-
-    writes = 0
-
-    def write(self, data) -> int:
-        self.writes += 1
-        if self.writes == 2:
-            raise KeyboardInterrupt
-        return len(data)
-
-
 def test_ctrl_c_in_the_middle_of_a_save_is_no_failure_of_the_disk(save, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
     save(1)
-    real = torch.save
-    monkeypatch.setattr(torch, "save", lambda content, file: real(content, Interrupted()))
-    with pytest.raises(KeyboardInterrupt):
-        save(2)
+    with monkeypatch.context() as patch:
+        patch.setattr("clipscale.checkpoint.tree.save_file", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            save(2)
     assert verify(newest_checkpoint(str(tmp_path))) == ""
-    assert "step-000000002" not in names(tmp_path)
+    save(3)
+    assert names(tmp_path) == ["step-000000001", "step-000000003"]

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from shards import write_pairs
 from tiny import tiny_config
 
@@ -51,7 +52,7 @@ def unusual():
 
 
 def weights(folder):
-    return torch.load(folder / "run/checkpoints/step-000000004/model.pt", weights_only=True)
+    return load_file(folder / "run/checkpoints/step-000000004/model.safetensors")
 
 
 def test_the_setting_reaches_torch_and_is_undone(tmp_path, urls, monkeypatch, unusual):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from shards import write_pairs
 from tiny import tiny_config, write_config
 
@@ -36,8 +37,8 @@ def rows(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
 
 
 def newest_weights(folder: Path) -> dict[str, torch.Tensor]:
-    path = max((folder / "run" / "checkpoints").iterdir()) / "model.pt"
-    return torch.load(path, weights_only=True)
+    path = max((folder / "run" / "checkpoints").iterdir()) / "model.safetensors"
+    return load_file(path)
 
 
 def test_a_run_tells_what_was_learned_in_three_lines(tmp_path, urls):

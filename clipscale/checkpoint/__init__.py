@@ -4,12 +4,13 @@
     found = newest_checkpoint("runs/a")                # the newest that verifies, or None where there is none
     snapshot = load_checkpoint(found)
 
-A checkpoint is a folder `checkpoints/step-000000500` with model.pt (open_clip's CustomTextCLIP state dict),
-optimizer.pt, state.json (step, position and the fields of RunState), config.yaml and manifest.json
-(size and SHA-256 of each).
+A checkpoint is a folder `checkpoints/step-000000500` with model.safetensors (open_clip's CustomTextCLIP state dict),
+optimizer.safetensors, state.json (step, position and the fields of RunState), config.yaml and manifest.json
+(size and SHA-256 of each). Version 1 had model.pt and optimizer.pt in their place, and is still read.
 Randomness needs no state: it is keyed by the seed and by steps and positions (step/, data/), which are here.
 
-Found and verified without torch; it is imported only where tensors are written or read.
+Found and verified without torch; it is imported only where tensors are written or read, and by writer.py, which writes
+them while training goes on.
 """
 
 from clipscale.checkpoint.due import SaveClock

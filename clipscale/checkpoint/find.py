@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from clipscale.checkpoint.snapshot import FILES
+from clipscale.checkpoint.snapshot import FILES, FILES_OF_VERSION_1
 from clipscale.errors import UserError, require
 from clipscale.files import hash_file
 from clipscale.tell import tell
@@ -96,7 +96,7 @@ def verify(path: Path) -> str:
     """'' if every file has the size and hash that the manifest says, else what is wrong."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        for name in FILES:
+        for name in FILES_OF_VERSION_1 if "model.pt" in manifest else FILES:
             if facts(path / name) != manifest[name]:
                 return f"{name} is not what was written (size or SHA-256 differs)"
     except (OSError, ValueError, KeyError, TypeError) as error:

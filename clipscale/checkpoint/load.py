@@ -2,7 +2,8 @@
 
 snapshot = load_checkpoint(find_checkpoint("runs/a"))
 
-Tensors are loaded with `weights_only=True`: nothing is unpickled.
+Nothing is unpickled: tensors come from safetensors files (tree.py), those of version 1 through torch.load with
+`weights_only=True`.
 """
 
 from __future__ import annotations
@@ -33,13 +34,15 @@ def load_checkpoint(path: Path) -> Snapshot:
             tensors.
     """
     state = json.loads((path / "state.json").read_text())
-    if state.pop("version") != VERSION:
-        raise UserError(f"checkpoint {path} has another layout version; this clipscale reads version {VERSION}")
+    version = state.pop("version")
+    if version not in (1, VERSION):
+        raise UserError(f"checkpoint {path} has another layout version; this clipscale reads versions 1 to {VERSION}")
+    model, optimizer = _tensors(path) if version == VERSION else _tensors_of_version_1(path)
     return Snapshot(
         step=state.pop("step"),
         position=state.pop("position"),
-        model=_load_tensors(path / "model.pt"),
-        optimizer=_load_tensors(path / "optimizer.pt"),
+        model=model,
+        optimizer=optimizer,
         state=_run_state(path, state),
         config=load_config_of(path),
     )
@@ -57,10 +60,20 @@ def _run_state(path: Path, found: dict[str, Any]) -> RunState:
     return RunState(**{name: value for name, value in found.items() if name in names})
 
 
-def _load_tensors(path: Path) -> dict[str, Any]:
+def _tensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The model's, which lie in their file, and the optimizer's, whose memory the optimizer takes over."""
+    from clipscale.checkpoint.tree import read_tree
+
+    return read_tree(path / "model.safetensors", mapped=True), read_tree(path / "optimizer.safetensors")
+
+
+def _tensors_of_version_1(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     import torch
 
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError) as error:
-        raise UserError(f"{path} holds more than tensors, or is no torch file; use another checkpoint") from error
+    def load(path: Path) -> dict[str, Any]:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError) as error:
+            raise UserError(f"{path} holds more than tensors, or is no torch file; use another checkpoint") from error
+
+    return load(folder / "model.pt"), load(folder / "optimizer.pt")

@@ -15,7 +15,7 @@ from clipscale.checkpoint.find import candidates, facts
 from clipscale.checkpoint.snapshot import FILES, VERSION, Snapshot
 from clipscale.config.load import dump_config
 from clipscale.errors import UserError
-from clipscale.files import sync_folder, synced_file
+from clipscale.files import sync_file, sync_folder, synced_file
 
 
 def save_checkpoint(run_dir: str, snapshot: Snapshot, keep: int) -> Path:
@@ -26,7 +26,7 @@ def save_checkpoint(run_dir: str, snapshot: Snapshot, keep: int) -> Path:
     Raises:
         UserError: it cannot be written (disk full, no permission); older checkpoints stay.
     """
-    import torch
+    from clipscale.checkpoint.tree import write_tree
 
     folder = Path(run_dir, "checkpoints")
     target = folder / f"step-{snapshot.step:09}"
@@ -36,8 +36,9 @@ def save_checkpoint(run_dir: str, snapshot: Snapshot, keep: int) -> Path:
         for leftover in folder.glob("step-*.tmp-*"):
             shutil.rmtree(leftover)
         aside.mkdir(parents=True)
-        _write(aside / "model.pt", lambda file: torch.save(snapshot.model, file))
-        _write(aside / "optimizer.pt", lambda file: torch.save(snapshot.optimizer, file))
+        for name, tree in (("model", snapshot.model), ("optimizer", snapshot.optimizer)):
+            write_tree(aside / f"{name}.safetensors", tree)
+            sync_file(aside / f"{name}.safetensors")
         _write(aside / "state.json", lambda file: file.write(json.dumps(state, indent=1).encode()))
         _write(aside / "config.yaml", lambda file: file.write(dump_config(snapshot.config).encode()))
         manifest = {name: facts(aside / name) for name in FILES}
@@ -51,20 +52,11 @@ def save_checkpoint(run_dir: str, snapshot: Snapshot, keep: int) -> Path:
         older = [path for step, path in candidates(folder) if step <= snapshot.step]
         for old in older[keep:]:
             shutil.rmtree(old)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError, and Ctrl-C too
+    except OSError as error:
         free = shutil.disk_usage(run_dir).free if Path(run_dir).exists() else 0
         shutil.rmtree(aside, ignore_errors=True)
-        if (interrupt := _interrupt_behind(error)) is not None:
-            raise interrupt from None
         raise UserError(f"checkpoint {target} cannot be written ({free >> 20} MiB free): {error}") from error
     return target
-
-
-def _interrupt_behind(error: BaseException | None) -> BaseException | None:
-    """The KeyboardInterrupt during whose handling `error` arose, if any."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__context__
-    return error
 
 
 def _write(path: Path, write: Callable) -> None:

@@ -13,8 +13,9 @@ from clipscale.config import Config
 if TYPE_CHECKING:
     import torch
 
-VERSION = 1
-FILES = ("model.pt", "optimizer.pt", "state.json", "config.yaml")  # of a checkpoint, beside its manifest
+VERSION = 2
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "config.yaml")  # beside a checkpoint's manifest
+FILES_OF_VERSION_1 = ("model.pt", "optimizer.pt", "state.json", "config.yaml")
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Snapshot:
 
     step: int
     position: int  # samples consumed: where the next batch begins
-    model: dict[str, torch.Tensor]
+    model: dict[str, torch.Tensor]  # once loaded: lies in its file, so to be copied at once (load_state_dict)
     optimizer: dict[str, Any]
     state: RunState
     config: Config
