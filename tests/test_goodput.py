@@ -34,7 +34,7 @@ def test_a_killed_run_did_two_steps_twice():
     attempts = [{"time": 0}, {"time": 157}]
     first = [row(step, 10 * step) for step in range(1, 5)]
     again = [row(step, 170 + 10 * (step - 2)) for step in range(3, 6)]  # 170: start-up takes 13 s
-    lost = [{"time": 157, "after_step": 2, "rows": 2, "why": "killed"}, *first[2:]]
+    lost = [{"superseded": 2, "time": 157, "resumed_after_step": 2, "why": "killed"}, *first[2:]]
     found = goodput(attempts, first[:2] + again, lost)
     assert figures(found) == {"steps": 50, "done again": 20, "start-up": 13, "between": 117}
     assert found.share == 50 / 200
@@ -62,7 +62,12 @@ def test_a_rewind_inside_an_attempt():
 def test_rows_that_were_moved_twice_count_once_and_those_that_were_not_moved_yet_count():
     attempts, kept, moved = [{"time": 0}, {"time": 100}], [row(1, 10)], [row(2, 20), row(3, 30)]
     once = goodput(attempts, [*kept, row(2, 110)], moved)
-    assert goodput(attempts, [*kept, row(2, 110)], [*moved, {"after_step": 1, "time": 100}, *moved]) == once
+    assert (
+        goodput(
+            attempts, [*kept, row(2, 110)], [*moved, {"superseded": 2, "time": 100, "resumed_after_step": 1}, *moved]
+        )
+        == once
+    )
     assert goodput(attempts, kept + moved, moved).steps == {"steps": 3, "done again": 0, "skipped": 0}
 
 

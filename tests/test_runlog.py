@@ -156,7 +156,7 @@ def test_rows_of_steps_that_are_done_again_are_set_aside_with_when_and_why(tmp_p
     write_steps(tmp_path, 8, 9, 3.0)
     about, fifth, sixth, later, ninth = rows(tmp_path, "metrics.superseded.jsonl")
     assert [(row["step"], row["loss"]) for row in (fifth, sixth, ninth)] == [(5, 1.0), (6, 1.0), (9, 2.0)]
-    assert [(row["after_step"], row["rows"], row["why"]) for row in (about, later)] == [
+    assert [(row["resumed_after_step"], row["superseded"], row["why"]) for row in (about, later)] == [
         (4, 2, "started again after step 4"),
         (8, 1, "started again after step 8"),
     ]
