@@ -66,8 +66,14 @@ class RunLog:
         self._folder.mkdir(parents=True, exist_ok=True)
         self.rewind(start_step, f"started again after step {start_step}")
         job, restart = launched_by()
-        attempt = {"time": self._started, "host": socket.gethostname(), "job": job, "restart": restart}
-        attempt |= {"ranks": self._ranks, "step": start_step, "last_step": total_steps, "version": __version__}
+        attempt = {"time": _now(), "started": self._started, "host": socket.gethostname(), "job": job}
+        attempt |= {
+            "restart": restart,
+            "ranks": self._ranks,
+            "step": start_step,
+            "last_step": total_steps,
+            "version": __version__,
+        }
         append_rows(self._folder / "attempts.jsonl", [attempt])
         self._progress = self._open.enter_context(bar_on(self._console, TextColumn("{task.fields[eta]}")))
         self._task = self._progress.add_task("step", total=total_steps, completed=start_step, eta="-")
