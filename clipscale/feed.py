@@ -15,15 +15,20 @@ from typing import Any
 
 from clipscale.config import Config
 from clipscale.config.data import AugmentSettings, Replay
+from clipscale.data.fetch.urls import masked
+from clipscale.data.load.fill import Skip
 from clipscale.data.load.loader import Loader, Setup, StepBatch
 from clipscale.data.load.replay_plan import Plan, budgets, build_tier, choose_tier, tightest
 from clipscale.data.load.shape import StepShape
 from clipscale.data.order.repeats import count_repeats
 from clipscale.data.pipeline import Share, build_pipeline
 from clipscale.data.pixels.augment import Augment
+from clipscale.data.shard.report import damage
+from clipscale.data.source import Source
 from clipscale.data.tokenize import caption_hashes
 from clipscale.dist import World
 from clipscale.errors import SharedError
+from clipscale.faults import record_fault
 from clipscale.files import append_rows, keep_rows
 from clipscale.fit_tokenizer import fitting_tokenizer
 from clipscale.parts import UNTIMED, Parts
@@ -33,6 +38,7 @@ from clipscale.towers import Towers
 from clipscale.words import counted
 
 _NAMED_SKIPS = 20  # masked samples with a log line of their own; skipped.jsonl has every one
+_OF_A_SHARD = ("cannot be read", "fewer than declared")  # causes: the shard is gone, cut or out of reach
 _BAD_FRACTION_AFTER = 1000  # samples seen before data.max_bad_fraction is applied
 
 
@@ -67,6 +73,8 @@ class Feed:
             recorded=recorded,
         )
         _require_equal(world.gather(self.pipeline.identity()))
+        if recorded is None:  # told when the sources were opened; a run that goes on has these rows already
+            _record_damage(self.pipeline.sources)
         for source, order in zip(self.pipeline.sources, self.pipeline.orders, strict=True):
             if shortage := source.cache_shortage(order.block_samples()):
                 tell(shortage)
@@ -120,6 +128,17 @@ class Feed:
             source.close()
 
 
+def _record_damage(sources: list[Source]) -> None:
+    for source in sources:
+        for shard in source.shards:
+            if shard.cut:
+                what = f"source {source.name!r}: {masked(shard.url)} is damaged: {damage(shard)}"
+                action = (
+                    f"{counted(shard.samples, 'sample')} before the damage {'is' if shard.samples == 1 else 'are'} used"
+                )
+                record_fault("data", what, action=action)
+
+
 def plan_replay(replay: Replay, shape: StepShape, world: World) -> Plan:
     """The same tier on every rank, by the tightest budget and the fullest node of any; collective.
 
@@ -151,6 +170,7 @@ class Skips:
         self._bound = config.data.max_bad_fraction
         self._from = min(_BAD_FRACTION_AFTER, config.train.samples)
         self._world = world
+        self._failing: set[str] = set()  # shards that have a row in faults.jsonl
         self._file = Path(config.run.dir, "skipped.jsonl")
 
     def begin(self, position: int) -> None:
@@ -170,6 +190,8 @@ class Skips:
                 tell(f"masked sample {skip.key} of {skip.shard} at position {skip.position}: {skip.detail}")
             if self._world.is_main:
                 append_rows(self._file, (skip._asdict() for skip in skips))
+            for skip in skips:
+                self._record_shard(skip)
             self.counts.update(f"{skip.source}: {skip.cause}" for skip in skips)
         bad = self.counts.total()
         if bad == seen or (seen >= self._from and bad > self._bound * seen):
@@ -181,3 +203,10 @@ class Skips:
                 f"{bad} of {counted(seen, 'sample')} could not be used ({causes}), more than "
                 f"data.max_bad_fraction={self._bound}; see {self._file}, mend the shards or raise the bound"
             )
+
+    def _record_shard(self, skip: Skip) -> None:
+        """A row of faults.jsonl for each shard that fails, at its first sample: it is more than a bad sample."""
+        if skip.cause in _OF_A_SHARD and skip.shard not in self._failing:
+            self._failing.add(skip.shard)
+            what = f"shard {skip.shard}, first at position {skip.position}: {skip.detail}"
+            record_fault("data", what, action="its samples are masked")

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -92,10 +93,41 @@ def read_rows(path: _Path) -> Iterator[dict[str, Any]]:
     """The rows of a JSONL file, without one that a crash cut short; none where there is no file."""
     if not os.path.exists(path):
         return
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
+        yield from _rows_of(file)
+
+
+def last_rows(path: _Path, most_bytes: int = 1 << 20) -> list[dict[str, Any]]:
+    """The rows in the last bytes of a JSONL file; none where there is no file."""
+    if not os.path.exists(path):
+        return []
+    with open(path, "rb") as file:
+        begin = max(0, file.seek(0, os.SEEK_END) - most_bytes)
+        file.seek(begin)
+        return list(_rows_of(file.read().split(b"\n")[begin > 0 :]))  # the first one may begin in the middle
+
+
+def _rows_of(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        row = None
+        with suppress(ValueError):  # also where a bad disk left bytes that are no text
+            row = json.loads(line)
+        if isinstance(row, dict):
+            yield row
+
+
+def read_numbers(path: _Path, names: Iterable[str]) -> Iterator[dict[str, float | None]]:
+    """Some columns of the rows of a JSONL file that json.dumps wrote, numbers or null: a quarter of the time that
+    `read_rows` takes where rows have many columns."""
+    if not os.path.exists(path):
+        return
+    column = re.compile(b'"(%s)": (null|[-+.0-9eE]+)' % "|".join(map(re.escape, names)).encode())
+    with open(path, "rb") as file:
         for line in file:
-            with suppress(json.JSONDecodeError):
-                yield json.loads(line)
+            if line.endswith(b"}\n"):
+                yield {
+                    name.decode(): None if value == b"null" else float(value) for name, value in column.findall(line)
+                }
 
 
 def append_rows(path: _Path, rows: Iterable[dict[str, Any]], *, sync: bool = False) -> None:
@@ -144,6 +176,19 @@ def lock_file(file: int, path: _Path) -> bool:
         return os.path.samestat(os.fstat(file), os.stat(path))
     except (BlockingIOError, FileNotFoundError):  # held, or just removed by the one that held it
         return False
+
+
+def is_locked(path: _Path) -> bool:
+    """Whether a process holds the lock of this file, as far as this machine can see. For an instant this process shares
+    it, so ask for a person, not in a loop."""
+    try:
+        with open(path) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no such file, or a file system without locks
+        pass
+    return False
 
 
 def cache_folder(cache_dir: str | None) -> Path:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from clipscale.parts import from_row
+from clipscale.parts import to_columns
 
 Row = dict[str, Any]
 KINDS = {
@@ -27,6 +27,9 @@ KINDS = {
     "start-up": "from an attempt's start to its first step",
     "between": "from an attempt's last row to the next one's start: the step that was cut, ending, the queue",
 }
+_EVALUATION, _CHECKPOINT = to_columns({"evaluation": 0.0, "checkpoint": 0.0})
+COLUMNS = ("step", "time", "grad_norm", _EVALUATION, _CHECKPOINT)
+"""Of a row of a step: all that is looked at here."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ def goodput(attempts: Iterable[Row], rows: Iterable[Row], superseded: Iterable[R
 
     Rows without a time (of versions that wrote none), and those before the first attempt, are not looked at.
     """
-    starts = sorted(attempt["time"] for attempt in attempts)
+    attempts = sorted(attempts, key=lambda attempt: attempt["started"])
+    starts = [attempt["started"] for attempt in attempts]
     done = _in_order(rows, superseded, starts[0]) if starts else []
     if not done or done[-1].time <= starts[0]:
         return None
@@ -60,7 +64,7 @@ def goodput(attempts: Iterable[Row], rows: Iterable[Row], superseded: Iterable[R
     for step in done:
         now = bisect_right(starts, step.time) - 1
         if now > attempt:  # its first row. An attempt that died before its first step is part of what lies between
-            begin = max(starts[now], step.time - step.measured)
+            begin = min(max(attempts[now]["time"], starts[now]), step.time)
             seconds["between"] += starts[now] - before
             seconds["start-up"] += begin - starts[now]
             attempt, before = now, begin
@@ -85,7 +89,6 @@ class _Done(NamedTuple):
     """What of a row matters here: a month's rows would fill the memory."""
 
     time: float
-    measured: float  # seconds that its parts add up to
     evaluation: float
     checkpoint: float
     kind: str
@@ -98,8 +101,7 @@ def _in_order(rows: Iterable[Row], superseded: Iterable[Row], start: float) -> l
     for some, lost in ((superseded, True), (rows, False)):
         for row in some:
             if "step" in row and "time" in row and row["time"] >= start:
-                parts, skipped = from_row(row), row.get("grad_norm", 0.0) is None
-                kind = "done again" if lost else "skipped" if skipped else "steps"
-                apart = parts.get("evaluation", 0.0), parts.get("checkpoint", 0.0)
-                found[row["step"], row["time"]] = _Done(row["time"], sum(parts.values()), *apart, kind)
+                kind = "done again" if lost else "skipped" if row.get("grad_norm", 0.0) is None else "steps"
+                done = _Done(row["time"], row.get(_EVALUATION, 0.0), row.get(_CHECKPOINT, 0.0), kind)
+                found[row["step"], row["time"]] = done
     return sorted(found.values())

@@ -51,7 +51,7 @@ class RunLog:
         self._console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
         self._open = ExitStack()
         self._open.enter_context(listening(self._hear))
-        self._open.enter_context(recording(self._record))
+        self._open.enter_context(recording(self._record, is_other_rank=rank > 0))
 
     def __enter__(self) -> RunLog:
         return self
@@ -66,8 +66,14 @@ class RunLog:
         self._folder.mkdir(parents=True, exist_ok=True)
         self.rewind(start_step, f"started again after step {start_step}")
         job, restart = launched_by()
-        attempt = {"time": self._started, "host": socket.gethostname(), "job": job, "restart": restart}
-        attempt |= {"ranks": self._ranks, "step": start_step, "last_step": total_steps, "version": __version__}
+        attempt = {"time": _now(), "started": self._started, "host": socket.gethostname(), "job": job}
+        attempt |= {
+            "restart": restart,
+            "ranks": self._ranks,
+            "step": start_step,
+            "last_step": total_steps,
+            "version": __version__,
+        }
         append_rows(self._folder / "attempts.jsonl", [attempt])
         self._progress = self._open.enter_context(bar_on(self._console, TextColumn("{task.fields[eta]}")))
         self._task = self._progress.add_task("step", total=total_steps, completed=start_step, eta="-")
@@ -79,9 +85,10 @@ class RunLog:
             return
         path = self._folder / "metrics.jsonl"
         if later := [row for row in read_rows(path) if row["step"] > step]:
-            about = {"time": _now(), "after_step": step, "rows": len(later), "why": why}
+            about = {"superseded": len(later), "time": _now(), "resumed_after_step": step, "why": why}
             append_rows(path.with_name("metrics.superseded.jsonl"), [about, *later], sync=True)
         keep_rows(path, lambda row: row["step"] <= step)
+        path.touch()
         if self._board is not None:
             self._board.close()
         self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=step + 1)
@@ -110,7 +117,7 @@ class RunLog:
         self._open.close()
 
     def _record(self, fault: dict[str, Any]) -> None:
-        """A row of faults.jsonl, whichever rank met it."""
+        """A row of faults.jsonl."""
         if self._folder.is_dir():
             row = {"time": _now(), "rank": self._rank} | fault
             self._append_line("faults.jsonl", json.dumps(row))

@@ -35,7 +35,7 @@ from clipscale.deterministic import deterministic
 from clipscale.dist import World, start_world
 from clipscale.errors import SharedError, reason
 from clipscale.eval.suite import EvalSuite
-from clipscale.faults import report_fault
+from clipscale.faults import record_fault, report_fault
 from clipscale.feed import Feed, Skips
 from clipscale.files import write_file
 from clipscale.launch import check_ranks
@@ -74,6 +74,10 @@ def train(config: Config, notes: list[str] | None = None) -> list[str]:
         trainer = Trainer(config, world, notes, prepared=world.size == 1)  # `check_training` did, for one rank alone
         try:
             return trainer.run()
+        except Exception as error:
+            what, alike = f"the run ended: {reason(error)}", isinstance(error, SharedError)
+            record_fault("error", what, action="none", step=trainer.steps_done, every_rank=not alike)
+            raise
         finally:
             trainer.close()
 

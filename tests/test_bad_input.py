@@ -157,6 +157,11 @@ def test_a_cut_tar_trains_on_what_is_left_and_is_named(capsys, cut):
     assert "shards/0001.tar is damaged, 3 samples are usable: cut short at byte" in warnings[0]
     assert "data: mine 11 pairs" in Path("run/run.log").read_text()
     assert rows()[-1]["step"] == 4
+    (fault,) = rows("faults.jsonl")
+    assert (fault["kind"], fault["action"]) == ("data", "3 samples before the damage are used")
+    assert fault["what"].startswith("source 'mine': shards/0001.tar is damaged: cut short at byte")
+    assert main(train("shards/*.tar", "train.samples=40")) == 0
+    assert rows("faults.jsonl") == [fault]  # the same damage, and no second fault
 
 
 def test_only_broken_pictures(capsys):
@@ -165,6 +170,9 @@ def test_only_broken_pictures(capsys):
     assert "8 of 8 samples could not be used (mine: broken picture: 8), more than data.max_bad_fraction=0.9" in message
     assert "mend the shards or raise the bound" in message
     assert not rows()  # no step was taken on nothing
+    (fault,) = rows("faults.jsonl")  # broken pictures are counted, and the run's end is a fault
+    assert (fault["kind"], fault["step"]) == ("error", 1)
+    assert "the run ended: 8 of 8 samples could not be used" in fault["what"]
 
 
 def test_some_broken_pictures_are_masked_counted_and_named(capsys):

@@ -176,6 +176,9 @@ def test_a_run_over_remote_shards_stops_with_the_table_when_too_much_is_lost(tmp
     log = (tmp_path / "again" / "run.log").read_text()
     assert "8  mine: cannot be read" in log
     assert f"{server.url}/0002.tar" in log
+    shard, end = map(json.loads, (tmp_path / "again" / "faults.jsonl").read_text().splitlines())
+    assert (shard["kind"], end["kind"]) == ("data", "error")  # a row for the shard, not for each sample
+    assert re.match(rf"shard {server.url}/0002\.tar, first at position \d+: .*HTTP 500", shard["what"])
 
 
 def test_an_outage_costs_what_is_read_meanwhile_and_no_more(tmp_path, told):

@@ -52,8 +52,14 @@ def test_a_fault_is_told_and_recorded_in_the_innermost_place(told):
 
 
 def test_a_run_keeps_its_faults_whichever_rank_met_them(tmp_path):
+    """Those that every rank meets alike once."""
     for rank in (0, 3):
         with RunLog(str(tmp_path), rank=rank):
-            report_fault("disk", "full", action="going on", step=8)
+            report_fault("disk", "full", action="going on", step=8, every_rank=True)
+            report_fault("evaluation", "failed", action="going on", step=9)
     rows = [json.loads(line) for line in (tmp_path / "faults.jsonl").read_text().splitlines()]
-    assert [(row["rank"], row["kind"], row["step"]) for row in rows] == [(0, "disk", 8), (3, "disk", 8)]
+    assert [(row["rank"], row["kind"], row["step"]) for row in rows] == [
+        (0, "disk", 8),
+        (0, "evaluation", 9),
+        (3, "disk", 8),
+    ]

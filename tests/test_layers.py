@@ -22,7 +22,7 @@ GROUND = {
 }
 STAGES = {"data", "towers", "loss"}
 ASSEMBLY = {"step", "parallel", "optim", "checkpoint", "fit_tokenizer", "eval"}
-ENTRIES = {"train", "learner", "train_report", "feed", "evaluate", "library"}
+ENTRIES = {"train", "learner", "train_report", "feed", "evaluate", "library", "status"}
 # What a room may import beside itself and (where nothing else is said) the ground.
 LAWS: dict[str, set[str]] = {
     **dict.fromkeys(GROUND, GROUND),
@@ -81,6 +81,7 @@ FORBIDDEN = {
     "parts_picture": {"torch"},
     "tell": {"torch"},
     "goodput": {"torch"},
+    "status": {"torch"},
 }
 FOLDERS = {"clipscale", "configs", "data_tools", "tests", "slurm", "docs", ".ci", ".github"}
 MOST_DATA_ROOMS = 10

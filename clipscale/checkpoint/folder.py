@@ -27,7 +27,9 @@ class RunFolder:
         self._path, self._keeps = Path(run_dir), False
         above = [self._path, *self._path.parents]
         self._made = above[: next(i for i, place in enumerate(above) if os.path.exists(place))]
-        self._new = [path for name in (".lock", "run.log") if not os.path.exists(path := self._path / name)]
+        self._new = [
+            path for name in (".lock", "run.log", "faults.jsonl") if not os.path.exists(path := self._path / name)
+        ]
         try:
             self._path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self._path / ".lock", "w")  # noqa: SIM115

@@ -32,6 +32,7 @@ from clipscale.words import did_you_mean
 COMMANDS = {
     "train": "train a model, or resume its training",
     "eval": "evaluate a checkpoint",
+    "status": "tell where a run stands: its step, checkpoint, faults and goodput",
     "index": "index shards ahead of training, and count what is usable",
     "shards": "make, check and look at shards",
     "recipes": "list the configs that come with clipscale",
