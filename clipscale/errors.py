@@ -15,6 +15,19 @@ class RestartError(RuntimeError):
     """What a restart may heal (a lost peer, a dead loader, a hang): shown as one line, exit status RESTART."""
 
 
+class Interrupted(BaseException):
+    """A run was told to leave, and has: no error, and nobody's to catch on the way.
+
+    Args:
+        why: the signal's name, or what else it was.
+        left: one line: what was saved, and how to go on. "" before there was anything to save.
+    """
+
+    def __init__(self, why: str, left: str = "") -> None:
+        super().__init__(why)
+        self.why, self.left = why, left
+
+
 RESTART, INTERRUPTED = 70, 75
 """Exit statuses: a restart may heal it; told to stop, saved, and goes on when started again. (2: `UserError`.)"""
 

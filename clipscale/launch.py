@@ -37,6 +37,12 @@ def launched() -> Place:
     return Place(0, 1, 0)
 
 
+def under_launcher() -> bool:
+    """Whether torchrun or srun started this process: they take any exit status but 0 for a failure, and end the other
+    ranks."""
+    return "RANK" in os.environ or "SLURM_STEP_ID" in os.environ
+
+
 def launched_by() -> tuple[str, int]:
     """The scheduler's name for this job ("" where there is none), and how often it has been started again.
 

@@ -23,6 +23,7 @@ from clipscale.data.load.loader import StepBatch
 from clipscale.dist import World
 from clipscale.errors import UserError, require
 from clipscale.loss import ContrastiveGrads, contrastive_grads, contrastive_grads_in_place
+from clipscale.loss.link import Link
 from clipscale.optim import build_optimizer, loss_scale, restore_optimizer
 from clipscale.parallel import sum_gradients
 from clipscale.parts import Parts
@@ -32,9 +33,14 @@ from clipscale.towers import Towers
 
 
 class Learner:
-    """One rank's. Every rank calls each of its methods alike."""
+    """One rank's. Every rank calls each of its methods alike.
 
-    def __init__(self, config: Config, towers: Towers, world: World, parts: Parts) -> None:
+    Args:
+        link: of the loss to the other ranks; None: torch.distributed's.
+    """
+
+    def __init__(self, config: Config, towers: Towers, world: World, parts: Parts, link: Link | None = None) -> None:
+        self.link = link
         self.config, self.towers, self.world, self.parts = config, towers, world, parts
         self.optimizer = build_optimizer(towers.model, config.optim)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=towers.image.autocast == torch.float16)
@@ -85,7 +91,14 @@ class Learner:
         grads = contrastive_grads if wider else contrastive_grads_in_place
         try:
             return grads(
-                image_VD, text_VD, logit_scale, precision=loss.precision, engine=loss.engine, tile=loss.tile, **wanted
+                image_VD,
+                text_VD,
+                logit_scale,
+                group=self.link,
+                precision=loss.precision,
+                engine=loss.engine,
+                tile=loss.tile,
+                **wanted,
             )
         except ValueError as error:
             raise UserError(f"step {step}: {error}") from error

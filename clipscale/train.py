@@ -33,14 +33,16 @@ from clipscale.config.load import dump_config
 from clipscale.data.load.loader import StepBatch
 from clipscale.deterministic import deterministic
 from clipscale.dist import World, start_world
-from clipscale.errors import SharedError, reason
+from clipscale.errors import Interrupted, SharedError, reason
 from clipscale.eval.suite import EvalSuite
-from clipscale.faults import record_fault, report_fault
+from clipscale.faults import record_fault
 from clipscale.feed import Feed, Skips
 from clipscale.files import write_file
 from clipscale.launch import check_ranks
 from clipscale.learner import Learner
+from clipscale.leaving import TIME_LIMIT, Leaving, mark, unmark
 from clipscale.loss.engines import adopt_shapes, check_engine, tuned_shapes
+from clipscale.loss.link import open_link
 from clipscale.optim import set_lr
 from clipscale.parallel import broadcast_parameters
 from clipscale.parts import Parts
@@ -55,31 +57,40 @@ from clipscale.step.shortage import shortage_explained
 from clipscale.tell import tell
 from clipscale.towers import autocast_dtype, build_towers, try_backward
 from clipscale.train_report import evaluation_lines, start_lines, step_line, summary_lines
+from clipscale.wishes import LEAVE, SAVE, Wishes
 from clipscale.words import counted
 
 _STEPS_OF_A_PICTURE = 20  # a run of fewer is not drawn: its first steps start threads and tune kernels
 
 
-def train(config: Config, notes: list[str] | None = None) -> list[str]:
+def train(config: Config, notes: list[str] | None = None, leaving: Leaving | None = None) -> list[str]:
     """Train to the end of `config.train.samples`; returns what to tell the person, in three lines.
 
     Args:
         notes: what `check_training(config)` gave, where that has been called already.
+        leaving: what listens for signals already, if anything does.
 
     Raises:
         UserError: anything the person can mend, in one line.
+        Interrupted: told to leave, by a signal or a time limit; the state is saved.
     """
-    notes = check_training(config) if notes is None else notes
-    with start_world(config.device) as world, deterministic(config.train.deterministic):
-        trainer = Trainer(config, world, notes, prepared=world.size == 1)  # `check_training` did, for one rank alone
-        try:
-            return trainer.run()
-        except Exception as error:
-            what, alike = f"the run ended: {reason(error)}", isinstance(error, SharedError)
-            record_fault("error", what, action="none", step=trainer.steps_done, every_rank=not alike)
-            raise
-        finally:
-            trainer.close()
+    leaving = leaving or Leaving(config.run.leave_before_seconds)
+    with leaving.starting(config.run.dir):
+        notes = check_training(config) if notes is None else notes
+        with start_world(config.device) as world, deterministic(config.train.deterministic):
+            prepared = world.size == 1  # `check_training` did, for one rank alone
+            trainer = Trainer(config, world, notes, leaving=leaving, prepared=prepared)
+            try:
+                summary = trainer.run()
+            except Exception as error:
+                what, alike = f"the run ended: {reason(error)}", isinstance(error, SharedError)
+                record_fault("error", what, action="none", step=trainer.steps_done, every_rank=not alike)
+                raise
+            finally:
+                trainer.close()
+        if trainer.left:  # the ranks have left each other in order
+            raise Interrupted(trainer.left, summary[0])
+        return summary
 
 
 class Trainer:
@@ -87,16 +98,29 @@ class Trainer:
 
     Args:
         notes: lines to tell first, in the run's log too.
+        leaving: when to leave before the end; None: never.
         prepared: the run's files are made ready already (preflight/prepare.py).
     """
 
-    def __init__(self, config: Config, world: World, notes: Sequence[str] = (), *, prepared: bool = False) -> None:
+    left = ""
+    """Why the run has left before its end; "" where it has not."""
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        notes: Sequence[str] = (),
+        *,
+        leaving: Leaving | None = None,
+        prepared: bool = False,
+    ) -> None:
         check_ranks(config.train.global_batch, world.size)
         try:
             check_engine(config.loss.engine, config.loss.precision, world.device)
         except ValueError as error:
             raise SharedError(str(error)) from error
         self.config, self.world, self.parts = config, world, Parts(world.device)
+        self._leaving, self._wishes = leaving or Leaving(0), Wishes(open_link(None), self._wish)
         self._resources = ExitStack()
         try:
             self._resume(notes, prepared)
@@ -117,6 +141,7 @@ class Trainer:
         state = snapshot.state if snapshot else RunState()
         self.last_row = state.last_row
         adopt_shapes(state.kernels)
+        self._clock = SaveClock(config.checkpoint, step=self.steps_done)
         self.last_step = self.steps_done + total_steps(config, self.position)
         self.skips = Skips(config, state.skips, world)
         self._look_at_last_row(found)
@@ -144,14 +169,19 @@ class Trainer:
         self.parts.take()  # what building took is no step's
         if self._cut_short:
             self._finish_row(pace)
-        clock = SaveClock(config.checkpoint, first=first == 0)
-        while self.steps_done < self.last_step:
-            self.last_row = self._timed_step(pace)
-            if self.world.broadcast(clock.wants()) or self._due(config.checkpoint.every_steps):
-                with pace.other("checkpoint"), self.parts.part("checkpoint"):
-                    self._save()
-                clock.saved()
-            self._finish_row(pace)
+        with self._leaving.training():
+            while self.steps_done < self.last_step:
+                begin = time.perf_counter()
+                self.last_row = self._timed_step(pace)
+                wishes = self._wishes.agreed()
+                if wishes or self._due(config.checkpoint.every_steps):
+                    with pace.other("checkpoint"), self.parts.part("checkpoint"):
+                        self._save()
+                    self._clock.saved()
+                self._step_seconds = time.perf_counter() - begin
+                if wishes & LEAVE:
+                    return self._leave(pace)
+                self._finish_row(pace)
         self.world.lead(self._writer.wait)
         if self.world.is_main and self.last_step >= _STEPS_OF_A_PICTURE:
             self._draw()
@@ -204,6 +234,30 @@ class Trainer:
         waited = loader.waited_seconds - waited
         return row | pace.add(self.config.train.global_batch, waited, time.perf_counter() - begin)
 
+    # --- leaving ------------------------------------------------------------------------------------------------------
+
+    _step_seconds = 0.0
+    """What the last step took, with its checkpoint."""
+
+    def _wish(self) -> int:
+        """What this rank wants after the step that it is in (wishes.py)."""
+        leave = bool(self._leaving.why(step_seconds=self._step_seconds))
+        save = self.world.is_main and self._clock.wants(step=self.steps_done + 1)
+        return LEAVE * leave | SAVE * save
+
+    def _leave(self, pace: Pace) -> list[str]:
+        """The step is done and saved; its evaluations are made up for at the next start, which finds no row of it."""
+        if not self.evaluations.due(self.steps_done, self.last_step):
+            self._finish_row(pace)
+        self.world.lead(self._writer.wait)
+        whys = self.world.gather(self._leaving.why(step_seconds=self._step_seconds))
+        self.left = next(filter(None, whys), TIME_LIMIT)
+        if self.world.is_main:
+            mark(self.config.run.dir, step=self.steps_done, why=self.left)
+        line = f"{self.left}: left after step {self.steps_done}, which is saved; the same command goes on from there"
+        tell(line)
+        return [line]
+
     # --- evaluation and saving ----------------------------------------------------------------------------------------
 
     def _due(self, every_steps: int) -> bool:
@@ -214,7 +268,7 @@ class Trainer:
         scores = {}
         for name in self.evaluations.due(self.steps_done, self.last_step):
             with pace.other(name), self.parts.part("evaluation"):
-                scores |= self._scores(name)
+                scores |= self.evaluations.scores(name, step=self.steps_done)
         row = self.last_row = self.last_row | scores | pace.spent(self.parts.take())
         eta_seconds = self._eta_seconds(pace)
         self.log.metrics(row)
@@ -224,21 +278,6 @@ class Trainer:
         for line in evaluation_lines(scores, step=self.steps_done, last_step=self.last_step):
             tell(line)
         self._cut_short = False
-
-    def _scores(self, name: str) -> dict[str, float]:
-        """Metrics of an evaluation; one that fails costs its own, and ends the run only where that is asked for."""
-        begin = time.perf_counter()
-        try:
-            return self.evaluations.run(name)
-        except Exception as error:  # whatever it is: a score is worth no run
-            if self.world.size > 1 and not isinstance(error, SharedError):
-                raise  # this rank's alone, and the others wait for it
-            what = f"step {self.steps_done}: the evaluation {name!r} failed: {reason(error)}"
-            if self.config.eval.on_error == "stop":
-                raise SharedError(f"{what}; mend it and start again, or set eval.on_error=report") from error
-            lost = time.perf_counter() - begin
-            report_fault("evaluation", what, action="its scores are missing", step=self.steps_done, lost_seconds=lost)
-            return {f"{name}/failed": 1.0}
 
     def _eta_seconds(self, pace: Pace) -> float:
         """Of the steps that are left, and of the evaluations and checkpoints that come with them."""
@@ -312,7 +351,7 @@ class Trainer:
         self.towers = build_towers(config.model, device=device, autocast=autocast, seed=config.seed)
         if config.train.deterministic:
             try_backward(self.towers)
-        self.learner = Learner(config, self.towers, self.world, self.parts)
+        self.learner = Learner(config, self.towers, self.world, self.parts, self._wishes)
         if snapshot is not None:
             self.learner.restore(snapshot)
         broadcast_parameters(self.towers.model, self.world)
@@ -352,4 +391,5 @@ class Trainer:
         self.skips.begin(self.position)
         if self.world.is_main:
             self._folder.keep()
+            unmark(self.config.run.dir)
             write_file(Path(self.config.run.dir, "config.yaml"), dump_config(self.config))

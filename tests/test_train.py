@@ -25,6 +25,7 @@ from clipscale.learner import Learner
 from clipscale.loss import contrastive_grads
 from clipscale.towers import Tower
 from clipscale.train import Trainer, train
+from clipscale.wishes import Wishes
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,7 @@ def test_the_loss_is_computed_as_the_config_says(tmp_path, urls, monkeypatch):
     train(tiny_config(tmp_path, urls, *words))
     settings = {"precision": "fp64", "engine": "torch", "tile": 3}
     trains, *validates = calls
+    assert isinstance(trains.pop("group"), Wishes)
     assert trains == settings | {"image_grad": True, "text_grad": True}
     assert validates == [settings | {"image_grad": False, "text_grad": False, "scale_grad": False}] * 2
 

@@ -1,7 +1,7 @@
 """When a checkpoint is due by the clock, and that a run's first one comes early.
 
-    clock = SaveClock(config.checkpoint, first=True)
-    if clock.wants(): ...; clock.saved()         # after each step
+    clock = SaveClock(config.checkpoint, step=0)
+    if clock.wants(step=7): ...; clock.saved(step=7)
 
 By the clock of one rank: the others must be told.
 """
@@ -20,21 +20,20 @@ class SaveClock:
     """Counts steps and minutes since the last checkpoint.
 
     Args:
-        first: the run has no checkpoint yet.
+        step: after which the run goes on; 0: it has no checkpoint yet.
     """
 
-    def __init__(self, settings: Checkpoint, *, first: bool) -> None:
-        self._minutes, self._first = settings.every_minutes, first
-        self._steps, self._since = 0, time.monotonic()
+    def __init__(self, settings: Checkpoint, *, step: int) -> None:
+        self._minutes, self._first = settings.every_minutes, step == 0
+        self._since = time.monotonic()
 
-    def wants(self) -> bool:
-        """Whether one is due; to be asked once after every step."""
-        self._steps += 1
+    def wants(self, *, step: int) -> bool:
+        """Whether one is due after this step."""
         minutes = (time.monotonic() - self._since) / 60
-        if self._first and (self._steps >= _FIRST_STEPS or minutes >= _FIRST_MINUTES):
+        if self._first and (step >= _FIRST_STEPS or minutes >= _FIRST_MINUTES):
             return True
         return 0 < self._minutes <= minutes
 
     def saved(self) -> None:
         """One has been written, for whatever reason."""
-        self._first, self._steps, self._since = False, 0, time.monotonic()
+        self._first, self._since = False, time.monotonic()

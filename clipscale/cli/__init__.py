@@ -22,9 +22,10 @@ from types import ModuleType
 
 from clipscale import __version__
 from clipscale.config.recipes import list_recipes
-from clipscale.errors import SharedError, UserError, reason
+from clipscale.errors import INTERRUPTED, Interrupted, SharedError, UserError, reason
 from clipscale.escape import one_line
 from clipscale.files import write_file
+from clipscale.launch import under_launcher
 from clipscale.open_clip_flags import explain
 from clipscale.tell import listening
 from clipscale.words import did_you_mean
@@ -53,9 +54,13 @@ def main(argv: list[str] | None = None) -> int:
             return command.run(arguments, words)
     except UserError as error:
         return _fail(error)
-    except KeyboardInterrupt:
-        print(f"clipscale: interrupted; {command.LEFT}", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"clipscale: interrupted; {stop.args[0] if stop.args else command.LEFT}", file=sys.stderr)
         return 130
+    except Interrupted as stop:
+        if rank() == 0:
+            print(f"clipscale: {stop.left or stop.why}", file=sys.stderr)
+        return 130 if stop.why == "SIGINT" else 0 if under_launcher() else INTERRUPTED
     except Exception as error:
         if isinstance(error, OSError) and error.filename is not None:  # a file or folder that cannot be used
             return _fail(UserError(reason(error)))

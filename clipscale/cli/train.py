@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from clipscale.cli import rank
 from clipscale.config.help import with_comments
 from clipscale.config.load import dump_config, load_config
 from clipscale.launch import told_once
+from clipscale.leaving import Leaving
 from clipscale.tell import say
 
 EXAMPLES = """\
@@ -33,12 +35,18 @@ def run(arguments: argparse.Namespace, words: list[str]) -> int:
     if arguments.print_config:
         print(with_comments(dump_config(config)), end="")
         return 0
-    from clipscale.preflight.checks import check_training
+    leaving = Leaving(config.run.leave_before_seconds)
+    try:
+        with leaving.starting(config.run.dir):
+            from clipscale.preflight.checks import check_training
 
-    notes = check_training(config)
-    from clipscale.train import train
+            notes = check_training(config)
+            from clipscale.train import train
 
-    summary = train(config, notes)
+            summary = train(config, notes, leaving)
+    except KeyboardInterrupt:
+        saved = any(Path(config.run.dir, "checkpoints").glob("step-*"))
+        raise KeyboardInterrupt(LEFT if saved else "nothing was saved: the same command begins again") from None
     if rank() == 0:
         for line in summary:
             say(line)

@@ -22,9 +22,14 @@ class Run:
 
     dir: LocalPath = "runs/default"  # checkpoints, metrics.jsonl, TensorBoard and the resolved config go here
     log_every_steps: int = 10  # one line in the log for so many steps; metrics.jsonl has every step
+    leave_before_seconds: float = 120.0  # before a Slurm job's time is over: save and leave; 0: go on until killed
 
     def __post_init__(self) -> None:
         require(self.log_every_steps >= 1, f"run.log_every_steps={self.log_every_steps} must be at least 1")
+        require(
+            self.leave_before_seconds >= 0,
+            f"run.leave_before_seconds={self.leave_before_seconds} must not be negative",
+        )
 
 
 @dataclass(frozen=True)

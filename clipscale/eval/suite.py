@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 
 import torch
@@ -12,10 +13,12 @@ from clipscale.data.pixels.decode import Decoding
 from clipscale.data.source import open_source
 from clipscale.data.tokenize import Tokenize
 from clipscale.dist import World
+from clipscale.errors import SharedError, reason
 from clipscale.eval.mode import evaluating
 from clipscale.eval.pictures import ShardPictures, batches
 from clipscale.eval.validation import evaluate_validation
 from clipscale.eval.zeroshot import check_task, evaluate_zeroshot, load_task
+from clipscale.faults import report_fault
 from clipscale.schedule import is_due
 from clipscale.tell import tell
 from clipscale.towers import Towers
@@ -56,6 +59,25 @@ class EvalSuite:
     def run(self, name: str) -> dict[str, float]:
         """Metrics of the evaluation of this name. Collective."""
         return {"validation": self.validation, "zeroshot": self.zeroshot}[name]()
+
+    def scores(self, name: str, *, step: int) -> dict[str, float]:
+        """As `run`, of a model that trains: what fails costs its own scores, by `eval.on_error`. Collective.
+
+        Raises:
+            SharedError: what failed, where the run is to end then.
+        """
+        begin = time.perf_counter()
+        try:
+            return self.run(name)
+        except Exception as error:  # whatever it is: a score is worth no run
+            if self.world.size > 1 and not isinstance(error, SharedError):
+                raise  # this rank's alone, and the others wait for it
+            what = f"step {step}: the evaluation {name!r} failed: {reason(error)}"
+            if self.config.eval.on_error == "stop":
+                raise SharedError(f"{what}; mend it and start again, or set eval.on_error=report") from error
+            lost = time.perf_counter() - begin
+            report_fault("evaluation", what, action="its scores are missing", step=step, lost_seconds=lost)
+            return {f"{name}/failed": 1.0}
 
     @torch.no_grad()
     def _try_out(self) -> None:
