@@ -79,3 +79,21 @@ def test_columns_of_metrics_are_in_the_readme(run):
 def test_every_part_of_a_runs_time_is_explained():
     parts = table(PAGE.partition("## Goodput")[2])
     assert [row[0].strip("`") for row in parts] == [name for name in KINDS if name != "steps"]
+
+
+# --- the tests that the page names ------------------------------------------------------------------------------------
+
+NAMED = re.compile(r"`([\w/]+\.py)::(test_\w+)`")
+
+
+def test_every_fault_has_a_row():
+    rows = table(PAGE.partition("<!-- faults -->")[2])
+    assert [row[0] for row in rows if row[0]] == [str(number) for number in range(1, 22)]
+    assert {len(row) for row in rows} == {6}
+    for _, fault, *_, tests, _ in rows:
+        assert NAMED.search(tests) or tests == "not covered", fault
+
+
+def test_every_test_that_the_page_names_is_there():
+    for name, test in set(NAMED.findall(PAGE)):
+        assert re.search(rf"^ *def {test}\(", (ROOT / "tests" / name).read_text(), re.MULTILINE), (name, test)
