@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from shards import write_pairs
 from tiny import tiny_config
 
+from clipscale.cli import COMMANDS
+from clipscale.config import Config
+from clipscale.config.help import find_settings
 from clipscale.data.load.fill import Skip
 from clipscale.goodput import KINDS
 from clipscale.parts import PARTS, to_columns
@@ -97,3 +101,22 @@ def test_every_fault_has_a_row():
 def test_every_test_that_the_page_names_is_there():
     for name, test in set(NAMED.findall(PAGE)):
         assert re.search(rf"^ *def {test}\(", (ROOT / "tests" / name).read_text(), re.MULTILINE), (name, test)
+
+
+# --- what to do when --------------------------------------------------------------------------------------------------
+
+ADVICE = (ROOT / "docs" / "what_to_do_when.md").read_text()
+WORDS = re.findall(r"`([^`\n]+(?:\n[^`\n]+)?)`", ADVICE + PAGE)
+
+
+def test_settings_that_are_advised_exist():
+    sections = "|".join(field.name for field in fields(Config))
+    found = {key for words in WORDS for key in re.findall(rf"(?<![\w./])(?:{sections})\.\w[\w.]*\w", words)}
+    assert len(found) > 15
+    for key in found - FILES.keys():
+        assert find_settings(key), key  # UserError: there is none
+
+
+def test_commands_that_are_advised_exist():
+    found = {command for words in WORDS for command in re.findall(r"\bclipscale (\w+)", words)}
+    assert {"status", "train", "eval", "shards", "index"} <= found <= COMMANDS.keys()
