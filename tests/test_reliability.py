@@ -80,6 +80,13 @@ def test_columns_of_metrics_are_in_the_readme(run):
     assert found <= known
 
 
+def test_every_kind_of_fault_that_the_code_reports_is_explained():
+    code = "\n".join(path.read_text() for path in (ROOT / "clipscale").rglob("*.py"))
+    found = set(re.findall(r'(?:report|record)_fault\(\s*"(\w+)"', code))
+    assert {"data", "evaluation", "error"} <= found
+    assert found <= {kind for row in table(PAGE.partition("<!-- kinds -->")[2]) for kind in re.findall(r"\w+", row[0])}
+
+
 def test_every_part_of_a_runs_time_is_explained():
     parts = table(PAGE.partition("## Goodput")[2])
     assert [row[0].strip("`") for row in parts] == [name for name in KINDS if name != "steps"]
