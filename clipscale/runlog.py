@@ -66,7 +66,7 @@ class RunLog:
         self._folder.mkdir(parents=True, exist_ok=True)
         self.rewind(start_step, f"started again after step {start_step}")
         job, restart = launched_by()
-        attempt = {"time": _now(), "started": self._started, "host": socket.gethostname(), "job": job}
+        attempt = {"started": self._started, "time": _now(), "host": socket.gethostname(), "job": job}
         attempt |= {
             "restart": restart,
             "ranks": self._ranks,
