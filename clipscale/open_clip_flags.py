@@ -24,7 +24,7 @@ _IN_SHARDS = Flag("", "`clipscale shards make` packs a list (its --image-key, --
 _TENSORBOARD = Flag("", "<run.dir>/tensorboard and <run.dir>/metrics.jsonl are always written")
 _RANKS = Flag("", "torchrun and srun say which ranks there are; gloo on CPUs, nccl on GPUs")
 _WHOLE_MODELS = Flag("", "the towers run as PyTorch runs them")
-_OWN_FOLDER = Flag("", "run.dir is a local or shared folder; copy it with a tool of your own")
+_MIRRORED = Flag("checkpoint.mirror", "checkpoints alone, each as it is published; its scheme is the protocol")
 
 FLAGS: dict[str, Flag] = {
     "--train-data": Flag("data.sources.<name>.urls", "braces, globs and `::` as there; each source has a name"),
@@ -108,9 +108,9 @@ FLAGS: dict[str, Flag] = {
     "--log-every-n-steps": Flag("run.log_every_steps", ""),
     "--coca-caption-loss-weight": _ONE_LOSS,
     "--coca-contrastive-loss-weight": _ONE_LOSS,
-    "--remote-sync": _OWN_FOLDER,
-    "--remote-sync-frequency": _OWN_FOLDER,
-    "--remote-sync-protocol": _OWN_FOLDER,
+    "--remote-sync": _MIRRORED,
+    "--remote-sync-frequency": _MIRRORED,
+    "--remote-sync-protocol": _MIRRORED,
     "--delete-previous-checkpoint": Flag("checkpoint.keep", "checkpoint.keep=1"),
     "--distill-model": _ONE_LOSS,
     "--distill-pretrained": _ONE_LOSS,

@@ -27,6 +27,7 @@ from clipscale.checkpoint import (
     refuse_fresh,
     save_checkpoint,
 )
+from clipscale.checkpoint.mirror import Mirror
 from clipscale.checkpoint.writer import CheckpointWriter
 from clipscale.config import Config
 from clipscale.config.load import dump_config
@@ -150,7 +151,7 @@ class Trainer:
             self._prepare_files(state.order)
         self._build_towers(snapshot)
         if unfinished or self._cut_short:
-            self._prepare_saving()
+            self._prepare_saving(found)
             self.plan = plan_step(config, self.towers, world, state.plan)
             self._build_data(state.order)
             self._begin()
@@ -182,7 +183,7 @@ class Trainer:
                 if wishes & LEAVE:
                     return self._leave(pace)
                 self._finish_row(pace)
-        self.world.lead(self._writer.wait)
+        self.world.lead(self._finish_saving)
         if self.world.is_main and self.last_step >= _STEPS_OF_A_PICTURE:
             self._draw()
         return self._summary(f"trained {counted(self.last_step - first, 'step')} in {duration(pace.elapsed())}")
@@ -324,7 +325,14 @@ class Trainer:
         self.world.lead(partial(self._writer.save, snapshot))
 
     def _publish(self, snapshot: Snapshot) -> None:
-        save_checkpoint(self.config.run.dir, snapshot, self.config.checkpoint.keep)
+        path = save_checkpoint(self.config.run.dir, snapshot, self.config.checkpoint.keep)
+        if self._mirror is not None:
+            self._mirror.offer(path)
+
+    def _finish_saving(self) -> None:
+        self._writer.wait()
+        if self._mirror is not None:
+            self._mirror.wait()
 
     # --- building -----------------------------------------------------------------------------------------------------
 
@@ -356,10 +364,15 @@ class Trainer:
             self.learner.restore(snapshot)
         broadcast_parameters(self.towers.model, self.world)
 
-    def _prepare_saving(self) -> None:
+    def _prepare_saving(self, found: Path | None) -> None:
         """Closed before the log and the run's folder: what is being written is finished, however the run ends."""
+        run_dir, settings, self._mirror = self.config.run.dir, self.config.checkpoint, None
+        if settings.mirror is not None and self.world.is_main:
+            self._mirror = self._resources.enter_context(closing(Mirror(settings.mirror, run_dir, settings.keep)))
+            if found is not None and found.parent.parent == Path(run_dir):
+                self._mirror.offer(found)  # the last run may have ended before it was copied
         self._writer = self._resources.enter_context(closing(CheckpointWriter(self._publish)))
-        if self.config.checkpoint.background:
+        if settings.background:
             model, optimizer = self.towers.model, self.learner.optimizer
             tell(self.world.lead(partial(self._writer.prepare, model, optimizer, self.world.device)))
 

@@ -1,6 +1,7 @@
 """Trainings in forked children that are SIGKILLed mid-step and resumed; run by test_resume.py as a process of its own.
 
     python resume_harness.py FOLDER 1 2 5    # kills at these steps; prints one JSON object: what each experiment found
+    python resume_harness.py FOLDER staged@4 # in the save of step 4, once it is staged and training has gone on
 
 Forking after the imports makes a training cost a second instead of eight; it is safe because this process never
 computes anything itself.
@@ -10,9 +11,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -24,7 +27,8 @@ from clipscale.config.load import load_config
 from clipscale.learner import Learner
 from clipscale.train import Trainer, train
 
-STEPS, BATCH, SAMPLES = 12, 8, 40  # 2.4 epochs
+OF_THE_FOLDER = ("losses", "grad_norms", "steps", "skipped")  # what is lost with a run's folder
+STEPS, BATCH, SAMPLES = 20, 8, 40  # 4 epochs
 CONFIG = """
 run: {{dir: {run}, log_every_steps: 1}}
 seed: 5
@@ -33,10 +37,10 @@ model:
   vision: {{image_size: 16, patch_size: 4, width: 32, layers: 1, head_width: 16, patch_dropout: {dropout}}}
   text: {{context_length: 12, width: 32, heads: 2, layers: 1}}
 data: {{sources: {{s: {{urls: "{urls}"}}}}, threads: 3, loader: inline, max_bad_fraction: 0.5}}
-train: {{global_batch: 8, samples: 96}}
+train: {{global_batch: 8, samples: 160}}
 optim: {{lr: 1.0e-2, warmup_steps: 3, kind: {kind}}}
 gradcache: {{image_chunk: 3, text_chunk: 5, keep_bytes: 240_000}}  # of the three chunks of pictures two are kept
-checkpoint: {{every_steps: 2}}
+checkpoint: {{every_steps: 2, mirror: {mirror}}}
 """
 
 
@@ -46,8 +50,37 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def train_rank(config_path: Path, rank: int, world: int, port: int, kill_at: int | None) -> None:
-    """One rank's training; at step `kill_at`, with the gradients computed and not yet applied, it kills itself."""
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_in_save(moment: str, at: int) -> None:
+    """The save of step `at` is to be the end of this process, once the step behind it has been trained."""
+    publish, rename = Trainer._publish, Path.rename
+
+    def deadly_publish(self, snapshot):
+        def deadly_rename(path, target):
+            if moment == "written":
+                die()
+            rename(path, target)
+            die()
+
+        if snapshot.step == at:
+            while self.steps_done == at < self.last_step:
+                time.sleep(0.001)
+            if moment == "staged":
+                die()
+            Path.rename = deadly_rename
+        publish(self, snapshot)
+
+    Trainer._publish = deadly_publish
+
+
+def train_rank(config_path: Path, rank: int, world: int, port: int, kill_at: int | str | None) -> None:
+    """One rank's training; at step `kill_at`, with the gradients computed and not yet applied, it kills itself.
+
+    kill_at: "staged@4": in the save of step 4 instead.
+    """
     if world > 1:
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
         os.environ.update(address | {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)})
@@ -66,14 +99,19 @@ def train_rank(config_path: Path, rank: int, world: int, port: int, kill_at: int
 
     def deadly_update(self, *, step):
         if step == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+            while self.config.checkpoint.mirror and not any(config_path.parent.glob("mirror/*/manifest.json")):
+                time.sleep(0.01)
+            die()
         return update(self, step=step)
 
+    if isinstance(kill_at, str):
+        moment, at = kill_at.split("@")
+        die_in_save(moment, int(at))
     Trainer.step, Learner.update = recorded_step, deadly_update
     train(load_config([str(config_path)]))
 
 
-def run(config_path: Path, world: int = 1, kill_at: int | None = None) -> None:
+def run(config_path: Path, world: int = 1, kill_at: int | str | None = None) -> None:
     """Fork the ranks and wait; SIGKILL is what must end them if `kill_at` is set, and nothing else may."""
     port, children = free_port(), []
     for rank in range(world):
@@ -116,6 +154,7 @@ def outcome(config_path: Path) -> dict:
         "steps": [row["step"] for row in rows],
         "masked": rows[-1]["masked_samples"],
         "skipped": (folder / "skipped.jsonl").read_text(),
+        "checkpoints": sorted(path.name for path in checkpoint.parent.iterdir())[-2:],
         "slots": slots,
         "consistent": consistent,
     }
@@ -131,13 +170,13 @@ def bitwise_equal(a, b) -> bool:
 
 def setup(folder: Path, urls: str, **changes) -> Path:
     folder.mkdir()
-    settings = {"dropout": 0.3, "kind": "adamw", "run": folder / "run", "urls": urls} | changes
+    settings = {"dropout": 0.3, "kind": "adamw", "run": folder / "run", "urls": urls, "mirror": "null"} | changes
     path = folder / "config.yaml"
     path.write_text(CONFIG.format(**settings))
     return path
 
 
-def main(folder: Path, kills: list[int]) -> None:
+def main(folder: Path, kills: list[int | str]) -> None:
     urls = write_pairs(folder / "data", shards=5, per_shard=SAMPLES // 5, size=20, broken={11})
     report: dict = {"same_world": {}, "other_world": {}}
 
@@ -152,6 +191,14 @@ def main(folder: Path, kills: list[int]) -> None:
         run(config)
         found = outcome(config)
         report["same_world"][kill_at] = {key: bitwise_equal(found[key], wanted[key]) for key in wanted}
+
+    mirrored = setup(folder / "mirrored", urls, mirror=(folder / "mirrored" / "mirror").as_uri())
+    run(mirrored, kill_at=13)
+    shutil.rmtree(mirrored.parent / "run")
+    run(mirrored)
+    found = outcome(mirrored)
+    report["mirror"] = {key: bitwise_equal(found[key], wanted[key]) for key in wanted if key not in OF_THE_FOLDER}
+    report["fetched"] = "was fetched from file://" in mirrored.with_name("log").read_text()
 
     plain = {"kind": "sgd"}  # patches are dropped by position, on any ranks
     steady = setup(folder / "steady", urls, **plain)
@@ -179,4 +226,4 @@ def main(folder: Path, kills: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), [int(step) for step in sys.argv[2:]])
+    main(Path(sys.argv[1]), [int(word) if word.isdigit() else word for word in sys.argv[2:]])

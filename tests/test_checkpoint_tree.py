@@ -200,6 +200,10 @@ def test_an_optimizer_goes_on_as_if_it_had_not_been_saved(around, kind):
 # --- refused and damaged ----------------------------------------------------------------------------------------------
 
 
+class Sharded(torch.Tensor):
+    """Such as one of FSDP: more than its numbers."""
+
+
 @pytest.mark.parametrize(
     ("tree", "what"),
     [
@@ -208,8 +212,9 @@ def test_an_optimizer_goes_on_as_if_it_had_not_been_saved(around, kind):
         ({"a": {(1, 2): 3}}, "a has the key"),
         ({True: 3}, "has the key True"),
         ({"path": Path("x")}, "path is a PosixPath"),
-        ({"a": torch.eye(3).to_sparse()}, "a is a torch.sparse_coo tensor"),
-        ({"a": torch.ones(2, dtype=torch.complex64).conj()}, "a is a torch.strided tensor that"),
+        ({"a": torch.eye(3).to_sparse()}, "a is a Tensor of torch.sparse_coo"),
+        ({"a": torch.ones(2, dtype=torch.complex64).conj()}, "a is a Tensor of torch.strided"),
+        ({"a": torch.ones(2).as_subclass(Sharded)}, "a is a Sharded of"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -13,8 +13,9 @@ import pytest
 TESTS = Path(__file__).parent
 
 
-KILLS = (1, 2, 5, 6, 12)  # before, at and behind a checkpoint; around the end of an epoch; the last step
-OTHER_KILLS = (3, 4, 7, 8, 9, 10, 11)
+# Before, at and behind a checkpoint, around the end of an epoch, the last step; and in a save that is in flight.
+KILLS = (1, 2, 5, 6, 20, "staged@4", "written@10")
+OTHER_KILLS = (3, 4, *range(7, 20), "staged@2", "written@2", "published@10", "written@20", "published@20")
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def further_report(tmp_path_factory) -> dict:
     return experiments(tmp_path_factory.mktemp("resume"), OTHER_KILLS)
 
 
-def experiments(folder: Path, kills: tuple[int, ...]) -> dict:
+def experiments(folder: Path, kills: tuple[int | str, ...]) -> dict:
     done = subprocess.run(
         [sys.executable, str(TESTS / "resume_harness.py"), str(folder), *map(str, kills)],
         capture_output=True,
@@ -43,9 +44,9 @@ def experiments(folder: Path, kills: tuple[int, ...]) -> dict:
 def test_the_run_holds_what_makes_it_hard(report):
     """A masked slot, an epoch boundary, every step in the log once."""
     assert report["masked"] >= 2  # the broken sample comes by in every epoch
-    assert report["steps"] == list(range(1, 13))
-    assert report["keys"] == 12
-    assert report["distinct_keys"] == 40  # 96 slots of 40 samples: at least two epoch boundaries
+    assert report["steps"] == list(range(1, 21))
+    assert report["keys"] == 20
+    assert report["distinct_keys"] == 40  # 160 slots of 40 samples: at least two epoch boundaries
 
 
 @pytest.mark.parametrize("kill_at", KILLS)
@@ -62,6 +63,12 @@ def test_killed_at_any_other_step_and_resumed_is_bit_for_bit_the_same(further_re
 def unlike(report: dict, kill_at: int) -> list[str]:
     """What differs from the run that was never interrupted."""
     return [what for what, same in report["same_world"][str(kill_at)].items() if not same]
+
+
+def test_resumed_from_the_mirror_alone_is_bit_for_bit_the_same(report):
+    assert report["fetched"]
+    assert [what for what, same in report["mirror"].items() if not same] == []
+    assert report["mirror"].keys() == {"tensors", "optimizer", "masked", "checkpoints", "slots", "consistent"}
 
 
 @pytest.mark.parametrize("change", ["1 to 2", "2 to 1"])

@@ -108,13 +108,15 @@ class _Leaf(NamedTuple):
 def _encode(value: Any, path: tuple[str, ...], leaves: dict[str, _Leaf]) -> Any:
     """The tree as JSON; each tensor goes into `leaves` with its node, to which `_share` adds."""
     if isinstance(value, Tensor):
-        if value.layout != torch.strided or value.is_conj() or value.is_neg():
-            raise TypeError(f"{'/'.join(path)} is a {value.layout} tensor that a checkpoint cannot hold as it is")
+        plain = value.detach()
+        if type(plain) is not Tensor or plain.layout != torch.strided or plain.is_conj() or plain.is_neg():
+            what = f"{type(plain).__name__} of {plain.layout}"
+            raise TypeError(f"{'/'.join(path)} is a {what}: a checkpoint cannot hold it as it is")
         name = "/".join(path) or "tensor"
         while name in leaves:  # the keys 0 and "0" of one dict
             name += "~"
         node: dict[str, Any] = {}
-        leaves[name] = _Leaf(value.detach(), node)
+        leaves[name] = _Leaf(plain, node)
         return node
     if isinstance(value, dict):
         if wrong := [key for key in value if type(key) not in (str, int)]:

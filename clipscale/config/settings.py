@@ -159,11 +159,18 @@ class Checkpoint:
     every_minutes: float = 30.0  # and after so long without one; a run's first comes earlier; 0: never by time
     keep: int = 2  # newest ones that stay on disk
     background: bool = True  # written while steps go on, from a copy in host memory; false: steps wait for the disk
+    mirror: str | None = (
+        None  # a URL (s3://bucket/runs/a) that they are copied to, and fetched from if run.dir has none
+    )
 
     def __post_init__(self) -> None:
         require(self.every_steps >= 1, f"checkpoint.every_steps={self.every_steps} must be at least 1")
         require(self.every_minutes >= 0, f"checkpoint.every_minutes={self.every_minutes} must not be negative")
         require(self.keep >= 1, f"checkpoint.keep={self.keep} must be at least 1")
+        require(
+            self.mirror is None or "://" in self.mirror,
+            f"checkpoint.mirror={self.mirror!r} must be a URL, such as s3://bucket/runs/a or file:///disk/runs/a",
+        )
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from clipscale.checkpoint import (
     saved_state,
     unverified_checkpoint,
 )
+from clipscale.checkpoint.mirror import fetch_from_mirror
 from clipscale.config import Config, ZeroShot
 from clipscale.config.data import Data, SourceSettings
 from clipscale.config.load import apply_overrides
@@ -50,6 +51,7 @@ def check_training(config: Config) -> list[str]:
         UserError: what a person must mend first. On a node's further ranks a SharedError, for its first one tells.
     """
     place = launched()
+    notes: list[str] = []
     with told_once():
         if config.train.deterministic and config.device != "cpu":
             prepare_cublas()
@@ -58,12 +60,14 @@ def check_training(config: Config) -> list[str]:
         _check_device(config.device)
         if place.rank == 0:
             _check_folder("run.dir", config.run.dir)
+            fetched = fetch_from_mirror(config.checkpoint.mirror, config.run.dir, config.resume)
+            notes += [fetched] if fetched else []
             _check_resume(config)
         saved = saved_state(config.run.dir, config.resume)
         if saved.get("position", 0) >= config.train.samples:
-            return []  # complete: nothing will be read
+            return notes  # complete: nothing will be read
         _check_data(config)
-        return odd_pairs(config) + (prepare_files(config, saved.get("order")) if place.size == 1 else [])
+        return notes + odd_pairs(config) + (prepare_files(config, saved.get("order")) if place.size == 1 else [])
 
 
 def check_evaluation(path: str, words: list[str]) -> tuple[Path, Config]:
