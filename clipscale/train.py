@@ -21,13 +21,11 @@ from clipscale.checkpoint import (
     RunState,
     SaveClock,
     Snapshot,
-    find_checkpoint,
-    load_checkpoint,
-    newest_checkpoint,
-    refuse_fresh,
-    save_checkpoint,
+    Start,
+    begin_start,
+    find_start,
+    load_start,
 )
-from clipscale.checkpoint.writer import CheckpointWriter
 from clipscale.config import Config
 from clipscale.config.load import dump_config
 from clipscale.data.load.loader import StepBatch
@@ -49,6 +47,7 @@ from clipscale.preflight.checks import check_training
 from clipscale.preflight.prepare import prepare_files
 from clipscale.progress import duration
 from clipscale.runlog import Pace, RunLog, memory
+from clipscale.saver import Saver
 from clipscale.schedule import is_due, learning_rate, rate_jump, times_due, total_steps
 from clipscale.step.planning import plan_line, plan_record, plan_step
 from clipscale.step.shortage import shortage_explained
@@ -108,10 +107,10 @@ class Trainer:
         """Find where the run stands, and build everything that its next step needs; then tell what will be trained."""
         config, world = self.config, self.world
         self.log = self._resources.enter_context(RunLog(config.run.dir, rank=world.rank, ranks=world.size))
-        found = world.lead(self._find_checkpoint)
-        for line in notes:
+        self._start = world.lead(self._find_start)
+        for line in filter(None, [*notes, self._start.note]):
             tell(line)
-        snapshot = load_checkpoint(found) if found else None
+        found, snapshot = load_start(self._start, world)
         self.steps_done = snapshot.step if snapshot else 0
         self.position = snapshot.position if snapshot else 0
         state = snapshot.state if snapshot else RunState()
@@ -147,12 +146,12 @@ class Trainer:
         clock = SaveClock(config.checkpoint, first=first == 0)
         while self.steps_done < self.last_step:
             self.last_row = self._timed_step(pace)
-            if self.world.broadcast(clock.wants()) or self._due(config.checkpoint.every_steps):
+            if self.world.broadcast(clock.wants() or self.saver.failing) or self._due(config.checkpoint.every_steps):
                 with pace.other("checkpoint"), self.parts.part("checkpoint"):
                     self._save()
                 clock.saved()
             self._finish_row(pace)
-        self.world.lead(self._writer.wait)
+        self.saver.finish()
         if self.world.is_main and self.last_step >= _STEPS_OF_A_PICTURE:
             self._draw()
         return self._summary(f"trained {counted(self.last_step - first, 'step')} in {duration(pace.elapsed())}")
@@ -265,8 +264,8 @@ class Trainer:
         tell(problem or f"where the time went: {picture}")
 
     def _save(self) -> None:
-        """Every rank reaches this at the same step; the main rank writes, in the background. Its error is everyone's at
-        the next save or at the end of the run."""
+        """Every rank reaches this at the same step; the main rank writes, in the background. What fails there is
+        everyone's at the next save or at the end of the run."""
         snapshot = Snapshot(
             step=self.steps_done,
             position=self.position,
@@ -282,21 +281,15 @@ class Trainer:
             ),
             config=self.config,
         )
-        self.world.lead(partial(self._writer.save, snapshot))
-
-    def _publish(self, snapshot: Snapshot) -> None:
-        save_checkpoint(self.config.run.dir, snapshot, self.config.checkpoint.keep)
+        self.saver.save(snapshot)
 
     # --- building -----------------------------------------------------------------------------------------------------
 
-    def _find_checkpoint(self) -> Path | None:
-        """What to resume from, by `resume`; None for a run without any checkpoint. Holds the run's folder."""
-        resume, run_dir = self.config.resume, self.config.run.dir
+    def _find_start(self) -> Start:
+        """Where the run begins, by `resume`. Holds the run's folder."""
+        run_dir = self.config.run.dir
         self._folder = self._resources.enter_context(closing(RunFolder(run_dir)))
-        found = newest_checkpoint(run_dir)
-        refuse_fresh(resume, found)
-        # A run started from elsewhere goes on from its own checkpoints once it has any: a requeued job loses nothing.
-        return found if found is not None or resume in ("auto", "fresh") else find_checkpoint(resume)
+        return find_start(run_dir, self.config.resume, samples=self.config.train.samples)
 
     def _look_at_last_row(self, found: Path | None) -> None:
         """Whether the step that the run's own checkpoint was written after got its row: it is written last, behind the
@@ -319,10 +312,8 @@ class Trainer:
 
     def _prepare_saving(self) -> None:
         """Closed before the log and the run's folder: what is being written is finished, however the run ends."""
-        self._writer = self._resources.enter_context(closing(CheckpointWriter(self._publish)))
-        if self.config.checkpoint.background:
-            model, optimizer = self.towers.model, self.learner.optimizer
-            tell(self.world.lead(partial(self._writer.prepare, model, optimizer, self.world.device)))
+        self.saver = self._resources.enter_context(closing(Saver(self.config, self.world)))
+        self.saver.prepare(self.towers.model, self.learner.optimizer)
 
     def _prepare_files(self, recorded: dict[str, Any] | None) -> None:
         """The first rank of a node writes what is missing."""
@@ -352,4 +343,5 @@ class Trainer:
         self.skips.begin(self.position)
         if self.world.is_main:
             self._folder.keep()
+            begin_start(self._start, self.config.run.dir, step=self.steps_done, resume=self.config.resume)
             write_file(Path(self.config.run.dir, "config.yaml"), dump_config(self.config))
