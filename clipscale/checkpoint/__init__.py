@@ -15,7 +15,7 @@ them while training goes on.
 
 from clipscale.checkpoint.due import SaveClock
 from clipscale.checkpoint.find import find_checkpoint, newest_checkpoint, verify
-from clipscale.checkpoint.folder import RunFolder
+from clipscale.checkpoint.folder import RunFolder, refuse_held
 from clipscale.checkpoint.judge import first_bad
 from clipscale.checkpoint.load import load_checkpoint, load_config_of
 from clipscale.checkpoint.retention import set_aside
@@ -38,6 +38,7 @@ __all__ = [
     "load_config_of",
     "load_start",
     "newest_checkpoint",
+    "refuse_held",
     "save_checkpoint",
     "saved_state",
     "set_aside",

@@ -20,6 +20,7 @@ from clipscale.checkpoint import (
     find_checkpoint,
     find_start,
     load_config_of,
+    refuse_held,
     saved_state,
 )
 from clipscale.config import Config, ZeroShot
@@ -56,6 +57,7 @@ def check_training(config: Config) -> list[str]:
         _check_device(config.device)
         if place.rank == 0:
             _check_folder("run.dir", config.run.dir)
+            refuse_held(config.run.dir)
             find_start(config.run.dir, config.resume, samples=config.train.samples)
         saved = saved_state(config.run.dir, config.resume)
         if saved.get("position", 0) >= config.train.samples:
