@@ -81,12 +81,19 @@ def sync_folder(folder: _Path) -> None:
         os.close(handle)
 
 
-def keep_rows(path: _Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Drop the rows of a JSONL file that are not wanted, and a last row that a crash cut short."""
+def keep_rows(path: _Path, keep: Callable[[dict[str, Any]], bool]) -> int:
+    """Drop the rows of a JSONL file that are not wanted, and lines that a crash cut short; how many were no rows."""
     path = Path(path)
     if not path.exists():
-        return
-    write_file(path, "".join(json.dumps(row) + "\n" for row in read_rows(path) if keep(row)))
+        return 0
+    with open(path, "rb") as file:
+        lines = sum(1 for _ in file)
+    with whole_file(path) as kept:
+        for row in read_rows(path):
+            lines -= 1
+            if keep(row):
+                kept.write(json.dumps(row) + "\n")
+    return lines
 
 
 def read_rows(path: _Path) -> Iterator[dict[str, Any]]:

@@ -19,22 +19,24 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import TextColumn
-from torch.utils.tensorboard import SummaryWriter
 
 from clipscale import __version__
-from clipscale.faults import recording
+from clipscale.board import Board
+from clipscale.faults import recording, report_fault
 from clipscale.files import append_rows, keep_rows, read_rows
+from clipscale.growing import GrowingFile
 from clipscale.launch import launched_by
 from clipscale.parts import to_columns
 from clipscale.progress import bar_on, time_left
 from clipscale.tell import listening
+from clipscale.words import counted
 
 _RECENT_STEPS = 100  # whose mean is the pace that the time left is told by
 
@@ -47,7 +49,8 @@ class RunLog:
 
     def __init__(self, folder: str, *, rank: int = 0, ranks: int = 1) -> None:
         self._rank, self._ranks, self._folder, self._started = rank, ranks, Path(folder), _now()
-        self._board: SummaryWriter | None = None
+        self._board: Board | None = None
+        self._files: dict[str, GrowingFile] = {}
         self._console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
         self._open = ExitStack()
         self._open.enter_context(listening(self._hear))
@@ -87,12 +90,13 @@ class RunLog:
         if later := [row for row in read_rows(path) if row["step"] > step]:
             about = {"superseded": len(later), "time": _now(), "resumed_after_step": step, "why": why}
             append_rows(path.with_name("metrics.superseded.jsonl"), [about, *later], sync=True)
-        keep_rows(path, lambda row: row["step"] <= step)
+        if torn := keep_rows(path, lambda row: row["step"] <= step):
+            what = f"{path} had {counted(torn, 'line')} that a crash or a full disk cut short"
+            report_fault("telemetry", what, action="dropped")
         path.touch()
         if self._board is not None:
             self._board.close()
-        self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=step + 1)
-        self._open.callback(self._board.close)
+        self._board = Board(self._folder / "tensorboard", step + 1)
 
     def row_of(self, step: int) -> dict[str, Any] | None:
         """The row of this step in metrics.jsonl, if there is one."""
@@ -104,9 +108,8 @@ class RunLog:
             return
         finite = {name: value if math.isfinite(value) else None for name, value in row.items()}  # JSON has no NaN
         self._append_line("metrics.jsonl", json.dumps(finite | {"time": _now()}))
-        for name, value in row.items():
-            if name != "step":
-                self._board.add_scalar(name if "/" in name else f"train/{name}", value, row["step"])
+        curves = {name if "/" in name else f"train/{name}": row[name] for name in row if name != "step"}
+        self._board.add(curves, row["step"])
 
     def advance(self, step: int, eta_seconds: float) -> None:
         """Move the bar, which shows the same time left as the log line."""
@@ -115,6 +118,8 @@ class RunLog:
 
     def close(self) -> None:
         self._open.close()
+        for file in filter(None, [self._board, *self._files.values()]):
+            file.close()
 
     def _record(self, fault: dict[str, Any]) -> None:
         """A row of faults.jsonl."""
@@ -123,15 +128,17 @@ class RunLog:
             self._append_line("faults.jsonl", json.dumps(row))
 
     def _append_line(self, name: str, line: str) -> None:
-        """Opened for each line: ranks may share the file, and one write at its end stays whole."""
-        with open(self._folder / name, "ab", buffering=0) as file:
-            file.write(f"{line}\n".encode())
+        """Ranks may share the file."""
+        if name not in self._files:
+            self._files[name] = GrowingFile(self._folder / name, lines=True)
+        self._files[name].add(f"{line}\n".encode())
 
     def _hear(self, line: str, every_rank: bool) -> None:
         if self._rank and not every_rank:
             return
         line = f"rank {self._rank}: {line}" if self._rank else line
-        self._console.print(line)
+        with suppress(OSError):  # it may lead into a file on a full disk
+            self._console.print(line)
         if not self._folder.is_dir():  # not made yet, or this rank's node does not share it
             return
         self._append_line("run.log", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")

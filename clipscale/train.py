@@ -21,14 +21,11 @@ from clipscale.checkpoint import (
     RunState,
     SaveClock,
     Snapshot,
-    find_checkpoint,
-    load_checkpoint,
-    newest_checkpoint,
-    refuse_fresh,
-    save_checkpoint,
+    Start,
+    begin_start,
+    find_start,
+    load_start,
 )
-from clipscale.checkpoint.mirror import Mirror
-from clipscale.checkpoint.writer import CheckpointWriter
 from clipscale.config import Config
 from clipscale.config.load import dump_config
 from clipscale.data.load.loader import StepBatch
@@ -52,6 +49,7 @@ from clipscale.preflight.checks import check_training
 from clipscale.preflight.prepare import prepare_files
 from clipscale.progress import duration
 from clipscale.runlog import Pace, RunLog, memory
+from clipscale.saver import Saver
 from clipscale.schedule import is_due, learning_rate, rate_jump, times_due, total_steps
 from clipscale.step.planning import plan_line, plan_record, plan_step
 from clipscale.step.shortage import shortage_explained
@@ -133,10 +131,10 @@ class Trainer:
         """Find where the run stands, and build everything that its next step needs; then tell what will be trained."""
         config, world = self.config, self.world
         self.log = self._resources.enter_context(RunLog(config.run.dir, rank=world.rank, ranks=world.size))
-        found = world.lead(self._find_checkpoint)
-        for line in notes:
+        self._start = world.lead(self._find_start)
+        for line in filter(None, [*notes, self._start.note]):
             tell(line)
-        snapshot = load_checkpoint(found) if found else None
+        found, snapshot = load_start(self._start, world)
         self.steps_done = snapshot.step if snapshot else 0
         self.position = snapshot.position if snapshot else 0
         state = snapshot.state if snapshot else RunState()
@@ -183,7 +181,7 @@ class Trainer:
                 if wishes & LEAVE:
                     return self._leave(pace)
                 self._finish_row(pace)
-        self.world.lead(self._finish_saving)
+        self.saver.finish()
         if self.world.is_main and self.last_step >= _STEPS_OF_A_PICTURE:
             self._draw()
         return self._summary(f"trained {counted(self.last_step - first, 'step')} in {duration(pace.elapsed())}")
@@ -243,14 +241,14 @@ class Trainer:
     def _wish(self) -> int:
         """What this rank wants after the step that it is in (wishes.py)."""
         leave = bool(self._leaving.why(step_seconds=self._step_seconds))
-        save = self.world.is_main and self._clock.wants(step=self.steps_done + 1)
+        save = self.world.is_main and (self.saver.failing or self._clock.wants(step=self.steps_done + 1))
         return LEAVE * leave | SAVE * save
 
     def _leave(self, pace: Pace) -> list[str]:
         """The step is done and saved; its evaluations are made up for at the next start, which finds no row of it."""
         if not self.evaluations.due(self.steps_done, self.last_step):
             self._finish_row(pace)
-        self.world.lead(self._writer.wait)
+        self.saver.finish()
         whys = self.world.gather(self._leaving.why(step_seconds=self._step_seconds))
         self.left = next(filter(None, whys), TIME_LIMIT)
         if self.world.is_main:
@@ -305,8 +303,8 @@ class Trainer:
         tell(problem or f"where the time went: {picture}")
 
     def _save(self) -> None:
-        """Every rank reaches this at the same step; the main rank writes, in the background. Its error is everyone's at
-        the next save or at the end of the run."""
+        """Every rank reaches this at the same step; the main rank writes, in the background. What fails there is
+        everyone's at the next save or at the end of the run."""
         snapshot = Snapshot(
             step=self.steps_done,
             position=self.position,
@@ -322,28 +320,15 @@ class Trainer:
             ),
             config=self.config,
         )
-        self.world.lead(partial(self._writer.save, snapshot))
-
-    def _publish(self, snapshot: Snapshot) -> None:
-        path = save_checkpoint(self.config.run.dir, snapshot, self.config.checkpoint.keep)
-        if self._mirror is not None:
-            self._mirror.offer(path)
-
-    def _finish_saving(self) -> None:
-        self._writer.wait()
-        if self._mirror is not None:
-            self._mirror.wait()
+        self.saver.save(snapshot)
 
     # --- building -----------------------------------------------------------------------------------------------------
 
-    def _find_checkpoint(self) -> Path | None:
-        """What to resume from, by `resume`; None for a run without any checkpoint. Holds the run's folder."""
-        resume, run_dir = self.config.resume, self.config.run.dir
+    def _find_start(self) -> Start:
+        """Where the run begins, by `resume`. Holds the run's folder."""
+        run_dir = self.config.run.dir
         self._folder = self._resources.enter_context(closing(RunFolder(run_dir)))
-        found = newest_checkpoint(run_dir)
-        refuse_fresh(resume, found)
-        # A run started from elsewhere goes on from its own checkpoints once it has any: a requeued job loses nothing.
-        return found if found is not None or resume in ("auto", "fresh") else find_checkpoint(resume)
+        return find_start(run_dir, self.config.resume, samples=self.config.train.samples)
 
     def _look_at_last_row(self, found: Path | None) -> None:
         """Whether the step that the run's own checkpoint was written after got its row: it is written last, behind the
@@ -366,15 +351,10 @@ class Trainer:
 
     def _prepare_saving(self, found: Path | None) -> None:
         """Closed before the log and the run's folder: what is being written is finished, however the run ends."""
-        run_dir, settings, self._mirror = self.config.run.dir, self.config.checkpoint, None
-        if settings.mirror is not None and self.world.is_main:
-            self._mirror = self._resources.enter_context(closing(Mirror(settings.mirror, run_dir, settings.keep)))
-            if found is not None and found.parent.parent == Path(run_dir):
-                self._mirror.offer(found)  # the last run may have ended before it was copied
-        self._writer = self._resources.enter_context(closing(CheckpointWriter(self._publish)))
-        if settings.background:
-            model, optimizer = self.towers.model, self.learner.optimizer
-            tell(self.world.lead(partial(self._writer.prepare, model, optimizer, self.world.device)))
+        self.saver = self._resources.enter_context(closing(Saver(self.config, self.world)))
+        self.saver.prepare(
+            self.towers.model, self.learner.optimizer, found if self._start.kind in ("own", "rewind") else None
+        )
 
     def _prepare_files(self, recorded: dict[str, Any] | None) -> None:
         """The first rank of a node writes what is missing."""
@@ -405,4 +385,5 @@ class Trainer:
         if self.world.is_main:
             self._folder.keep()
             unmark(self.config.run.dir)
+            begin_start(self._start, self.config.run.dir, step=self.steps_done, resume=self.config.resume)
             write_file(Path(self.config.run.dir, "config.yaml"), dump_config(self.config))

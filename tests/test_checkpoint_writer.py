@@ -19,7 +19,8 @@ from clipscale.config import Optim
 from clipscale.errors import UserError
 from clipscale.faults import recording
 from clipscale.optim import build_optimizer
-from clipscale.train import Trainer, train
+from clipscale.saver import Saver
+from clipscale.train import train
 
 CPU = torch.device("cpu")
 
@@ -249,14 +250,14 @@ def test_a_run_writes_the_same_in_the_background_and_not(tmp_path, urls, capsys)
 
 @pytest.mark.parametrize("failing", [2, 4])
 def test_a_checkpoint_that_fails_in_the_background_ends_the_run_with_its_reason(tmp_path, urls, monkeypatch, failing):
-    publish = Trainer._publish
+    publish = Saver._publish
 
     def fail(self, snapshot: Snapshot) -> None:
         if snapshot.step == failing:
             raise UserError(f"checkpoint step-{failing} cannot be written")
         publish(self, snapshot)
 
-    monkeypatch.setattr(Trainer, "_publish", fail)
+    monkeypatch.setattr(Saver, "_publish", fail)
     with pytest.raises(UserError, match=f"checkpoint step-{failing} cannot be written"):
         train(tiny_config(tmp_path, urls, "checkpoint.every_steps=1"))
     last = newest_checkpoint(str(tmp_path / "run"))

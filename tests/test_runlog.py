@@ -47,6 +47,19 @@ def test_a_resumed_run_writes_every_step_once(tmp_path):
     assert (tmp_path / "run.log").read_text().count("reached") == 2
 
 
+@pytest.mark.parametrize("torn", ['{"step": 7, "lo', "{\x00\x00", "\u00e9"[:1]])
+def test_a_torn_last_row_heals_and_is_told(tmp_path, torn):
+    write_steps(tmp_path, 0, 6, 1.0)
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(torn.encode("latin-1"))
+    write_steps(tmp_path, 6, 8, 2.0)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    (fault,) = [json.loads(line) for line in (tmp_path / "faults.jsonl").read_text().splitlines()]
+    assert fault["what"] == f"{tmp_path}/metrics.jsonl had 1 line that a crash or a full disk cut short"
+    assert not (tmp_path / "metrics.superseded.jsonl").exists()
+
+
 def test_other_ranks_tell_what_only_they_know(tmp_path, capsys):
     with RunLog(str(tmp_path / "run"), rank=3) as log:
         log.begin(0, 3)

@@ -289,10 +289,10 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, urls):
 
 
 def test_a_folder_of_another_user_is_one_line_with_its_path(tmp_path, urls, monkeypatch):
-    def refuse(run_dir: str) -> None:
+    def refuse(run_dir: str, resume: str, samples: int) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), f"{run_dir}/inside")
 
-    monkeypatch.setattr("clipscale.train.newest_checkpoint", refuse)
+    monkeypatch.setattr("clipscale.train.find_start", refuse)
     with pytest.raises(UserError, match="/run/inside: Permission denied"):
         train(tiny_config(tmp_path, urls))
 

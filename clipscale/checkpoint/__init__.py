@@ -14,19 +14,14 @@ them while training goes on.
 """
 
 from clipscale.checkpoint.due import SaveClock
-from clipscale.checkpoint.find import (
-    find_checkpoint,
-    newest_checkpoint,
-    refuse_fresh,
-    require_checkpoint,
-    saved_state,
-    unverified_checkpoint,
-    verify,
-)
-from clipscale.checkpoint.folder import RunFolder
+from clipscale.checkpoint.find import find_checkpoint, newest_checkpoint, verify
+from clipscale.checkpoint.folder import RunFolder, refuse_held
+from clipscale.checkpoint.judge import first_bad
 from clipscale.checkpoint.load import load_checkpoint, load_config_of
+from clipscale.checkpoint.retention import set_aside
 from clipscale.checkpoint.save import save_checkpoint
 from clipscale.checkpoint.snapshot import VERSION, RunState, Snapshot
+from clipscale.checkpoint.start import Start, begin_start, find_start, load_start, saved_state
 
 __all__ = [
     "VERSION",
@@ -34,14 +29,18 @@ __all__ = [
     "RunState",
     "SaveClock",
     "Snapshot",
+    "Start",
+    "begin_start",
     "find_checkpoint",
+    "find_start",
+    "first_bad",
     "load_checkpoint",
     "load_config_of",
+    "load_start",
     "newest_checkpoint",
-    "refuse_fresh",
-    "require_checkpoint",
+    "refuse_held",
     "save_checkpoint",
     "saved_state",
-    "unverified_checkpoint",
+    "set_aside",
     "verify",
 ]

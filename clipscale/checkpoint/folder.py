@@ -10,8 +10,8 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from clipscale.checkpoint.holder import LOCK, HeldError, look_at_holder, take_folder
 from clipscale.errors import UserError, reason
-from clipscale.files import lock_file
 
 
 class RunFolder:
@@ -27,35 +27,39 @@ class RunFolder:
         self._path, self._keeps = Path(run_dir), False
         above = [self._path, *self._path.parents]
         self._made = above[: next(i for i, place in enumerate(above) if os.path.exists(place))]
-        self._new = [
-            path for name in (".lock", "run.log", "faults.jsonl") if not os.path.exists(path := self._path / name)
-        ]
+        names = (LOCK, "run.log", "faults.jsonl")
+        self._new = [path for name in names if not os.path.exists(path := self._path / name)]
         try:
             self._path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self._path / ".lock", "w")  # noqa: SIM115
+            self._hold = take_folder(self._path)
+        except HeldError as error:
+            raise _in_use(run_dir, error) from error
         except OSError as error:
             raise UserError(
                 f"run.dir={run_dir!r} cannot be made: {reason(error)}; choose a folder that can be written"
             ) from error
-        if not self._hold():
-            self._lock.close()
-            raise UserError(f"run.dir={run_dir!r} is in use by another process; end it, or set another run.dir")
 
     def keep(self) -> None:
         """The run begins: from here on the folder stays."""
         self._keeps = True
 
     def close(self) -> None:
-        if not self._keeps:
-            with suppress(OSError):  # somebody else has put something there
-                for path in self._new:
-                    path.unlink(missing_ok=True)
-                for folder in self._made:
-                    folder.rmdir()
-        self._lock.close()
+        with suppress(OSError):
+            for path in () if self._keeps else self._new:
+                path.unlink(missing_ok=True)
+        self._hold.close()
+        with suppress(OSError):  # somebody else has put something there
+            for folder in () if self._keeps else self._made:
+                folder.rmdir()
 
-    def _hold(self) -> bool:
-        try:
-            return lock_file(self._lock.fileno(), self._path / ".lock")
-        except OSError:  # a file system without locks
-            return True
+
+def refuse_held(run_dir: str) -> None:
+    """Raise UserError where another process holds the folder now. A first look: `RunFolder` decides."""
+    try:
+        look_at_holder(Path(run_dir))
+    except HeldError as error:
+        raise _in_use(run_dir, error) from error
+
+
+def _in_use(run_dir: str, error: HeldError) -> UserError:
+    return UserError(f"run.dir={run_dir!r} is in use by another process: {error}; end it, or set another run.dir")

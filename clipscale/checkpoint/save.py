@@ -11,7 +11,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from clipscale.checkpoint.find import candidates, facts
+from clipscale.checkpoint.find import facts, remember_whole
+from clipscale.checkpoint.retention import drop_old
 from clipscale.checkpoint.snapshot import FILES, VERSION, Snapshot
 from clipscale.config.load import dump_config
 from clipscale.errors import UserError
@@ -19,9 +20,7 @@ from clipscale.files import sync_file, sync_folder, synced_file
 
 
 def save_checkpoint(run_dir: str, snapshot: Snapshot, keep: int) -> Path:
-    """Write one checkpoint durably, then drop all but the `keep` newest up to it. Main rank only.
-
-    Those of later steps stay: they are what a resume from an earlier one passed over, and do not count.
+    """Write one checkpoint durably, then drop those that are not to stay (retention.py). Main rank only.
 
     Raises:
         UserError: it cannot be written (disk full, no permission); older checkpoints stay.
@@ -49,9 +48,8 @@ def save_checkpoint(run_dir: str, snapshot: Snapshot, keep: int) -> Path:
         aside.rename(target)
         sync_folder(folder)
         sync_folder(folder.parent)
-        older = [path for step, path in candidates(folder) if step <= snapshot.step]
-        for old in older[keep:]:
-            shutil.rmtree(old)
+        remember_whole(target)
+        drop_old(run_dir, snapshot.step, keep)
     except OSError as error:
         free = shutil.disk_usage(run_dir).free if Path(run_dir).exists() else 0
         shutil.rmtree(aside, ignore_errors=True)

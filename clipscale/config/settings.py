@@ -159,9 +159,8 @@ class Checkpoint:
     every_minutes: float = 30.0  # and after so long without one; a run's first comes earlier; 0: never by time
     keep: int = 2  # newest ones that stay on disk
     background: bool = True  # written while steps go on, from a copy in host memory; false: steps wait for the disk
-    mirror: str | None = (
-        None  # a URL (s3://bucket/runs/a) that they are copied to, and fetched from if run.dir has none
-    )
+    mirror: str | None = None  # a URL (s3://bucket/runs/a) they are copied to, and fetched from if run.dir has none
+    on_error: Literal["stop", "report"] = "stop"  # of one that cannot be written: end, or train on to the next
 
     def __post_init__(self) -> None:
         require(self.every_steps >= 1, f"checkpoint.every_steps={self.every_steps} must be at least 1")

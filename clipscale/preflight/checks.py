@@ -18,11 +18,10 @@ from pathlib import Path
 
 from clipscale.checkpoint import (
     find_checkpoint,
+    find_start,
     load_config_of,
-    refuse_fresh,
-    require_checkpoint,
+    refuse_held,
     saved_state,
-    unverified_checkpoint,
 )
 from clipscale.checkpoint.mirror import fetch_from_mirror
 from clipscale.config import Config, ZeroShot
@@ -60,9 +59,10 @@ def check_training(config: Config) -> list[str]:
         _check_device(config.device)
         if place.rank == 0:
             _check_folder("run.dir", config.run.dir)
+            refuse_held(config.run.dir)
             fetched = fetch_from_mirror(config.checkpoint.mirror, config.run.dir, config.resume)
             notes += [fetched] if fetched else []
-            _check_resume(config)
+            find_start(config.run.dir, config.resume, samples=config.train.samples)
         saved = saved_state(config.run.dir, config.resume)
         if saved.get("position", 0) >= config.train.samples:
             return notes  # complete: nothing will be read
@@ -118,13 +118,6 @@ def _check_folder(setting: str, folder: str) -> None:
         why = f"{str(there)!r} is not writable for this user"
     what = "written" if there == path and there.is_dir() else "made"
     require(not why, f"{setting}={folder!r} cannot be {what}: {why}; choose a folder that can be written")
-
-
-def _check_resume(config: Config) -> None:
-    resume, run_dir = config.resume, config.run.dir
-    refuse_fresh(resume, unverified_checkpoint(run_dir))
-    if resume not in ("auto", "fresh") and unverified_checkpoint(run_dir) is None:
-        require_checkpoint(resume)
 
 
 def _check_data(config: Config) -> None:

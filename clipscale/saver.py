@@ -1,0 +1,123 @@
+"""A run's checkpoints: judged before they get their name, written in the background; what a failing one costs is the
+setting's to say.
+
+    saver = Saver(config, world)
+    saver.prepare(model, optimizer)               # before the first step
+    saver.save(snapshot)                          # under way
+    saver.failing                                 # one could not be written, and that is to end the run: save at once
+    saver.finish()                                # until the last one is on the disk
+    saver.close()
+
+A state that is not good is never published, and the run goes on: what to do about it is others' to say. A checkpoint
+that cannot be written (a full disk) ends the run, or costs no more than itself, by `checkpoint.on_error`. The last one
+of a run must be. Either is told, and a row of faults.jsonl. Every rank calls each method alike.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from clipscale.checkpoint import Snapshot, first_bad, save_checkpoint
+from clipscale.checkpoint.mirror import Mirror
+from clipscale.checkpoint.writer import CheckpointWriter
+from clipscale.config import Config
+from clipscale.dist import World
+from clipscale.errors import SharedError, UserError, reason
+from clipscale.faults import report_fault
+from clipscale.tell import tell
+
+
+class Saver:
+    def __init__(self, config: Config, world: World) -> None:
+        self._settings, self._run_dir, self._world = config.checkpoint, config.run.dir, world
+        self._writer = CheckpointWriter(self._publish)
+        self._published, self._refused = 0, (0, "")  # the last step that was, and that was not, with the reason
+        self._failed = False  # the last one could not be written
+        self._mirror: Mirror | None = None  # the main rank's
+
+    @property
+    def failing(self) -> bool:
+        """Whether the next save will end the run; the main rank's to ask."""
+        return self._failed and self._settings.on_error == "stop"
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer, found: Path | None) -> None:
+        """Take the host memory that saving in the background needs. UserError: there is not so much.
+
+        Args:
+            found: the run's own checkpoint that it goes on from: the last run may have ended before it was mirrored.
+        """
+        if self._settings.mirror is not None and self._world.is_main:
+            self._mirror = Mirror(self._settings.mirror, self._run_dir, self._settings.keep)
+            if found is not None:
+                self._mirror.offer(found)
+        if self._settings.background:
+            tell(self._world.lead(partial(self._writer.prepare, model, optimizer, self._world.device)))
+
+    def save(self, snapshot: Snapshot, *, problem: str = "") -> None:
+        """Have `snapshot` published, unless its tensors or the caller have something against it.
+
+        Args:
+            problem: what is wrong with the run's state, alike on every rank; '' for nothing that is known yet.
+
+        Raises:
+            SharedError: this one or, in the background, the one before could not be written, and checkpoint.on_error
+                says stop.
+        """
+        if problem:
+            self._refuse(snapshot.step, problem)
+            return
+        try:
+            self._world.lead(partial(self._writer.save, snapshot))
+        except SharedError:
+            if self._settings.on_error == "stop":
+                raise
+
+    def finish(self) -> None:
+        """Until everything is on the disk. SharedError: the last one is not good, or could not be written."""
+        self._world.lead(self._finish)
+
+    def close(self) -> None:
+        """Until everything is on the disk, of this process alone, for a run that is ending anyhow."""
+        with suppress(UserError):  # reported when it failed
+            self._writer.wait()
+        self._writer.close()
+        if self._mirror is not None:
+            self._mirror.close()
+
+    def _finish(self) -> None:
+        self._writer.wait()
+        step, what = self._refused
+        if step > self._published:
+            raise UserError(
+                f"{what}; the run has ended badly: lower optim.lr, and go back to a good one of "
+                f"{Path(self._run_dir, 'checkpoints')} by resume=<its path>"
+            )
+        if self._failed:
+            raise UserError("the last checkpoint could not be written; make room, and start again")
+        if self._mirror is not None:
+            self._mirror.wait()
+
+    def _publish(self, snapshot: Snapshot) -> None:
+        """In the thread of the writer, with a copy of the state."""
+        if problem := first_bad(snapshot.model, snapshot.optimizer):
+            self._refuse(snapshot.step, problem)
+            return
+        try:
+            path = save_checkpoint(self._run_dir, snapshot, self._settings.keep)
+        except Exception as error:
+            self._failed = True
+            action = "the run stops" if self._settings.on_error == "stop" else "the run goes on (checkpoint.on_error)"
+            report_fault("disk", reason(error), action=f"{action}, the older ones stay", step=snapshot.step)
+            raise
+        self._published, self._failed = snapshot.step, False
+        if self._mirror is not None:
+            self._mirror.offer(path)
+
+    def _refuse(self, step: int, problem: str) -> None:
+        self._refused = step, f"step {step}: no checkpoint is written: {problem}"
+        report_fault("checkpoint", self._refused[1], action="the older ones stay", step=step)
