@@ -33,11 +33,13 @@ from clipscale.config.load import dump_config
 from clipscale.data.load.loader import StepBatch
 from clipscale.deterministic import deterministic
 from clipscale.dist import World, start_world
+from clipscale.divergence import Guard
 from clipscale.errors import SharedError, reason
 from clipscale.eval.suite import EvalSuite
 from clipscale.faults import record_fault, report_fault
 from clipscale.feed import Feed, Skips
 from clipscale.files import write_file
+from clipscale.health import problem
 from clipscale.launch import check_ranks
 from clipscale.learner import Learner
 from clipscale.loss.engines import adopt_shapes, check_engine, tuned_shapes
@@ -124,6 +126,7 @@ class Trainer:
         if self._cut_short or (unfinished and not prepared):
             self._prepare_files(state.order)
         self._build_towers(snapshot)
+        self.guard = Guard(config, self.towers, world, state.health)
         if unfinished or self._cut_short:
             self._prepare_saving()
             self.plan = plan_step(config, self.towers, world, state.plan)
@@ -166,13 +169,13 @@ class Trainer:
         with shortage_explained(step=step, plan=self.plan, settings=config.gradcache):
             result = self.learner.gradients(batch, plan=self.plan, step=step)
             with self.parts.part("optimizer"):
-                grad_norm = self.learner.update(step=step) if result.pairs else 0.0
+                grad_norm = self.learner.update(step=step) if result.pairs else 0.0 * result.loss  # or NaN
         self.steps_done = step
         self.position += config.train.global_batch
         self.skips.account(batch, masked=result.pairs < config.train.global_batch, seen=self.position)
         self.towers.clamp_logit_scale()
         repeats = self.feed.repeats(batch) if self._due(config.run.log_every_steps) else {}
-        return {
+        row = {
             "step": self.steps_done,
             "samples": self.position,
             "loss": result.loss,
@@ -187,6 +190,11 @@ class Trainer:
             **repeats,
             **memory(),
         }
+        if trouble := self.learner.trouble:
+            self.guard.skipped(step, trouble, lambda slots: self.feed.keys(batch.positions[list(slots)]))
+        else:
+            self.guard.stepped(row, pairs=result.pairs)
+        return row
 
     def close(self) -> None:
         """Let go of threads, files and the run's folder."""
@@ -266,7 +274,11 @@ class Trainer:
 
     def _save(self) -> None:
         """Every rank reaches this at the same step; the main rank writes, in the background. Its error is everyone's at
-        the next save or at the end of the run."""
+        the next save or at the end of the run. A collapsed state is not published."""
+        if why := problem(self.guard.record()):
+            what = f"step {self.steps_done}: no checkpoint is written: {why}"
+            report_fault("checkpoint", what, action="the older ones stay", step=self.steps_done)
+            return
         snapshot = Snapshot(
             step=self.steps_done,
             position=self.position,
@@ -279,6 +291,7 @@ class Trainer:
                 last_row=self.last_row,
                 kernels=tuned_shapes(),  # the main rank's: on equal machines, everyone's
                 plan=plan_record(self.plan, self.config, self.world),
+                health=self.guard.record(),
             ),
             config=self.config,
         )

@@ -241,7 +241,9 @@ def test_a_run_writes_the_same_in_the_background_and_not(tmp_path, urls, capsys)
     assert len(found["true"]) == 4
     assert found["true"] == found["false"]
     err = capsys.readouterr().err.splitlines()
-    lines = [line for line in err if line.startswith("checkpoints are written in the background, from a copy in 19.4MB")]
+    lines = [
+        line for line in err if line.startswith("checkpoints are written in the background, from a copy in 19.4MB")
+    ]
     assert len(lines) == 1
 
 
