@@ -13,6 +13,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from clipscale.config import Config
 from clipscale.config.data import AugmentSettings, Replay
 from clipscale.data.fetch.urls import masked
@@ -108,6 +110,14 @@ class Feed:
             + f"; replay tier {replay.kind}, {counted(replay.blocks, 'block')} of "
             f"{counted(shape.chunk, 'picture')} a rank"
         )
+
+    def keys(self, positions: np.ndarray) -> list[str]:
+        """Shard and key of the samples at these positions, for messages."""
+        source, _, shard, index = self.pipeline.locate(positions)
+        return [
+            "{}: {}".format(*self.pipeline.sources[s].where(sh, i))
+            for s, sh, i in zip(source, shard, index, strict=True)
+        ]
 
     def repeats(self, batch: StepBatch) -> dict[str, int]:
         """How many pairs, and how many captions, of the whole batch stand in it more than once; collective.

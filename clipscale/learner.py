@@ -5,7 +5,8 @@
     result = learner.gradients(batch, plan=plan, step=7)          # summed over the ranks
     grad_norm = learner.update(step=7)
 
-Steps are numbered from 1.
+Steps are numbered from 1. One whose loss or gradient is not finite is skipped, on every rank alike: weights and moments
+stay, and `trouble` says what it was. (A loss scale of fp16 is lowered, by its own rule.)
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from clipscale.counter import fold
 from clipscale.data.load.loader import StepBatch
 from clipscale.dist import World
 from clipscale.errors import UserError, require
-from clipscale.loss import ContrastiveGrads, contrastive_grads, contrastive_grads_in_place
+from clipscale.injection import injected
+from clipscale.loss import ContrastiveGrads, NotFiniteError, contrastive_grads, contrastive_grads_in_place
 from clipscale.loss.link import Link
+from clipscale.nonfinite import Trouble, bad_embeddings, bad_gradient
 from clipscale.optim import build_optimizer, loss_scale, restore_optimizer
 from clipscale.parallel import sum_gradients
 from clipscale.parts import Parts
-from clipscale.step import StepPlan, StepResult, gradcache_step
-from clipscale.tell import tell
+from clipscale.step import StepPlan, StepResult, Trace, gradcache_step
 from clipscale.towers import Towers
 
 
@@ -44,7 +46,8 @@ class Learner:
         self.config, self.towers, self.world, self.parts = config, towers, world, parts
         self.optimizer = build_optimizer(towers.model, config.optim)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=towers.image.autocast == torch.float16)
-        self.nonfinite_in_a_row = 0
+        self.trouble: Trouble | None = None  # of the step that was skipped last; None once one is made
+        self._trace: Trace | None = None  # of the last step
 
     def restore(self, snapshot: Snapshot) -> None:
         """Take over a checkpoint's weights, moments and loss scale. UserError where they do not fit."""
@@ -63,20 +66,31 @@ class Learner:
             self.scaler.load_state_dict(snapshot.state.scaler)
 
     def gradients(self, batch: StepBatch, *, plan: StepPlan, step: int) -> StepResult:
-        """Gradients of the mean over the whole step's valid pairs, summed over the ranks."""
+        """Gradients of the mean over the whole step's valid pairs, summed over the ranks.
+
+        Of a loss that is not finite: no gradient, no pairs, NaN for the figures, and `trouble` is set.
+        """
         self.optimizer.zero_grad(set_to_none=True)
-        result = gradcache_step(
-            self.towers,
-            batch.images,
-            batch.tokens,
-            batch.valid,
-            plan=plan,
-            loss_and_grads=partial(self._loss, step),
-            key=fold(self.config.seed, "towers", step - 1, self.world.rank),
-            positions=torch.from_numpy(batch.positions),
-            grad_scale=loss_scale(self.scaler, self.world.device),
-            parts=self.parts,
-        )
+        self.trouble, self._trace = None, Trace()
+        try:
+            result = gradcache_step(
+                self.towers,
+                batch.images,
+                batch.tokens,
+                batch.valid,
+                plan=plan,
+                loss_and_grads=partial(self._loss, step),
+                key=fold(self.config.seed, "towers", step - 1, self.world.rank),
+                positions=torch.from_numpy(batch.positions),
+                grad_scale=loss_scale(self.scaler, self.world.device),
+                parts=self.parts,
+                trace=self._trace,
+            )
+        except NotFiniteError as error:
+            scale, nan = self.towers.logit_scale(), math.nan
+            usable = 0 < scale < math.inf
+            self.trouble = bad_embeddings(error, batch.valid) if usable else Trouble(f"the logit scale is {scale}")
+            return StepResult(nan, 0, nan, nan, scale, tokens_per_caption=nan, kept_share=nan)
         if result.pairs:
             with self.parts.part("communication"):
                 sum_gradients(self.towers.encoder_parameters(), self.world)
@@ -85,12 +99,21 @@ class Learner:
     def _loss(
         self, step: int, image_VD: Tensor, text_VD: Tensor, logit_scale: float, **wanted: bool
     ) -> ContrastiveGrads:
-        """The tiled loss of the whole step; embeddings that are not finite end the run, naming side and row."""
-        loss = self.config.loss
+        """The tiled loss of the whole step.
+
+        Raises:
+            NotFiniteError: on every rank, where embeddings of any, or the logit scale, are not finite.
+        """
+        loss, rank = self.config.loss, self.world.rank
+        if injected("nan_embedding", step=step, rank=rank):
+            text_VD[:1] = math.nan
+        if not 0 < logit_scale < math.inf:  # the loss would raise before it has talked to the other ranks
+            image_VD.fill_(math.nan)
+            logit_scale = 1.0
         wider = loss.precision == "fp64"  # gradients that do not fit into the memory of float32 embeddings
         grads = contrastive_grads if wider else contrastive_grads_in_place
         try:
-            return grads(
+            result = grads(
                 image_VD,
                 text_VD,
                 logit_scale,
@@ -100,24 +123,25 @@ class Learner:
                 tile=loss.tile,
                 **wanted,
             )
+        except NotFiniteError:
+            raise
         except ValueError as error:
             raise UserError(f"step {step}: {error}") from error
+        if injected("nan_gradient", step=step, rank=rank) and result.d_image_ND is not None:
+            result.d_image_ND[:1] = math.nan
+        return result
 
     def update(self, *, step: int) -> float:
-        """Clip and step; a gradient that is not finite is skipped and counted. Returns its norm before clipping."""
+        """Clip and step, unless the gradient is not finite. Returns its norm before clipping."""
         self.scaler.unscale_(self.optimizer)
-        limit = self.config.train.grad_clip_norm or math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.towers.model.parameters(), limit).item()
+        parameters = [parameter for parameter in self.towers.model.parameters() if parameter.grad is not None]
+        total = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        grad_norm = total.item()
         if math.isfinite(grad_norm):
+            limit = self.config.train.grad_clip_norm or math.inf
+            torch.nn.utils.clip_grads_with_norm_(parameters, limit, total)
             self.scaler.step(self.optimizer)
-            self.nonfinite_in_a_row = 0
-        else:
-            self.nonfinite_in_a_row += 1
-            tell(f"step {step}: gradient norm is {grad_norm}, step skipped")
-            require(
-                self.nonfinite_in_a_row < self.config.train.max_nonfinite_steps,
-                f"step {step}: {self.nonfinite_in_a_row} steps in a row without a finite gradient "
-                "(train.max_nonfinite_steps); lower optim.lr, or use train.precision=bf16 or fp32",
-            )
+        else:  # not clipped: each parameter still shows whether it is its own that is not finite
+            self.trouble = bad_gradient(self.towers, self._trace, grad_norm)
         self.scaler.update()
         return grad_norm

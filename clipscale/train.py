@@ -31,11 +31,13 @@ from clipscale.config.load import dump_config
 from clipscale.data.load.loader import StepBatch
 from clipscale.deterministic import deterministic
 from clipscale.dist import World, start_world
+from clipscale.divergence import Guard
 from clipscale.errors import Interrupted, SharedError, reason
 from clipscale.eval.suite import EvalSuite
 from clipscale.faults import record_fault
 from clipscale.feed import Feed, Skips
 from clipscale.files import write_file
+from clipscale.health import problem
 from clipscale.launch import check_ranks
 from clipscale.learner import Learner
 from clipscale.leaving import TIME_LIMIT, Leaving, mark, unmark
@@ -143,13 +145,15 @@ class Trainer:
         self._clock = SaveClock(config.checkpoint, step=self.steps_done)
         self.last_step = self.steps_done + total_steps(config, self.position)
         self.skips = Skips(config, state.skips, world)
-        self._look_at_last_row(found)
+        own = found if self._start.kind in ("own", "rewind") else None
+        self._look_at_last_row(own)
         unfinished = self.steps_done < self.last_step
         if self._cut_short or (unfinished and not prepared):
             self._prepare_files(state.order)
         self._build_towers(snapshot)
+        self.guard = Guard(config, self.towers, world, state.health)
         if unfinished or self._cut_short:
-            self._prepare_saving(found)
+            self._prepare_saving(own)
             self.plan = plan_step(config, self.towers, world, state.plan)
             self._build_data(state.order)
             self._begin()
@@ -195,13 +199,13 @@ class Trainer:
         with shortage_explained(step=step, plan=self.plan, settings=config.gradcache):
             result = self.learner.gradients(batch, plan=self.plan, step=step)
             with self.parts.part("optimizer"):
-                grad_norm = self.learner.update(step=step) if result.pairs else 0.0
+                grad_norm = self.learner.update(step=step) if result.pairs else 0.0 * result.loss  # or NaN
         self.steps_done = step
         self.position += config.train.global_batch
         self.skips.account(batch, masked=result.pairs < config.train.global_batch, seen=self.position)
         self.towers.clamp_logit_scale()
         repeats = self.feed.repeats(batch) if self._due(config.run.log_every_steps) else {}
-        return {
+        row = {
             "step": self.steps_done,
             "samples": self.position,
             "loss": result.loss,
@@ -216,6 +220,11 @@ class Trainer:
             **repeats,
             **memory(),
         }
+        if trouble := self.learner.trouble:
+            self.guard.skipped(step, trouble, lambda slots: self.feed.keys(batch.positions[list(slots)]))
+        else:
+            self.guard.stepped(row, pairs=result.pairs)
+        return row
 
     def close(self) -> None:
         """Let go of threads, files and the run's folder."""
@@ -317,10 +326,11 @@ class Trainer:
                 last_row=self.last_row,
                 kernels=tuned_shapes(),  # the main rank's: on equal machines, everyone's
                 plan=plan_record(self.plan, self.config, self.world),
+                health=self.guard.record(),
             ),
             config=self.config,
         )
-        self.saver.save(snapshot)
+        self.saver.save(snapshot, problem=problem(self.guard.record()))
 
     # --- building -----------------------------------------------------------------------------------------------------
 
@@ -330,13 +340,12 @@ class Trainer:
         self._folder = self._resources.enter_context(closing(RunFolder(run_dir)))
         return find_start(run_dir, self.config.resume, samples=self.config.train.samples)
 
-    def _look_at_last_row(self, found: Path | None) -> None:
+    def _look_at_last_row(self, own: Path | None) -> None:
         """Whether the step that the run's own checkpoint was written after got its row: it is written last, behind the
         evaluations. They are made up for where the run was cut short between the two."""
-        own = found is not None and found.parent.parent == Path(self.config.run.dir)
         row = self.world.lead(partial(self.log.row_of, self.steps_done)) if own else None
         self.last_row = row or self.last_row
-        self._cut_short = own and row is None
+        self._cut_short = own is not None and row is None
 
     def _build_towers(self, snapshot: Snapshot | None) -> None:
         config, device = self.config, self.world.device
@@ -349,12 +358,10 @@ class Trainer:
             self.learner.restore(snapshot)
         broadcast_parameters(self.towers.model, self.world)
 
-    def _prepare_saving(self, found: Path | None) -> None:
+    def _prepare_saving(self, own: Path | None) -> None:
         """Closed before the log and the run's folder: what is being written is finished, however the run ends."""
         self.saver = self._resources.enter_context(closing(Saver(self.config, self.world)))
-        self.saver.prepare(
-            self.towers.model, self.learner.optimizer, found if self._start.kind in ("own", "rewind") else None
-        )
+        self.saver.prepare(self.towers.model, self.learner.optimizer, own)
 
     def _prepare_files(self, recorded: dict[str, Any] | None) -> None:
         """The first rank of a node writes what is missing."""

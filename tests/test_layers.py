@@ -18,11 +18,12 @@ GROUND = {
     *("__init__", "errors", "counter", "escape", "words", "paths", "tell", "files", "progress", "pool", "dist"),
     *("config", "launch", "schedule", "runlog"),
     *("open_clip_files", "open_clip_flags", "counter_torch", "parts", "parts_picture", "deterministic"),
-    *("remembered", "device", "faults", "injection", "leaving", "goodput", "growing", "board"),
+    *("remembered", "device", "faults", "injection", "leaving", "goodput", "growing", "board", "health"),
 }
 STAGES = {"data", "towers", "loss"}
 ASSEMBLY = {"step", "parallel", "optim", "checkpoint", "fit_tokenizer", "eval"}
-ENTRIES = {"train", "learner", "wishes", "train_report", "feed", "evaluate", "library", "status"}
+ENTRIES = {"train", "learner", "nonfinite", "divergence", "wishes", "train_report", "feed", "evaluate", "library"}
+ENTRIES |= {"status"}
 # What a room may import beside itself and (where nothing else is said) the ground.
 LAWS: dict[str, set[str]] = {
     **dict.fromkeys(GROUND, GROUND),
@@ -82,6 +83,7 @@ FORBIDDEN = {
     "tell": {"torch"},
     "goodput": {"torch"},
     "status": {"torch"},
+    "health": {"torch"},
 }
 FOLDERS = {"clipscale", "configs", "data_tools", "tests", "slurm", "docs", ".ci", ".github"}
 MOST_DATA_ROOMS = 10

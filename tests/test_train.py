@@ -106,29 +106,20 @@ def test_the_fp16_loss_scale_leaves_no_trace_in_the_gradient(tmp_path, urls):
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_then_ends_the_run(tmp_path, urls, monkeypatch):
-    real = torch.nn.utils.clip_grad_norm_
+    real = torch.nn.utils.get_total_norm
     norms = iter([None, math.nan, None, math.inf, math.inf])
 
-    def clip(parameters, limit):
+    def total(gradients):
         norm = next(norms)
-        return real(parameters, limit) if norm is None else torch.tensor(norm)
+        return real(gradients) if norm is None else torch.tensor(norm)
 
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", total)
     config = tiny_config(tmp_path, urls, "train.samples=80", "train.max_nonfinite_steps=2", "checkpoint.every_steps=1")
     with pytest.raises(UserError, match=r"step 5: 2 steps in a row without a finite gradient .*max_nonfinite_steps"):
         train(config)
     assert [row["grad_norm"] is None for row in rows(tmp_path)] == [False, True, False, True]
     log = (tmp_path / "run" / "run.log").read_text()
-    assert "step 2: gradient norm is nan, step skipped" in log
-
-
-def test_embeddings_that_are_not_finite_name_side_and_row(tmp_path, urls):
-    trainer = Trainer(tiny_config(tmp_path, urls), World(0, 1, 0, torch.device("cpu")))
-    with torch.no_grad():
-        trainer.towers.model.text.ln_final.weight.fill_(math.nan)
-    with pytest.raises(UserError, match=r"step 1: text embedding 0 of rank 0 holds nan"):
-        trainer.run()
-    trainer.close()
+    assert "step 2: gradient norm is nan" in log
 
 
 @pytest.mark.parametrize(
@@ -351,7 +342,7 @@ def test_a_folder_in_use_is_refused(tmp_path, urls):
 
 def test_metrics_are_json_even_where_a_number_is_not_finite(tmp_path, urls, monkeypatch):
     norms = iter([math.nan, 1.0, 1.0, 1.0])
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, limit: torch.tensor(next(norms)))
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda gradients: torch.tensor(next(norms)))
     train(tiny_config(tmp_path, urls))
     text = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert "NaN" not in text

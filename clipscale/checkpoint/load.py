@@ -50,7 +50,7 @@ def load_checkpoint(path: Path) -> Snapshot:
 
 def _run_state(path: Path, found: dict[str, Any]) -> RunState:
     names = {each.name for each in fields(RunState)}
-    if missing := sorted(names - {"kernels", "plan"} - found.keys()):
+    if missing := sorted(names - {"kernels", "plan", "health"} - found.keys()):
         raise UserError(f"checkpoint {path}: state.json has no {', '.join(missing)}; use another checkpoint")
     if unknown := sorted(found.keys() - names):
         tell(

@@ -71,7 +71,9 @@ class Train:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # autocast of the towers; auto: bf16 on CUDA, else fp32
     grad_clip_norm: float | None = 1.0  # a gradient that is longer is scaled down to this; null: never
     deterministic: bool = False  # on a GPU too, the same steps give the same bits; some operations become slower
-    max_nonfinite_steps: int = 10  # so many skipped steps in a row, for a gradient that is not finite, end the run
+    max_nonfinite_steps: int = 10  # a step whose gradient is not finite is skipped; so many in a row are divergence
+    collapse_steps: int = 1000  # so many steps in a row without a sign of learning are collapse; 0: not looked for
+    on_divergence: Literal["stop", "skip"] = "stop"  # of both: end the run, or go on
 
     def __post_init__(self) -> None:
         require(self.global_batch >= 1, f"train.global_batch={self.global_batch} must be at least 1")
@@ -79,6 +81,7 @@ class Train:
         require(
             self.max_nonfinite_steps >= 1, f"train.max_nonfinite_steps={self.max_nonfinite_steps} must be at least 1"
         )
+        require(self.collapse_steps >= 0, f"train.collapse_steps={self.collapse_steps} must not be negative")
         require(
             self.grad_clip_norm is None or self.grad_clip_norm > 0,
             f"train.grad_clip_norm={self.grad_clip_norm} must be above 0, or null to switch clipping off",

@@ -15,6 +15,7 @@ Read `reference.py` (what is computed), `statistics.py` and `tiles.py` (one bloc
 `ring.py` (all ranks' blocks), `contrastive.py`.
 """
 
+from clipscale.loss.checks import NotFiniteError
 from clipscale.loss.clip_loss import ClipLoss
 from clipscale.loss.contrastive import (
     ContrastiveGrads,
@@ -27,6 +28,7 @@ from clipscale.loss.reference import dense_contrastive_loss
 __all__ = [
     "ClipLoss",
     "ContrastiveGrads",
+    "NotFiniteError",
     "contrastive_grads",
     "contrastive_grads_in_place",
     "contrastive_loss",

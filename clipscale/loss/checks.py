@@ -7,6 +7,7 @@ Shapes: N pairs on this rank, D width.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +19,17 @@ from clipscale.loss.tiles import row_chunks
 
 # fp16 has 5 bits of exponent: these norms keep products, and gradients of them, amid its normal numbers.
 SHORTEST, LONGEST = 0.5, 2.0
+
+
+class NotFiniteError(ValueError):
+    """The loss of a batch is not finite; raised on every rank.
+
+    side, rows: of this rank's embeddings that are not, those of the first side that has any; "" and none where all are.
+    """
+
+    def __init__(self, message: str, side: str = "", rows: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.side, self.rows = side, rows
 
 
 def check_arguments(image_ND: Tensor, text_ND: Tensor, tile: int | None) -> None:
@@ -127,21 +139,25 @@ def out_of_range_message(image_ND: Tensor, text_ND: Tensor, link: Link) -> str:
     )
 
 
-def not_finite_message(image_ND: Tensor, text_ND: Tensor, rank: int, precision: str) -> str:
+def not_finite_error(image_ND: Tensor, text_ND: Tensor, rank: int, precision: str) -> NotFiniteError:
     """For a batch whose loss is not finite: names this rank's first embedding that is not, if it has one."""
     for side, embeddings_ND in (("image", image_ND), ("text", text_ND)):
+        bad_rows: list[int] = []
         for rows in row_chunks(*embeddings_ND.shape):
-            bad_MD = ~embeddings_ND[rows].to(OPERAND_DTYPE[precision]).isfinite()
-            if not bad_MD.any():
-                continue
-            row, column = bad_MD.nonzero()[0].tolist()
-            row += rows.start
-            return (
-                f"{side} embedding {row} of rank {rank} holds {embeddings_ND[row, column].item()}, not finite in the "
-                f"working precision {precision}: look into the {side} tower's output for it (learning rate, mixed "
-                "precision, input), or normalise embeddings that are finite but too large"
-            )
-    return (
+            bad_M = ~embeddings_ND[rows].to(OPERAND_DTYPE[precision]).isfinite().all(dim=1)
+            bad_rows += (bad_M.nonzero().flatten() + rows.start).tolist()
+        if not bad_rows:
+            continue
+        row = embeddings_ND[bad_rows[0]]
+        value = row[~row.to(OPERAND_DTYPE[precision]).isfinite()][0].item()
+        return NotFiniteError(
+            f"{side} embedding {bad_rows[0]} of rank {rank} holds {value}, not finite in the working precision "
+            f"{precision}: look into the {side} tower's output for it (learning rate, mixed precision, input), or "
+            "normalise embeddings that are finite but too large",
+            side,
+            bad_rows,
+        )
+    return NotFiniteError(
         f"the contrastive loss is not finite, though rank {rank}'s {len(image_ND)} pairs are in precision {precision}: "
         "see the errors of the other ranks; if none names an embedding, the logits overflow: normalise the embeddings"
     )

@@ -19,7 +19,7 @@ from clipscale.loss.checks import (
     check_consumable,
     checked_scale,
     count_out_of_range,
-    not_finite_message,
+    not_finite_error,
     out_of_range_message,
     refuse_transforms,
 )
@@ -78,7 +78,8 @@ def contrastive_grads(
 
     Raises:
         ValueError: for arguments that do not fit; and on every rank if the ranks do not agree, or any rank's
-            embeddings are not finite, or, in precision fp16, far from normalised (norm below 1/2 or above 2).
+            embeddings are not finite (NotFiniteError), or, in precision fp16, far from normalised (norm below 1/2 or
+            above 2).
         RuntimeError: inside torch.func transforms, and for forward-mode derivatives.
     """
     wanted = Wanted(image_grad, text_grad, scale_grad)
@@ -151,7 +152,7 @@ def _evaluate(
     total, missing, missing_diag, diag, images_right, texts_right, strays = sums.tolist()
     # X_ii is finite only where both embeddings of the pair are, so the sum of the diagonal speaks for all of them.
     if not math.isfinite(total + diag):
-        raise ValueError(not_finite_message(image_ND, text_ND, ring.link.rank, precision))
+        raise not_finite_error(image_ND, text_ND, ring.link.rank, precision)
     if strays:
         raise ValueError(out_of_range_message(image_ND, text_ND, ring.link))
     pairs, dtype = max(ring.total_pairs, 1), accumulator_dtype(precision)

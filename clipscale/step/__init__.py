@@ -2,5 +2,6 @@
 
 from clipscale.step.gradcache import StepResult, gradcache_step
 from clipscale.step.plan import GraphCost, StepPlan, TowerPlan
+from clipscale.step.trace import Trace
 
-__all__ = ["GraphCost", "StepPlan", "StepResult", "TowerPlan", "gradcache_step"]
+__all__ = ["GraphCost", "StepPlan", "StepResult", "TowerPlan", "Trace", "gradcache_step"]

@@ -31,6 +31,7 @@ from clipscale.loss import ContrastiveGrads
 from clipscale.parts import UNTIMED, Parts
 from clipscale.step.places import Places, compact_
 from clipscale.step.plan import StepPlan, TowerPlan
+from clipscale.step.trace import Trace
 from clipscale.step.walks import Captions, Chunk, Pictures, Walk
 from clipscale.towers import Tower, Towers
 
@@ -61,6 +62,7 @@ def gradcache_step(
     positions: Tensor | None = None,
     grad_scale: float = 1.0,
     parts: Parts = UNTIMED,
+    trace: Trace | None = None,
 ) -> StepResult:
     """Add the gradient of the mean loss over all valid pairs of all ranks to every parameter's `.grad`.
 
@@ -78,17 +80,20 @@ def gradcache_step(
         positions: int64 [N] in host memory, unique in the run: for layers that draw by position.
         grad_scale: factor on every gradient (loss scaling for fp16).
         parts: counts the time of each tower's passes and of the loss.
+        trace: is told of each chunk of pass 2.
 
     Raises:
-        Whatever `loss_and_grads` raises, on embeddings that are not finite for one.
+        Whatever `loss_and_grads` raises, on embeddings that are not finite for one (NotFiniteError). No gradient is set
+            then.
     """
-    image = TwoPasses(towers.image, Pictures(images, plan.image), key, positions, by_chunk=plan.image.by_chunk)
+    image = TwoPasses(
+        towers.image, Pictures(images, plan.image), key, positions, by_chunk=plan.image.by_chunk, trace=trace
+    )
     with parts.part("image forward"):
         image_ND = image.embed()
     with parts.part("text forward"):
-        text = TwoPasses(
-            towers.text, captions_of(towers.text, tokens, plan.text), key, positions, by_chunk=plan.text.by_chunk
-        )
+        captions = captions_of(towers.text, tokens, plan.text)
+        text = TwoPasses(towers.text, captions, key, positions, by_chunk=plan.text.by_chunk, trace=trace)
         text_ND = text.embed()
     logit_scale = towers.logit_scale()
     with parts.part("loss"):
@@ -144,8 +149,10 @@ class TwoPasses:
         positions: Tensor | None = None,
         *,
         by_chunk: bool = False,
+        trace: Trace | None = None,
     ) -> None:
         self.tower, self.walk, self._key, self._positions, self._by_chunk = tower, walk, key, positions, by_chunk
+        self._trace = trace
         self.learns = any(parameter.requires_grad for parameter in tower.encoder.parameters())
         self._kept: list[tuple[slice | Tensor, Tensor]] = []  # slots, embeddings
 
@@ -186,12 +193,15 @@ class TwoPasses:
         with chunk_randomness(self._key, self.tower, chunk.first) if self._by_chunk else nullcontext():
             return self.tower(chunk.inputs, positions_M)
 
-    @staticmethod
-    def _backward(embeddings: Tensor, slots: slice | Tensor, d_VD: Tensor, places: Places, grad_scale: float) -> None:
+    def _backward(
+        self, embeddings: Tensor, slots: slice | Tensor, d_VD: Tensor, places: Places, grad_scale: float
+    ) -> None:
         if not embeddings.requires_grad:  # what learns in the encoder has no part in them
             return
         d_MD = places.rows_of(d_VD, slots, len(embeddings)) * grad_scale
         embeddings.backward(d_MD.to(embeddings.dtype))
+        if self._trace is not None:
+            self._trace.note(self.tower.name, self.tower.encoder, slots, d_MD)
 
 
 @contextmanager
