@@ -22,7 +22,8 @@ from clipscale.errors import SharedError, reason, require
 from clipscale.launch import launched
 from clipscale.words import counted
 
-_TIMEOUT_SECONDS = 1800
+TIMEOUT_SECONDS = 1800.0
+"""Without an answer from another rank, after which this one gives up."""
 _Result = TypeVar("_Result")
 
 
@@ -32,7 +33,8 @@ class World:
     size: int
     local_rank: int  # among the ranks of this node
     device: torch.device
-    control: dist.ProcessGroup | None = None  # for objects, over gloo and patient; None: the default group
+    control: dist.ProcessGroup | None = None  # for objects, over gloo; None: the default group
+    patient: dist.ProcessGroup | None = None  # the same, for what may take hours; None: the default group
 
     @property
     def is_main(self) -> bool:
@@ -46,12 +48,16 @@ class World:
         dist.all_reduce(total)
         return total.tolist()
 
-    def gather(self, item: Any) -> list[Any]:
-        """Every rank's item, on every rank; collective. For small things that are rare."""
+    def gather(self, item: Any, *, patient: bool = False) -> list[Any]:
+        """Every rank's item, on every rank; collective. For small things that are rare.
+
+        Args:
+            patient: the others may be at work for hours.
+        """
         if self.size == 1:
             return [item]
         items = [None] * self.size
-        dist.all_gather_object(items, item, group=self.control)
+        dist.all_gather_object(items, item, group=self.patient if patient else self.control)
         return items
 
     def collect(self, values_N: torch.Tensor) -> torch.Tensor | None:
@@ -77,19 +83,20 @@ class World:
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
-    def lead(self, work: Callable[[], Any], *, on_each_node: bool = False) -> Any:
+    def lead(self, work: Callable[[], Any], *, on_each_node: bool = False, patient: bool = False) -> Any:
         """Rank 0 does the work and every rank gets its result; collective.
 
         Args:
             on_each_node: the first rank of every node does it (local files); the result is still rank 0's.
+            patient: it may take hours.
 
         Raises:
             SharedError: on every rank, with the text of the first error that the work raised.
         """
         mine = self.is_main or (on_each_node and self.local_rank == 0)
-        return self.broadcast(self.each(work if mine else lambda: None))
+        return self.broadcast(self.each(work if mine else lambda: None, patient=patient))
 
-    def each(self, work: Callable[[], _Result]) -> _Result:
+    def each(self, work: Callable[[], _Result], *, patient: bool = False) -> _Result:
         """Every rank does its work and gets its own result; collective. The work itself must not be.
 
         Raises:
@@ -100,26 +107,42 @@ class World:
             result = work()
         except Exception as error:  # the others are waiting: whatever it is, they must hear of it
             problem, cause = reason(error), error
-        problems = [line for line in self.gather(problem) if line]
+        problems = [line for line in self.gather(problem, patient=patient) if line]
         if problems:
             raise SharedError(problems[0]) from cause
         return result
 
 
-def nccl_options() -> dist.ProcessGroupNCCL.Options:
+def nccl_options(timeout: timedelta) -> dist.ProcessGroupNCCL.Options:
     """Transfers have a stream of high priority: they are to run beside the loss's tiles and the towers' chunks, and
     without it each waits for a gap between these kernels."""
     options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-    options._timeout = timedelta(seconds=_TIMEOUT_SECONDS)  # as init_process_group is told, or it warns
+    options._timeout = timeout  # as init_process_group is told, or it warns
     return options
 
 
+def _store(rank: int, size: int, timeout: timedelta) -> dist.Store:
+    """Where the ranks meet, by MASTER_ADDR and MASTER_PORT. torchrun keeps one store for all its attempts, and the
+    addresses that an earlier one left there are of ranks that are gone: each attempt has names of its own."""
+    store, _, _ = next(iter(dist.rendezvous("env://", rank, size, timeout=timeout)))
+    return dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether an error says that another rank is gone or does not answer, rather than that something is wrong here."""
+    words = ("gloo", "closed by peer", "reset by peer", "Broken pipe", "Timed out waiting")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
+
+
 @contextmanager
-def start_world(device: str = "auto") -> Iterator[World]:
+def start_world(device: str = "auto", timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[World]:
     """Join the other ranks (gloo on CPU, nccl on GPUs); leave them in order at the end.
 
     Args:
         device: "auto" (a GPU where there is one), "cpu" or "cuda".
+        timeout_seconds: how long another rank may be waited for, other than where it is said to be at work.
 
     Raises:
         UserError: "cuda" without a GPU, or fewer GPUs than ranks on this node.
@@ -140,17 +163,20 @@ def start_world(device: str = "auto") -> Iterator[World]:
     if size == 1:
         yield World(rank, size, local_rank, where)
         return
+    timeout = timedelta(seconds=timeout_seconds)
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
+        store=_store(rank, size, timeout),
         rank=rank,
         world_size=size,
-        timeout=timedelta(seconds=_TIMEOUT_SECONDS),
+        timeout=timeout,
         device_id=where if on_gpu else None,
-        pg_options=nccl_options() if on_gpu else None,
+        pg_options=nccl_options(timeout) if on_gpu else None,
     )
-    control = dist.new_group(backend="gloo", timeout=timedelta(days=7))  # indexing on rank 0 may take hours
+    control = dist.new_group(backend="gloo", timeout=timeout)
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))  # indexing on rank 0 may take hours
     try:
-        yield World(rank, size, local_rank, where, control)
+        yield World(rank, size, local_rank, where, control, patient)
         dist.barrier()  # leaving while another rank still talks to this one aborts that rank
     except SharedError:
         dist.destroy_process_group()

@@ -36,7 +36,7 @@ def reason(error: Exception) -> str:
     """What an error says, in words: the system's own with the file it is about, and without its number."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
-    return str(error) if isinstance(error, UserError | OSError) else f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, UserError | RestartError | OSError) else f"{type(error).__name__}: {error}"
 
 
 def require(condition: bool, message: str) -> None:

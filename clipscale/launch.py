@@ -6,11 +6,16 @@ rank, size, local_rank = launched()  # (0, 1, 0) for a process alone
 from __future__ import annotations
 
 import os
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from clipscale.errors import SharedError, UserError, require
+from clipscale.errors import RESTART, SharedError, UserError, require
+
+_LOOK_SECONDS = 0.5
 
 
 class Place(NamedTuple):
@@ -53,6 +58,19 @@ def launched_by() -> tuple[str, int]:
     if "SLURM_ARRAY_JOB_ID" in env:
         job = f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
     return job, int(env.get("SLURM_RESTART_COUNT") or env.get("TORCHELASTIC_RESTART_COUNT") or 0)
+
+
+def end_with_parent() -> None:
+    """Under torchrun: end when it is gone. Killed, it cannot end its ranks, and they would train on."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=_wait_for_parent, args=(os.getppid(),), name="parent", daemon=True).start()
+
+
+def _wait_for_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(_LOOK_SECONDS)
+    print("clipscale: torchrun is gone: this rank ends", file=sys.stderr, flush=True)
+    os._exit(RESTART)
 
 
 @contextmanager

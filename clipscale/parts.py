@@ -105,6 +105,8 @@ class Parts:
     def __init__(self, device: torch.device) -> None:
         self._clock = _clock_of(device)
         self._open: list[str] = [OTHER]
+        self.turns = 0
+        """How many parts have begun: a sign of life."""
         self._parts = {name: _Part(self, name) for name in PARTS}
 
     def part(self, name: str) -> AbstractContextManager[None]:
@@ -127,8 +129,14 @@ class Parts:
         seconds = self._clock.read()
         return {name: seconds[name] for name in PARTS if name in seconds}
 
+    @property
+    def running(self) -> str:
+        """The part that runs; for any thread."""
+        return self._open[-1]
+
     def enter(self, name: str) -> None:
         self._open.append(name)
+        self.turns += 1
         self._clock.turn_to(name)
 
     def leave(self) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+from clipscale.errors import reason
 from clipscale.parts import PARTS, from_row
 
 _BINS = 150  # more steps than that are drawn as means over neighbours
@@ -65,6 +66,16 @@ def draw_parts(run: str, picture: Path, title: str | None = None) -> str:
     figure.legend(loc="outside right upper", reverse=True, frameon=False, fontsize=8)
     figure.savefig(picture, dpi=150)
     return ""
+
+
+def parts_drawn(run: str) -> str:
+    """`draw_parts` into the run's folder, parts.png; what to tell of it. The run is over: nothing ends it."""
+    picture = Path(run, "parts.png")
+    try:
+        problem = draw_parts(run, picture)
+    except OSError as error:
+        problem = f"no {picture.name}: {reason(error)}"
+    return problem or f"where the time went: {picture}"
 
 
 def _read(metrics: Path) -> list[tuple[int, dict[str, float]]]:

@@ -30,7 +30,7 @@ from clipscale.config import Config
 from clipscale.config.load import dump_config
 from clipscale.data.load.loader import StepBatch
 from clipscale.deterministic import deterministic
-from clipscale.dist import World, start_world
+from clipscale.dist import World, lost_peer, start_world
 from clipscale.divergence import Guard
 from clipscale.errors import Interrupted, SharedError, reason
 from clipscale.eval.suite import EvalSuite
@@ -46,7 +46,7 @@ from clipscale.loss.link import open_link
 from clipscale.optim import set_lr
 from clipscale.parallel import broadcast_parameters
 from clipscale.parts import Parts
-from clipscale.parts_picture import draw_parts
+from clipscale.parts_picture import parts_drawn
 from clipscale.preflight.checks import check_training
 from clipscale.preflight.prepare import prepare_files
 from clipscale.progress import duration
@@ -58,6 +58,7 @@ from clipscale.step.shortage import shortage_explained
 from clipscale.tell import tell
 from clipscale.towers import autocast_dtype, build_towers, try_backward
 from clipscale.train_report import evaluation_lines, start_lines, step_line, summary_lines
+from clipscale.watchdog import Watchdog, rank_is_lost
 from clipscale.wishes import LEAVE, SAVE, Wishes
 from clipscale.words import counted
 
@@ -78,12 +79,14 @@ def train(config: Config, notes: list[str] | None = None, leaving: Leaving | Non
     leaving = leaving or Leaving(config.run.leave_before_seconds)
     with leaving.starting(config.run.dir):
         notes = check_training(config) if notes is None else notes
-        with start_world(config.device) as world, deterministic(config.train.deterministic):
+        with start_world(config.device, config.run.timeout_seconds) as world, deterministic(config.train.deterministic):
             prepared = world.size == 1  # `check_training` did, for one rank alone
             trainer = Trainer(config, world, notes, leaving=leaving, prepared=prepared)
             try:
                 summary = trainer.run()
             except Exception as error:
+                if world.size > 1 and lost_peer(error):
+                    raise rank_is_lost(error, config.run.dir, world, step=trainer.steps_done + 1) from error
                 what, alike = f"the run ended: {reason(error)}", isinstance(error, SharedError)
                 record_fault("error", what, action="none", step=trainer.steps_done, every_rank=not alike)
                 raise
@@ -172,7 +175,8 @@ class Trainer:
         self.parts.take()  # what building took is no step's
         if self._cut_short:
             self._finish_row(pace)
-        with self._leaving.training():
+        watchdog = Watchdog(config.run, self.world, self.parts, step=lambda: self.steps_done + 1)
+        with self._leaving.training(), watchdog:
             while self.steps_done < self.last_step:
                 begin = time.perf_counter()
                 self.last_row = self._timed_step(pace)
@@ -187,7 +191,7 @@ class Trainer:
                 self._finish_row(pace)
         self.saver.finish()
         if self.world.is_main and self.last_step >= _STEPS_OF_A_PICTURE:
-            self._draw()
+            tell(parts_drawn(config.run.dir))
         return self._summary(f"trained {counted(self.last_step - first, 'step')} in {duration(pace.elapsed())}")
 
     def step(self, batch: StepBatch) -> dict[str, Any]:
@@ -302,15 +306,6 @@ class Trainer:
         config = self.config
         return summary_lines(what, self.last_row, run_dir=config.run.dir, pairs=config.train.global_batch)
 
-    def _draw(self) -> None:
-        """Where the time went, as a picture in the run's folder. The run is over: what goes wrong here is told."""
-        run, picture = self.config.run.dir, Path(self.config.run.dir, "parts.png")
-        try:
-            problem = draw_parts(run, picture)
-        except OSError as error:
-            problem = f"no {picture.name}: {reason(error)}"
-        tell(problem or f"where the time went: {picture}")
-
     def _save(self) -> None:
         """Every rank reaches this at the same step; the main rank writes, in the background. What fails there is
         everyone's at the next save or at the end of the run."""
@@ -365,7 +360,7 @@ class Trainer:
 
     def _prepare_files(self, recorded: dict[str, Any] | None) -> None:
         """The first rank of a node writes what is missing."""
-        for line in self.world.lead(partial(prepare_files, self.config, recorded), on_each_node=True):
+        for line in self.world.lead(partial(prepare_files, self.config, recorded), on_each_node=True, patient=True):
             tell(line)
 
     def _build_data(self, recorded: dict[str, Any] | None) -> None:
@@ -382,7 +377,7 @@ class Trainer:
         self._resources.callback(self.feed.close)
         tell(plan_line(self.plan, self.towers, self.config.train.global_batch // self.world.size))
         self.evaluations = EvalSuite(
-            self.config, self.towers, self.plan.chunks, self.feed.pipeline.tokenize, self.world
+            self.config, self.towers, self.plan.chunks, self.feed.pipeline.tokenize, self.world, self.parts
         )
 
     def _begin(self) -> None:

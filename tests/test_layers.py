@@ -18,7 +18,7 @@ GROUND = {
     *("__init__", "errors", "counter", "escape", "words", "paths", "tell", "files", "progress", "pool", "dist"),
     *("config", "launch", "schedule", "runlog"),
     *("open_clip_files", "open_clip_flags", "counter_torch", "parts", "parts_picture", "deterministic"),
-    *("remembered", "device", "faults", "injection", "leaving", "goodput", "growing", "board", "health"),
+    *("remembered", "device", "faults", "injection", "leaving", "watchdog", "goodput", "growing", "board", "health"),
 }
 STAGES = {"data", "towers", "loss"}
 ASSEMBLY = {"step", "parallel", "optim", "checkpoint", "fit_tokenizer", "eval"}

@@ -22,7 +22,7 @@ from types import ModuleType
 
 from clipscale import __version__
 from clipscale.config.recipes import list_recipes
-from clipscale.errors import INTERRUPTED, Interrupted, SharedError, UserError, reason
+from clipscale.errors import INTERRUPTED, RESTART, Interrupted, RestartError, SharedError, UserError, reason
 from clipscale.escape import one_line
 from clipscale.files import write_file
 from clipscale.launch import under_launcher
@@ -61,6 +61,8 @@ def main(argv: list[str] | None = None) -> int:
         if rank() == 0:
             print(f"clipscale: {stop.left or stop.why}", file=sys.stderr)
         return 130 if stop.why == "SIGINT" else 0 if under_launcher() else INTERRUPTED
+    except RestartError as error:
+        return _fail(error, RESTART)
     except Exception as error:
         if isinstance(error, OSError) and error.filename is not None:  # a file or folder that cannot be used
             return _fail(UserError(reason(error)))
@@ -142,7 +144,7 @@ def _hear(line: str, every_rank: bool) -> None:
         print(f"clipscale: {line}", file=sys.stderr)
 
 
-def _fail(error: UserError) -> int:
+def _fail(error: Exception, status: int = 2) -> int:
     """One line; an error that every rank raises alike is told once."""
     line = one_line(error)
     _record(f"clipscale: error: {line}")
@@ -150,7 +152,7 @@ def _fail(error: UserError) -> int:
         print(f"clipscale: error: {line}", file=sys.stderr)
     elif not isinstance(error, SharedError):
         print(f"clipscale: error on rank {rank()}: {line}", file=sys.stderr)
-    return 2
+    return status
 
 
 def _record(message: str) -> None:

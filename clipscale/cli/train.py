@@ -8,7 +8,7 @@ from pathlib import Path
 from clipscale.cli import rank
 from clipscale.config.help import with_comments
 from clipscale.config.load import dump_config, load_config
-from clipscale.launch import told_once
+from clipscale.launch import end_with_parent, told_once
 from clipscale.leaving import Leaving
 from clipscale.tell import say
 
@@ -35,6 +35,7 @@ def run(arguments: argparse.Namespace, words: list[str]) -> int:
     if arguments.print_config:
         print(with_comments(dump_config(config)), end="")
         return 0
+    end_with_parent()
     leaving = Leaving(config.run.leave_before_seconds)
     try:
         with leaving.starting(config.run.dir):

@@ -22,14 +22,16 @@ class Run:
 
     dir: LocalPath = "runs/default"  # checkpoints, metrics.jsonl, TensorBoard and the resolved config go here
     log_every_steps: int = 10  # one line in the log for so many steps; metrics.jsonl has every step
+    timeout_seconds: float = 1800.0  # a rank that another has not heard of for so long is lost, and the run ends
+    watchdog_seconds: float = 2400.0  # a rank that makes no progress for so long ends, and says where; 0: never
     leave_before_seconds: float = 120.0  # before a Slurm job's time is over: save and leave; 0: go on until killed
 
     def __post_init__(self) -> None:
         require(self.log_every_steps >= 1, f"run.log_every_steps={self.log_every_steps} must be at least 1")
-        require(
-            self.leave_before_seconds >= 0,
-            f"run.leave_before_seconds={self.leave_before_seconds} must not be negative",
-        )
+        require(self.timeout_seconds > 0, f"run.timeout_seconds={self.timeout_seconds} must be above 0")
+        for name in ("watchdog_seconds", "leave_before_seconds"):
+            value = getattr(self, name)
+            require(value >= 0, f"run.{name}={value} must not be negative")
 
 
 @dataclass(frozen=True)

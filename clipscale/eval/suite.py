@@ -19,6 +19,7 @@ from clipscale.eval.pictures import ShardPictures, batches
 from clipscale.eval.validation import evaluate_validation
 from clipscale.eval.zeroshot import check_task, evaluate_zeroshot, load_task
 from clipscale.faults import report_fault
+from clipscale.parts import UNTIMED, Parts
 from clipscale.schedule import is_due
 from clipscale.tell import tell
 from clipscale.towers import Towers
@@ -29,15 +30,23 @@ class EvalSuite:
 
     Args:
         chunks: pictures, and captions, that go through their tower at once.
+        parts: each batch begins the part "evaluation" anew, as a sign of life.
 
     Raises:
         UserError: shards, class names or templates that cannot be used.
     """
 
     def __init__(
-        self, config: Config, towers: Towers, chunks: tuple[int, int], tokenize: Tokenize, world: World
+        self,
+        config: Config,
+        towers: Towers,
+        chunks: tuple[int, int],
+        tokenize: Tokenize,
+        world: World,
+        parts: Parts = UNTIMED,
     ) -> None:
         self._image_chunk, self._text_chunk = chunks
+        self._parts = parts
         self.config, self.towers, self.tokenize, self.world = config, towers, tokenize, world
         validation, zeroshot = config.eval.validation, config.eval.zeroshot
         self._pairs = None
@@ -104,6 +113,7 @@ class EvalSuite:
             self.config.eval.validation,
             self.config.loss,
             chunk=self._image_chunk,
+            parts=self._parts,
             **self._reading,
         )
         return {
@@ -126,6 +136,7 @@ class EvalSuite:
             self.world,
             batch=self.config.eval.zeroshot.batch,
             text_chunk=self._text_chunk,
+            parts=self._parts,
             **self._reading,
         )
         return {"zeroshot/top1": result.top1, "zeroshot/top5": result.top5, "zeroshot/bad_pictures": result.bad}

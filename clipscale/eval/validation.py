@@ -18,6 +18,7 @@ from clipscale.errors import SharedError
 from clipscale.eval.mode import evaluating
 from clipscale.eval.pictures import ShardPictures, batches
 from clipscale.loss import ContrastiveGrads, contrastive_grads
+from clipscale.parts import UNTIMED, Parts
 from clipscale.towers import Towers
 from clipscale.words import counted
 
@@ -46,6 +47,7 @@ def evaluate_validation(
     chunk: int,
     threads: int,
     decoding: Decoding,
+    parts: Parts = UNTIMED,
 ) -> ValidationResult:
     """Collective; the same result on every rank. Puts the model in eval mode for the time.
 
@@ -61,9 +63,8 @@ def evaluate_validation(
         """This rank's share of the batch from `start` on: [n, D] twice, and the captions' hashes [n]."""
         mine = range(start + world.rank, start + size, world.size)
         images, texts, hashes = [_nothing(towers)], [_nothing(towers)], [torch.zeros(0, dtype=torch.int64)]
-        for pixels, captions, valid in batches(
-            pictures, mine, batch=chunk, side=towers.image_size, threads=threads, decoding=decoding
-        ):
+        found = batches(pictures, mine, batch=chunk, side=towers.image_size, threads=threads, decoding=decoding)
+        for pixels, captions, valid in parts.walk("evaluation", found):
             if valid.any():
                 tokens = tokenize([text.decode() for text, ok in zip(captions, valid, strict=True) if ok])
                 images.append(towers.image(pixels[valid].to(towers.image.device)))

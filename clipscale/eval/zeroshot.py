@@ -24,6 +24,7 @@ from clipscale.errors import SharedError, require
 from clipscale.eval.classes import check_folder, check_labels, checked_label, class_names, class_templates
 from clipscale.eval.mode import evaluating
 from clipscale.eval.pictures import EvalPictures, FolderPictures, ShardPictures, batches
+from clipscale.parts import UNTIMED, Parts
 from clipscale.towers import Towers
 from clipscale.words import counted
 
@@ -95,6 +96,7 @@ def evaluate_zeroshot(
     text_chunk: int,
     threads: int,
     decoding: Decoding,
+    parts: Parts = UNTIMED,
 ) -> ZeroShotResult:
     """Classify every picture, each rank its share. Collective; the same result on every rank.
 
@@ -111,9 +113,8 @@ def evaluate_zeroshot(
         classifier_CD = build_classifier(towers, task, tokenize, text_chunk)
         hits1, hits5, seen = (torch.zeros(classes, device=device) for _ in range(3))
         bad = 0
-        for images, notes, valid in batches(
-            task.pictures, mine, batch=batch, side=towers.image_size, threads=threads, decoding=decoding
-        ):
+        found = batches(task.pictures, mine, batch=batch, side=towers.image_size, threads=threads, decoding=decoding)
+        for images, notes, valid in parts.walk("evaluation", found):
             bad += int((~valid).sum())
             if not valid.any():
                 continue
