@@ -77,9 +77,14 @@ class Saver:
             if self._settings.on_error == "stop":
                 raise
 
-    def finish(self) -> None:
-        """Until everything is on the disk. SharedError: the last one is not good, or could not be written."""
-        self._world.lead(self._finish)
+    def finish(self, *, mirrored: bool = True) -> None:
+        """Until everything is on the disk, and in the mirror or given up. SharedError: the last one is not good, or
+        could not be written.
+
+        Args:
+            mirrored: wait for the mirror too. A run that is told to leave has no time for it: its next start has.
+        """
+        self._world.lead(partial(self._finish, mirrored))
 
     def close(self) -> None:
         """Until everything is on the disk, of this process alone, for a run that is ending anyhow."""
@@ -89,7 +94,7 @@ class Saver:
         if self._mirror is not None:
             self._mirror.close()
 
-    def _finish(self) -> None:
+    def _finish(self, mirrored: bool) -> None:
         self._writer.wait()
         step, what = self._refused
         if step > self._published:
@@ -99,7 +104,7 @@ class Saver:
             )
         if self._failed:
             raise UserError("the last checkpoint could not be written; make room, and start again")
-        if self._mirror is not None:
+        if self._mirror is not None and mirrored:
             self._mirror.wait()
 
     def _publish(self, snapshot: Snapshot) -> None:

@@ -261,7 +261,7 @@ class Trainer:
         """The step is done and saved; its evaluations are made up for at the next start, which finds no row of it."""
         if not self.evaluations.due(self.steps_done, self.last_step):
             self._finish_row(pace)
-        self.saver.finish()
+        self.saver.finish(mirrored=False)
         whys = self.world.gather(self._leaving.why(step_seconds=self._step_seconds))
         self.left = next(filter(None, whys), TIME_LIMIT)
         if self.world.is_main:

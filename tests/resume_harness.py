@@ -25,6 +25,7 @@ from shards import write_pairs
 from clipscale.checkpoint.tree import read_tree
 from clipscale.config.load import load_config
 from clipscale.learner import Learner
+from clipscale.saver import Saver
 from clipscale.train import Trainer, train
 
 OF_THE_FOLDER = ("losses", "grad_norms", "steps", "skipped")  # what is lost with a run's folder
@@ -56,7 +57,11 @@ def die() -> None:
 
 def die_in_save(moment: str, at: int) -> None:
     """The save of step `at` is to be the end of this process, once the step behind it has been trained."""
-    publish, rename = Trainer._publish, Path.rename
+    publish, rename, step, trainers = Saver._publish, Path.rename, Trainer.step, []
+
+    def known_step(self, batch):
+        trainers.append(self)
+        return step(self, batch)
 
     def deadly_publish(self, snapshot):
         def deadly_rename(path, target):
@@ -66,14 +71,14 @@ def die_in_save(moment: str, at: int) -> None:
             die()
 
         if snapshot.step == at:
-            while self.steps_done == at < self.last_step:
+            while trainers[-1].steps_done == at < STEPS:
                 time.sleep(0.001)
             if moment == "staged":
                 die()
             Path.rename = deadly_rename
         publish(self, snapshot)
 
-    Trainer._publish = deadly_publish
+    Saver._publish, Trainer.step = deadly_publish, known_step
 
 
 def train_rank(config_path: Path, rank: int, world: int, port: int, kill_at: int | str | None) -> None:
@@ -84,6 +89,9 @@ def train_rank(config_path: Path, rank: int, world: int, port: int, kill_at: int
     if world > 1:
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
         os.environ.update(address | {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)})
+    if isinstance(kill_at, str):
+        moment, at = kill_at.split("@")
+        die_in_save(moment, int(at))
     step, update = Trainer.step, Learner.update
     seen = open(config_path.with_name(f"seen-{rank}.jsonl"), "a")  # noqa: SIM115
 
@@ -104,9 +112,6 @@ def train_rank(config_path: Path, rank: int, world: int, port: int, kill_at: int
             die()
         return update(self, step=step)
 
-    if isinstance(kill_at, str):
-        moment, at = kill_at.split("@")
-        die_in_save(moment, int(at))
     Trainer.step, Learner.update = recorded_step, deadly_update
     train(load_config([str(config_path)]))
 

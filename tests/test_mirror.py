@@ -9,14 +9,18 @@ from pathlib import Path
 
 import fsspec
 import pytest
+import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from tiny import tiny_config
+from torch import nn
 
 from clipscale.checkpoint import RunState, Snapshot, find_checkpoint, save_checkpoint
 from clipscale.checkpoint import mirror as mirror_module
 from clipscale.checkpoint.mirror import Mirror, fetch_from_mirror, upload
+from clipscale.dist import World
 from clipscale.errors import UserError
 from clipscale.faults import recording
+from clipscale.saver import Saver
 
 FOLDERS = count()
 
@@ -31,8 +35,6 @@ def save(tmp_path):
     """save(step): a checkpoint of a run in tmp_path/run."""
 
     def write(step: int) -> Path:
-        import torch
-
         tensors, optimizer = {"weight": torch.full((3,), float(step))}, {"state": {}, "param_groups": []}
         config = tiny_config(tmp_path, "shards/*.tar")
         return save_checkpoint(
@@ -250,6 +252,22 @@ def test_a_run_that_ends_leaves_a_copy_that_is_not_found(line, save, url, tmp_pa
     assert [*remote(url)] == ["step-000000001/model.safetensors"]
     assert not faults
     assert fetch_from_mirror(url, str(tmp_path / "other"), "auto") == ""
+
+
+def test_a_run_that_is_told_to_leave_does_not_wait_for_its_mirror(line, url, tmp_path):
+    model = nn.Linear(3, 3)
+    optimizer = torch.optim.SGD(model.parameters())
+    config = tiny_config(tmp_path, "x.tar", f"checkpoint.mirror={url}")
+    with closing(Saver(config, World(0, 1, 0, torch.device("cpu")))) as saver:
+        saver.prepare(model, optimizer, None)
+        line.open.clear()
+        saver.save(Snapshot(1, 8, model.state_dict(), optimizer.state_dict(), RunState(), config))
+        saver.finish(mirrored=False)
+        assert line.entered.wait(60)
+        assert remote(url) == {}
+        line.open.set()
+        saver.finish()
+        assert remote(url) == local(find_checkpoint(config.run.dir))
 
 
 def test_what_a_killed_run_held_is_cleared_away(save, url, tmp_path):

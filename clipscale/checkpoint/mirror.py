@@ -34,6 +34,7 @@ from clipscale.files import sync_file, sync_folder
 _MANIFEST = "manifest.json"
 _HELD = ".mirror"  # beside the checkpoints: what is being copied
 _BLOCK_BYTES = 2**22
+_PATIENCE_SECONDS = 10.0  # with a transfer, once the run ends
 _NAME = re.compile(r"step-\d{9}")
 
 
@@ -58,19 +59,21 @@ class Mirror:
         with self._lock:
             passed, self._next = self._next, held
             if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._work, name="mirror")
+                self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
                 self._thread.start()
         if passed is not None:
             _let_go(passed)
 
-    def wait(self) -> None:
+    def wait(self, seconds: float | None = None) -> None:
+        """At most so long."""
         thread = self._thread
         if thread is not None:
-            thread.join()
+            thread.join(seconds)
 
     def close(self) -> None:
+        """A transfer that stalls ends with the process."""
         self._stop.set()
-        self.wait()
+        self.wait(_PATIENCE_SECONDS)
 
     def _work(self) -> None:
         while True:
