@@ -74,6 +74,7 @@ def test_keys_are_documented(run):
 def test_columns_of_superseded_rows_are_documented(run):
     about, *steps = rows(run, "metrics.superseded.jsonl")
     assert list(about) == columns("metrics.superseded.jsonl")
+    assert about["why"] == f"went back to {run}/checkpoints/step-000000002"
     assert [row["step"] for row in steps] == [3, 4]
     assert steps[0].keys() == rows(run, "metrics.jsonl")[0].keys()
     assert columns("skipped.jsonl") == list(Skip._fields)

@@ -57,6 +57,11 @@ class Start:
     source: str = ""
     note: str = ""
 
+    @property
+    def why(self) -> str:
+        """Why rows of later steps than it begins after are set aside."""
+        return f"went back to {self.source}" if self.kind == "rewind" else "started again"
+
     def newest(self, bad: dict[Path, str]) -> Path:
         """The newest of the places that verifies and is not among the `bad` (find.newest_of). UserError: none."""
         choose = newest_of if self.kind == "own" else whole_of
