@@ -42,7 +42,7 @@ _RECENT_STEPS = 100  # whose mean is the pace that the time left is told by
 
 
 class RunLog:
-    """The one place a run writes to; on ranks other than 0 `begin`, `rewind`, `metrics` and `advance` do nothing.
+    """The one place a run writes to; on ranks other than 0 `begin`, `metrics` and `advance` do nothing.
 
     It hears what is told from the start; `begin` comes before the first row, when nothing can refuse the run any more.
     """
@@ -62,12 +62,14 @@ class RunLog:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def begin(self, start_step: int, total_steps: int) -> None:
-        """The run goes on after `start_step` of `total_steps`: rewind to there, a row of attempts.jsonl, the bar."""
+    def begin(self, start_step: int, total_steps: int, *, why: str = "started again") -> None:
+        """The run goes on after `start_step` of `total_steps`: later rows are set aside, with `why`; a row of
+        attempts.jsonl, the progress bar."""
         if self._rank:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
-        self.rewind(start_step, f"started again after step {start_step}")
+        self._set_aside(start_step, why)
+        self._board = Board(self._folder / "tensorboard", start_step + 1)
         job, restart = launched_by()
         attempt = {"started": self._started, "time": _now(), "host": socket.gethostname(), "job": job}
         attempt |= {
@@ -81,11 +83,9 @@ class RunLog:
         self._progress = self._open.enter_context(bar_on(self._console, TextColumn("{task.fields[eta]}")))
         self._task = self._progress.add_task("step", total=total_steps, completed=start_step, eta="-")
 
-    def rewind(self, step: int, why: str) -> None:
+    def _set_aside(self, step: int, why: str) -> None:
         """Rows of later steps, which will be done again, go to metrics.superseded.jsonl, behind a row that says when,
-        after which step and why; TensorBoard's curves go on from `step`."""
-        if self._rank:
-            return
+        after which step and why."""
         path = self._folder / "metrics.jsonl"
         if later := [row for row in read_rows(path) if row["step"] > step]:
             about = {"superseded": len(later), "time": _now(), "resumed_after_step": step, "why": why}
@@ -94,9 +94,6 @@ class RunLog:
             what = f"{path} had {counted(torn, 'line')} that a crash or a full disk cut short"
             report_fault("telemetry", what, action="dropped")
         path.touch()
-        if self._board is not None:
-            self._board.close()
-        self._board = Board(self._folder / "tensorboard", step + 1)
 
     def row_of(self, step: int) -> dict[str, Any] | None:
         """The row of this step in metrics.jsonl, if there is one."""

@@ -1,9 +1,9 @@
 """Where a run stands, from its folder alone: while it runs, and after it died. No torch import.
 
     status = read_status("runs/mine")       # plain values, as `clipscale status --json` prints them
-    status_lines(status)                    # ['runs/mine: running on h7 (job 41, process 4711)', 'step 1,200 of ...']
+    status_lines(status)                    # ['runs/mine: running: process 4711 on h7 ...', 'step 1,200 of ...']
 
-Nothing is written and nothing is waited for. The files it reads: docs/reliability.md.
+Nothing is written. The files it reads: docs/reliability.md.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from clipscale.checkpoint.find import candidates
+from clipscale.checkpoint.holder import HeldError, look_at_holder
 from clipscale.errors import require
-from clipscale.files import is_locked, last_rows, read_numbers, read_rows
+from clipscale.files import last_rows, read_numbers, read_rows
 from clipscale.goodput import COLUMNS, KINDS, goodput, seconds_a_step
+from clipscale.leaving import MARKER
 from clipscale.progress import time_left
 from clipscale.words import counted, short
 
@@ -49,12 +51,11 @@ def read_status(run_dir: str) -> dict[str, Any]:
     step, last_step = row.get("step"), attempt.get("last_step")
     left = last_step - (step or 0) if last_step is not None else None
     faults = list(read_rows(folder / "faults.jsonl"))
-    interrupted = _json(folder / "interrupted.json")
-    running = is_locked(folder / ".lock")
+    interrupted, holder = _json(folder / MARKER), _holder(folder)
     return {
         "run": run_dir,
-        "state": _state(running=running, interrupted=interrupted is not None, step=step, left=left),
-        "owner": _json(folder / ".lock") if running else None,
+        "state": _state(running=holder is not None, interrupted=interrupted is not None, step=step, left=left),
+        "holder": holder,
         "interrupted": interrupted,
         "step": step,
         "last_step": last_step,
@@ -96,6 +97,15 @@ def status_lines(status: dict[str, Any]) -> list[str]:
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _holder(folder: Path) -> str | None:
+    """The process that runs it, in words; None: none does."""
+    try:
+        look_at_holder(folder)
+    except HeldError as held:
+        return str(held)
+    return None
 
 
 def _state(*, running: bool, interrupted: bool, step: int | None, left: int | None) -> str:
@@ -153,16 +163,11 @@ def _age(when: float | None) -> float | None:
 def _state_line(status: dict[str, Any]) -> str:
     state = status["state"]
     if state == "running":
-        owner = status["owner"] or {}
-        known = [f"{what} {owner[key]}" for key, what in (("job", "job"), ("pid", "process")) if owner.get(key)]
-        where = f" on {owner['host']}" if owner.get("host") else ""
-        return f"running{where}" + (f" ({', '.join(known)})" if known else "")
+        return f"running: {status['holder']}"
     if state == "interrupted":
-        marker = status["interrupted"]
-        return (
-            f"not running: told to stop ({marker.get('why')}), saved after step {marker.get('step')}; the same command "
-            "goes on from there"
-        )
+        why, step = (status["interrupted"].get(name) for name in ("why", "step"))
+        when = "before a step was done" if step is None else f"saved after step {step:,}"
+        return f"not running: told to stop ({why}), {when}; the same command goes on from there"
     if state == "stopped":
         how = (
             "an error ended it" if status["ended_by_error"] else "it ended without a word: killed, or its machine lost"

@@ -382,7 +382,7 @@ class Trainer:
 
     def _begin(self) -> None:
         """Only now does the run's folder change: a run that is refused leaves it as it was."""
-        self.log.begin(self.steps_done, self.last_step)
+        self.log.begin(self.steps_done, self.last_step, why=self._start.why)
         self.skips.begin(self.position)
         if self.world.is_main:
             self._folder.keep()

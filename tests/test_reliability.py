@@ -16,12 +16,13 @@ from clipscale.config import Config
 from clipscale.config.help import find_settings
 from clipscale.data.load.fill import Skip
 from clipscale.goodput import KINDS
+from clipscale.leaving import mark
 from clipscale.parts import PARTS, to_columns
 from clipscale.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "reliability.md").read_text()
-AFTER_MORE = {"parts.png"}  # files of a longer run, or of one that ends otherwise
+ELSEWHERE = {"parts.png", ".heartbeat"}  # in a longer run; on a file system without locks
 
 
 def table(text: str) -> list[list[str]]:
@@ -39,16 +40,15 @@ def columns(name: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """Four steps on a broken picture and a cut shard, then back to the second, as after a kill."""
+    """Four steps on a broken picture and a cut shard, then back to the second and on, and told to stop."""
     folder = tmp_path_factory.mktemp("documented")
     urls = write_pairs(folder / "data", 4, 8, size=16, broken={3})
     shard = folder / "data" / "0003.tar"
     shard.write_bytes(shard.read_bytes()[:-20_000])
     words = ["checkpoint.every_steps=2", "data.max_bad_fraction=0.5", "data.max_refused_fraction=1"]
-    config = tiny_config(folder, urls, *words)
-    train(config)
-    (folder / "run" / "checkpoints" / "step-000000004").rename(folder / "lost")
-    train(config)
+    train(tiny_config(folder, urls, *words))
+    train(tiny_config(folder, urls, *words, f"resume={folder}/run/checkpoints/step-000000002"))
+    mark(str(folder / "run"), step=4, why="SIGTERM")
     return folder / "run"
 
 
@@ -57,7 +57,7 @@ def rows(run: Path, name: str) -> list[dict]:
 
 
 def test_every_file_of_a_runs_folder_is_documented_and_every_documented_file_is_there(run):
-    assert {path.name for path in run.iterdir()} == FILES.keys() - AFTER_MORE
+    assert {path.name for path in run.iterdir()} == FILES.keys() - ELSEWHERE
 
 
 @pytest.mark.parametrize("name", ["attempts.jsonl", "faults.jsonl", "skipped.jsonl"])
@@ -65,9 +65,16 @@ def test_columns_are_documented(run, name):
     assert {tuple(row) for row in rows(run, name)} == {tuple(columns(name))}
 
 
+def test_keys_are_documented(run):
+    interrupted, resumed = (json.loads((run / name).read_text()) for name in ("interrupted.json", "resumed.json"))
+    assert list(interrupted) == columns("interrupted.json")
+    assert [*resumed, "other", *resumed["rewind"]] == columns("resumed.json")
+
+
 def test_columns_of_superseded_rows_are_documented(run):
     about, *steps = rows(run, "metrics.superseded.jsonl")
     assert list(about) == columns("metrics.superseded.jsonl")
+    assert about["why"] == f"went back to {run}/checkpoints/step-000000002"
     assert [row["step"] for row in steps] == [3, 4]
     assert steps[0].keys() == rows(run, "metrics.jsonl")[0].keys()
     assert columns("skipped.jsonl") == list(Skip._fields)

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from clipscale.checkpoint import (
     save_checkpoint,
     saved_state,
 )
+from clipscale.checkpoint.start import Start, load_start
 from clipscale.dist import World
 from clipscale.errors import SharedError, UserError
 from clipscale.faults import recording
@@ -242,6 +244,23 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path, run):
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
     assert run("train.samples=8")[0].startswith("trained 1 step ")
     assert [row["step"] for row in rows(tmp_path / "run")] == [1]
+
+
+def test_a_node_that_does_not_see_the_runs_folder_is_named(tmp_path, trained):
+    """On a rank of another node: the main rank has found a checkpoint, and what any rank raises is everyone's."""
+    elsewhere, errors = tmp_path / "not-mounted" / "step-000000004", []
+
+    def each(work):
+        try:
+            return work()
+        except UserError as error:
+            errors.append(str(error))
+            raise
+
+    world = SimpleNamespace(lead=lambda work: elsewhere, each=each, is_main=False)
+    with pytest.raises(UserError, match=r"does not see .*step-000000004; let run\.dir lie on a file system that every"):
+        load_start(Start("own", (elsewhere,), str(tmp_path)), world)
+    assert len(errors) == 1
 
 
 # --- good ones --------------------------------------------------------------------------------------------------------

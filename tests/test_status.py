@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +17,7 @@ from clipscale.checkpoint import RunFolder
 from clipscale.cli import main
 from clipscale.errors import UserError
 from clipscale.files import append_rows, last_rows, read_numbers, read_rows
+from clipscale.leaving import mark
 from clipscale.status import read_status, status_lines
 
 
@@ -89,7 +92,7 @@ def test_a_run_that_goes_on_is_told_by_its_lock_and_one_that_is_late_too(run):
     with closing(RunFolder(str(run.folder))):
         assert run.read()["state"] == "running"
         first, second, *_ = run.lines()
-        assert first.startswith("RUN: running")
+        assert first.startswith(f"RUN: running: process {os.getpid()} on {socket.gethostname()}")
         assert second.endswith("10 s a step, eta 2:50")  # the last row is 60 s old
         run.steps(4, 5, 6, since=-3000, loss=1.0)
         assert "the next one is late" in run.lines()[1]
@@ -106,6 +109,8 @@ def test_a_run_that_was_told_to_stop(run):
     (run.folder / "interrupted.json").write_text('{"job": "41", "restart": 0, "step": 2, "why": "SIGUSR1"}')
     assert run.read()["state"] == "interrupted"
     assert run.lines()[0].startswith("RUN: not running: told to stop (SIGUSR1), saved after step 2; the same command")
+    mark(str(run.folder), step=None, why="SIGTERM")
+    assert "told to stop (SIGTERM), before a step was done;" in run.lines()[0]
 
 
 def test_a_run_that_an_error_ended_and_one_that_was_killed_later(run):

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -56,6 +57,11 @@ class Start:
     places: tuple[Path, ...] = ()
     source: str = ""
     note: str = ""
+
+    @property
+    def why(self) -> str:
+        """Why rows of later steps than it begins after are set aside."""
+        return f"went back to {self.source}" if self.kind == "rewind" else "started again"
 
     def newest(self, bad: dict[Path, str]) -> Path:
         """The newest of the places that verifies and is not among the `bad` (find.newest_of). UserError: none."""
@@ -142,12 +148,12 @@ def load_start(start: Start, world: World) -> tuple[Path | None, Snapshot | None
     """The newest checkpoint that verifies and whose tensors are finite, and what it holds; collective.
 
     Raises:
-        UserError: there are some and none is both.
+        UserError: there are some and none is both, or a rank's node does not see the one that is taken.
     """
     bad: dict[Path, str] = {}
     while start.places:
         found = world.lead(partial(start.newest, bad))
-        snapshot = load_checkpoint(found)
+        snapshot = world.each(partial(_load, found))
         problem = first_bad(snapshot.model, snapshot.optimizer)
         if not problem:
             if world.is_main:
@@ -155,6 +161,15 @@ def load_start(start: Start, world: World) -> tuple[Path | None, Snapshot | None
             return found, snapshot
         bad[found] = problem
     return None, None
+
+
+def _load(found: Path) -> Snapshot:
+    """The main rank has found it, and this one may run elsewhere."""
+    require(
+        found.is_dir(),
+        f"{socket.gethostname()} does not see {found}; let run.dir lie on a file system that every node sees",
+    )
+    return load_checkpoint(found)
 
 
 def begin_start(start: Start, run_dir: str, *, step: int, resume: str) -> None:
