@@ -45,11 +45,13 @@ def save_checkpoint(run_dir: str, snapshot: Snapshot, keep: int) -> Path:
         manifest = {name: facts(aside / name) for name in FILES}
         _write(aside / "manifest.json", lambda file: file.write(json.dumps(manifest, indent=1).encode()))
         sync_folder(aside)
+        replaced = folder / f"{target.name}.tmp-replaced"
         if target.exists():  # the same step again, after a resume from an earlier one
-            shutil.rmtree(target)
+            target.rename(replaced)  # at once: a kill leaves no half of it under its name
         aside.rename(target)
         sync_folder(folder)
         sync_folder(folder.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
         remember_whole(target)
         drop_old(run_dir, snapshot.step, keep)
     except OSError as error:
