@@ -8,6 +8,7 @@ skips.account(batch, masked=True, seen=4096)            # counts, skipped.jsonl,
 
 from __future__ import annotations
 
+import json
 import socket
 from collections import Counter
 from pathlib import Path
@@ -31,8 +32,9 @@ from clipscale.data.tokenize import caption_hashes
 from clipscale.dist import World
 from clipscale.errors import SharedError
 from clipscale.faults import record_fault
-from clipscale.files import append_rows, keep_rows
+from clipscale.files import keep_rows
 from clipscale.fit_tokenizer import fitting_tokenizer
+from clipscale.growing import GrowingFile
 from clipscale.parts import UNTIMED, Parts
 from clipscale.step import TowerPlan
 from clipscale.tell import tell
@@ -182,11 +184,15 @@ class Skips:
         self._world = world
         self._failing: set[str] = set()  # shards that have a row in faults.jsonl
         self._file = Path(config.run.dir, "skipped.jsonl")
+        self._rows = GrowingFile(self._file, lines=True)
 
     def begin(self, position: int) -> None:
         """Drop the rows of the steps that will be done again."""
         if self._world.is_main:
             keep_rows(self._file, lambda row: row["position"] < position)
+
+    def close(self) -> None:
+        self._rows.close()
 
     def account(self, batch: StepBatch, *, masked: bool, seen: int) -> None:
         """Take in one step; collective if any slot of any rank is `masked`.
@@ -199,7 +205,7 @@ class Skips:
             for skip in skips[: max(0, _NAMED_SKIPS - self.counts.total())]:
                 tell(f"masked sample {skip.key} of {skip.shard} at position {skip.position}: {skip.detail}")
             if self._world.is_main:
-                append_rows(self._file, (skip._asdict() for skip in skips))
+                self._rows.add("".join(f"{json.dumps(skip._asdict())}\n" for skip in skips).encode())
             for skip in skips:
                 self._record_shard(skip)
             self.counts.update(f"{skip.source}: {skip.cause}" for skip in skips)

@@ -2,7 +2,7 @@
 setting's to say.
 
     saver = Saver(config, world)
-    saver.prepare(model, optimizer)               # before the first step
+    saver.prepare(model, optimizer, step=0, saves=7)     # before the first step
     saver.save(snapshot)                          # under way
     saver.failing                                 # one could not be written, and that is to end the run: save at once
     saver.finish()                                # until the last one is on the disk
@@ -24,6 +24,8 @@ from torch import nn
 
 from clipscale.checkpoint import Snapshot, first_bad, save_checkpoint
 from clipscale.checkpoint.mirror import Mirror
+from clipscale.checkpoint.room import require_room
+from clipscale.checkpoint.staging import staged_bytes, state_after_a_step
 from clipscale.checkpoint.writer import CheckpointWriter
 from clipscale.config import Config
 from clipscale.dist import World
@@ -45,12 +47,20 @@ class Saver:
         """Whether the next save will end the run; the main rank's to ask."""
         return self._failed and self._settings.on_error == "stop"
 
-    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer, found: Path | None) -> None:
-        """Take the host memory that saving in the background needs. UserError: there is not so much.
+    def prepare(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, found: Path | None, *, step: int, saves: int
+    ) -> None:
+        """Take the host memory that saving in the background needs, before the step after `step`.
 
         Args:
             found: the run's own checkpoint that it goes on from: the last run may have ended before it was mirrored.
+            saves: how many are to come.
+
+        Raises:
+            SharedError: there is not so much memory, or the disk has no room for them.
         """
+        nbytes, keep = staged_bytes([model.state_dict(), state_after_a_step(optimizer)]), self._settings.keep
+        self._world.lead(partial(require_room, self._run_dir, nbytes, step=step, keep=keep, saves=saves))
         if self._settings.mirror is not None and self._world.is_main:
             self._mirror = Mirror(self._settings.mirror, self._run_dir, self._settings.keep)
             if found is not None:

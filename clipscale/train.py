@@ -147,7 +147,7 @@ class Trainer:
         adopt_shapes(state.kernels)
         self._clock = SaveClock(config.checkpoint, step=self.steps_done)
         self.last_step = self.steps_done + total_steps(config, self.position)
-        self.skips = Skips(config, state.skips, world)
+        self.skips = self._resources.enter_context(closing(Skips(config, state.skips, world)))
         own = found if self._start.kind in ("own", "rewind") else None
         self._look_at_last_row(own)
         unfinished = self.steps_done < self.last_step
@@ -356,7 +356,8 @@ class Trainer:
     def _prepare_saving(self, own: Path | None) -> None:
         """Closed before the log and the run's folder: what is being written is finished, however the run ends."""
         self.saver = self._resources.enter_context(closing(Saver(self.config, self.world)))
-        self.saver.prepare(self.towers.model, self.learner.optimizer, own)
+        saves = times_due(self.config.checkpoint.every_steps, self.steps_done, self.last_step)
+        self.saver.prepare(self.towers.model, self.learner.optimizer, own, step=self.steps_done, saves=saves)
 
     def _prepare_files(self, recorded: dict[str, Any] | None) -> None:
         """The first rank of a node writes what is missing."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -28,6 +29,8 @@ from clipscale.learner import Learner
 from clipscale.saver import Saver
 from clipscale.train import Trainer, train
 
+LIMIT_BYTES = 1_000_000  # of a file
+RUNNING: set[Trainer] = set()  # of this process
 OF_THE_FOLDER = ("losses", "grad_norms", "steps", "skipped")  # what is lost with a run's folder
 STEPS, BATCH, SAMPLES = 20, 8, 40  # 4 epochs
 CONFIG = """
@@ -41,7 +44,7 @@ data: {{sources: {{s: {{urls: "{urls}"}}}}, threads: 3, loader: inline, max_bad_
 train: {{global_batch: 8, samples: 160}}
 optim: {{lr: 1.0e-2, warmup_steps: 3, kind: {kind}}}
 gradcache: {{image_chunk: 3, text_chunk: 5, keep_bytes: 240_000}}  # of the three chunks of pictures two are kept
-checkpoint: {{every_steps: 2, mirror: {mirror}}}
+checkpoint: {{every_steps: 2, mirror: {mirror}, on_error: {on_error}, background: {background}}}
 """
 
 
@@ -57,11 +60,7 @@ def die() -> None:
 
 def die_in_save(moment: str, at: int) -> None:
     """The save of step `at` is to be the end of this process, once the step behind it has been trained."""
-    publish, rename, step, trainers = Saver._publish, Path.rename, Trainer.step, []
-
-    def known_step(self, batch):
-        trainers.append(self)
-        return step(self, batch)
+    publish, rename = Saver._publish, Path.rename
 
     def deadly_publish(self, snapshot):
         def deadly_rename(path, target):
@@ -71,31 +70,37 @@ def die_in_save(moment: str, at: int) -> None:
             die()
 
         if snapshot.step == at:
-            while trainers[-1].steps_done == at < STEPS:
+            (trainer,) = RUNNING
+            while trainer.steps_done == at < trainer.last_step:
                 time.sleep(0.001)
             if moment == "staged":
                 die()
             Path.rename = deadly_rename
         publish(self, snapshot)
 
-    Saver._publish, Trainer.step = deadly_publish, known_step
+    Saver._publish = deadly_publish
 
 
-def train_rank(config_path: Path, rank: int, world: int, port: int, kill_at: int | str | None) -> None:
+def train_rank(
+    config_path: Path, rank: int, world: int, port: int, kill_at: int | str | None, full: tuple[int, int]
+) -> None:
     """One rank's training; at step `kill_at`, with the gradients computed and not yet applied, it kills itself.
 
     kill_at: "staged@4": in the save of step 4 instead.
+    full: from the one to the other step no file of rank 0 may grow beyond a size that no checkpoint fits.
     """
     if world > 1:
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
         os.environ.update(address | {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)})
-    if isinstance(kill_at, str):
-        moment, at = kill_at.split("@")
-        die_in_save(moment, int(at))
     step, update = Trainer.step, Learner.update
     seen = open(config_path.with_name(f"seen-{rank}.jsonl"), "a")  # noqa: SIM115
 
     def recorded_step(self, batch):
+        RUNNING.add(self)
+        if rank == 0 and self.steps_done + 1 in full:
+            hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+            limit = LIMIT_BYTES if self.steps_done + 1 == full[0] else hard
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         keys = keys_of(self.feed.pipeline, batch.positions)
         row = {
             "step": self.steps_done + 1,
@@ -112,12 +117,17 @@ def train_rank(config_path: Path, rank: int, world: int, port: int, kill_at: int
             die()
         return update(self, step=step)
 
+    if isinstance(kill_at, str):
+        moment, at = kill_at.split("@")
+        die_in_save(moment, int(at))
     Trainer.step, Learner.update = recorded_step, deadly_update
     train(load_config([str(config_path)]))
 
 
-def run(config_path: Path, world: int = 1, kill_at: int | str | None = None) -> None:
-    """Fork the ranks and wait; SIGKILL is what must end them if `kill_at` is set, and nothing else may."""
+def run(
+    config_path: Path, world: int = 1, kill_at: int | str | None = None, full: tuple[int, int] = (0, 0), code: int = 0
+) -> None:
+    """Fork the ranks and wait; SIGKILL is what must end them if `kill_at` is set, else they leave with `code`."""
     port, children = free_port(), []
     for rank in range(world):
         child = os.fork()
@@ -125,14 +135,14 @@ def run(config_path: Path, world: int = 1, kill_at: int | str | None = None) -> 
             code = 1
             try:
                 os.dup2(os.open(config_path.with_name("log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
-                train_rank(config_path, rank, world, port, kill_at)
+                train_rank(config_path, rank, world, port, kill_at, full)
                 code = 0
             except BaseException as error:
                 print(f"rank {rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             finally:
                 os._exit(code)
         children.append(child)
-    wanted = 0 if kill_at is None else -signal.SIGKILL
+    wanted = code if kill_at is None else -signal.SIGKILL
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     assert codes == [wanted] * world, (codes, config_path.with_name("log").read_text())
 
@@ -175,10 +185,42 @@ def bitwise_equal(a, b) -> bool:
 
 def setup(folder: Path, urls: str, **changes) -> Path:
     folder.mkdir()
-    settings = {"dropout": 0.3, "kind": "adamw", "run": folder / "run", "urls": urls, "mirror": "null"} | changes
+    settings = {
+        "dropout": 0.3,
+        "kind": "adamw",
+        "on_error": "stop",
+        "background": "true",
+        "run": folder / "run",
+        "urls": urls,
+        "mirror": "null",
+    } | changes
     path = folder / "config.yaml"
     path.write_text(CONFIG.format(**settings))
     return path
+
+
+def full_disk(folder: Path, urls: str, wanted: dict, settings: dict) -> dict:
+    """Two ranks, of which the first cannot write the checkpoints of steps 4 and 6: told and gone on, or stopped."""
+    found = {}
+    for policy, code in (("report", 0), ("stop", 1)):
+        config = setup(folder / f"full-{policy}", urls, on_error=policy, background="false", **settings)
+        run(config, world=2, full=(3, 8), code=code)
+        log = config.with_name("log").read_text()
+        faults = [json.loads(line) for line in (config.parent / "run" / "faults.jsonl").read_text().splitlines()]
+        stubs = [*(config.parent / "run" / "checkpoints").glob("*.tmp-*")]
+        if code:
+            run(config, world=2)
+        after = outcome(config)
+        found[policy] = {
+            "disk_faults": [fault["step"] for fault in faults if fault["kind"] == "disk"],
+            "what": faults[0]["what"],
+            "ranks_told": [rank for rank in (0, 1) if f"rank {rank}: SharedError: checkpoint " in log],
+            "stubs": len(stubs),
+            "steps": after["steps"],
+            "same_samples": after["slots"] == wanted["slots"] and after["consistent"],
+            "loss_error": max(abs(a - b) for a, b in zip(after["losses"], wanted["losses"], strict=True)),
+        }
+    return found
 
 
 def main(folder: Path, kills: list[int | str]) -> None:
@@ -219,6 +261,7 @@ def main(folder: Path, kills: list[int | str]) -> None:
             "loss_error": max(abs(a - b) for a, b in zip(found["losses"], wanted["losses"], strict=True)),
             "masked": found["masked"] == wanted["masked"],
         }
+    report["full_disk"] = full_disk(folder, urls, wanted, plain)
     other = setup(folder / "other-seed", urls, **plain)
     other.write_text(other.read_text().replace("seed: 5", "seed: 6"))
     run(other)

@@ -278,3 +278,19 @@ def test_a_run_indexes_what_has_no_index(tmp_path):
     config = write_config(tmp_path, write_pairs(tmp_path / "pairs", 2, 8, size=16))
     assert main(["train", config, "train.samples=8"]) == 0
     assert len([*(tmp_path / "pairs").glob("*.tar.index")]) == 2
+
+
+@pytest.mark.parametrize(("code", "status"), [(errno.ENOSPC, 2), (errno.EDQUOT, 2), (errno.EIO, None)])
+def test_a_full_disk_is_one_line(monkeypatch, capsys, code, status):
+    """The system does not say which file it was that did not fit."""
+
+    def run(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("clipscale.cli.recipes.run", run)
+    if status is None:
+        with pytest.raises(OSError, match=os.strerror(code)):
+            main(["recipes"])
+    else:
+        assert main(["recipes"]) == status
+        assert capsys.readouterr().err == f"clipscale: error: {os.strerror(code)}\n"

@@ -96,7 +96,7 @@ def test_a_lock_names_its_holder_and_nothing_of_the_one_before(tmp_path, monkeyp
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     folder = RunFolder(str(tmp_path))
     found = json.loads((tmp_path / ".lock").read_text())
-    assert (found["host"], found["job"], found["pid"]) == (socket.gethostname(), None, os.getpid())
+    assert (found["host"], found["job"], found["pid"]) == (socket.gethostname(), "", os.getpid())
     assert " (job" not in refusal(tmp_path)
     assert json.loads((tmp_path / ".lock").read_text()) == found  # a refused start leaves it alone
     folder.close()

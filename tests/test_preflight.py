@@ -85,20 +85,27 @@ def test_these_errors_come_without_torch(place):
     write_config(place, "good/{0000..0001}.tar")
     checkpoint = Path("run/checkpoints/step-000000004")
     checkpoint.mkdir(parents=True)
+    held = RunFolder("held")
     code = """
-import json, sys
+import json, sys, time
 from clipscale import preflight
 from clipscale.cli import main
 preflight._has_driver = lambda: False
 for words in json.load(open("words.json")):
     assert main(["train", "tiny.yaml", "run.dir=runs/new", *words]) == 2
     assert "torch" not in sys.modules, words
+begin = time.monotonic()
+assert main(["train", "tiny.yaml", "run.dir=held"]) == 2
+assert time.monotonic() - begin < 5, "a folder that is held"
+assert "torch" not in sys.modules
 for words in ["eval", "zeroshot", "nowhere"], ["eval", "zeroshot", "run"], ["index", "no/*.tar"], ["index", "no.tar"]:
     assert main(words) == 2
     assert "torch" not in sys.modules, words
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    held.close()
     assert done.returncode == 0, done.stderr
+    assert f"run.dir='held' is in use by another process: process {os.getpid()} on " in done.stderr
 
 
 def test_a_header_comes_after_all_that_can_refuse(place, capsys, monkeypatch):

@@ -79,5 +79,21 @@ def test_resumed_on_another_number_of_ranks(report, change):
     assert found["loss_error"] <= 1e-5
 
 
+@pytest.mark.parametrize("policy", ["report", "stop"])
+def test_a_disk_that_is_full_for_one_rank_costs_no_step_where_the_run_goes_on(report, policy):
+    """With a real limit: all ranks agree, the stub is gone, the error says what and where."""
+    found = report["full_disk"][policy]
+    assert found["what"].endswith(" needed")
+    for part in ("step-000000004 cannot be written (", " MiB free): File too large (", "model.safetensors); "):
+        assert part in found["what"]
+    assert found["stubs"] == 0
+    assert found["steps"] == list(range(1, 21))
+    assert found["same_samples"]
+    assert found["loss_error"] <= 1e-5
+    assert found["ranks_told"] == ([0, 1] if policy == "stop" else [])
+    assert found["disk_faults"][0] == 4
+    assert policy == "stop" or found["disk_faults"] == [4, 6]
+
+
 def test_the_comparison_can_fail(report):
     assert report["control"] == {"same_samples": False, "same_tensors": False}

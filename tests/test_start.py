@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +21,7 @@ from clipscale.checkpoint import (
     find_start,
     first_bad,
     load_checkpoint,
+    newest_checkpoint,
     save_checkpoint,
     saved_state,
 )
@@ -26,6 +29,7 @@ from clipscale.checkpoint.start import Start, load_start
 from clipscale.dist import World
 from clipscale.errors import SharedError, UserError
 from clipscale.faults import recording
+from clipscale.files import hash_file, sync_folder
 from clipscale.saver import Saver
 from clipscale.train import Trainer, train
 
@@ -342,6 +346,57 @@ def test_auto_takes_the_newest_good_one(tmp_path, run, urls, trained):
     assert [fault["lost_steps"] for fault in faults] == [1, 1, 1]
     again = [row["loss"] for row in rows(tmp_path / "run")]
     assert again == [row["loss"] for row in rows(trained)]
+
+
+class Killed(BaseException):
+    """As SIGKILL leaves the disk: nothing is cleared away."""
+
+
+def test_a_step_that_is_saved_again_never_mixes_with_the_one_before(tmp_path, monkeypatch):
+    """Killed at each of the calls that change names: the newest is whole, of the one save or of the other."""
+    for kill_at in range(9):
+        folder = tmp_path / str(kill_at)
+        folder.mkdir()
+        save(folder, 1)
+        save(folder, 2)
+        calls = [0]
+
+        def deadly(real, calls=calls, kill_at=kill_at):
+            def call(*words, **more):
+                calls[0] += 1
+                if calls[0] > kill_at:
+                    raise Killed
+                return real(*words, **more)
+
+            return call
+
+        with monkeypatch.context() as patch, suppress(Killed):
+            patch.setattr(Path, "rename", deadly(Path.rename))
+            patch.setattr("clipscale.checkpoint.save.shutil.rmtree", deadly(shutil.rmtree))
+            patch.setattr("clipscale.checkpoint.save.sync_folder", deadly(sync_folder))
+            save(folder, 2, model={"weight": torch.full((3,), 20.0)})
+        found = newest_checkpoint(str(folder))
+        weight = load_checkpoint(found).model["weight"]
+        assert weight.tolist() in ([1.0] * 3, [2.0] * 3, [20.0] * 3)
+        assert (weight[0] == 1) == (found.name == "step-000000001")
+        save(folder, 2, model={"weight": torch.full((3,), 200.0)})
+        assert load_checkpoint(newest_checkpoint(str(folder))).model["weight"][0] == 200
+        assert len([*(folder / "checkpoints").iterdir()]) == 2
+    assert calls[0] < kill_at  # the last one was not killed
+
+
+def test_a_flipped_bit_is_told_with_the_file_and_both_hashes(tmp_path, told):
+    good, bad = save(tmp_path, 1), save(tmp_path, 2) / "model.safetensors"
+    wanted = hash_file(bad, sha256=True)["sha256"]
+    data = bytearray(bad.read_bytes())
+    data[-1] ^= 1
+    bad.write_bytes(data)
+    assert newest_checkpoint(str(tmp_path)) == good
+    (line,) = told
+    assert line.startswith(
+        f"warning: passing over a damaged checkpoint: {bad.parent}: model.safetensors is not what was"
+    )
+    assert f"{len(data)} bytes, {hashlib.sha256(data).hexdigest()}, not {len(data)} bytes, {wanted}" in line
 
 
 # --- how many stay ----------------------------------------------------------------------------------------------------

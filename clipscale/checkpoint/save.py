@@ -13,6 +13,7 @@ from pathlib import Path
 
 from clipscale.checkpoint.find import facts, remember_whole
 from clipscale.checkpoint.retention import drop_old
+from clipscale.checkpoint.room import free_bytes, why_unwritten
 from clipscale.checkpoint.snapshot import FILES, VERSION, Snapshot
 from clipscale.config.load import dump_config
 from clipscale.errors import UserError
@@ -25,6 +26,7 @@ def save_checkpoint(run_dir: str, snapshot: Snapshot, keep: int) -> Path:
     Raises:
         UserError: it cannot be written (disk full, no permission); older checkpoints stay.
     """
+    from clipscale.checkpoint.staging import staged_bytes
     from clipscale.checkpoint.tree import write_tree
 
     folder = Path(run_dir, "checkpoints")
@@ -43,17 +45,20 @@ def save_checkpoint(run_dir: str, snapshot: Snapshot, keep: int) -> Path:
         manifest = {name: facts(aside / name) for name in FILES}
         _write(aside / "manifest.json", lambda file: file.write(json.dumps(manifest, indent=1).encode()))
         sync_folder(aside)
+        replaced = folder / f"{target.name}.tmp-replaced"
         if target.exists():  # the same step again, after a resume from an earlier one
-            shutil.rmtree(target)
+            target.rename(replaced)  # at once: a kill leaves no half of it under its name
         aside.rename(target)
         sync_folder(folder)
         sync_folder(folder.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
         remember_whole(target)
         drop_old(run_dir, snapshot.step, keep)
     except OSError as error:
-        free = shutil.disk_usage(run_dir).free if Path(run_dir).exists() else 0
         shutil.rmtree(aside, ignore_errors=True)
-        raise UserError(f"checkpoint {target} cannot be written ({free >> 20} MiB free): {error}") from error
+        why = why_unwritten(error, staged_bytes([snapshot.model, snapshot.optimizer]))
+        free = free_bytes(run_dir) >> 20
+        raise UserError(f"checkpoint {target} cannot be written ({free} MiB free): {why}") from error
     return target
 
 

@@ -25,6 +25,7 @@ from clipscale.config.recipes import list_recipes
 from clipscale.errors import INTERRUPTED, RESTART, Interrupted, RestartError, SharedError, UserError, reason
 from clipscale.escape import one_line
 from clipscale.files import write_file
+from clipscale.growing import FULL
 from clipscale.launch import under_launcher
 from clipscale.open_clip_flags import explain
 from clipscale.tell import listening
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     except RestartError as error:
         return _fail(error, RESTART)
     except Exception as error:
-        if isinstance(error, OSError) and error.filename is not None:  # a file or folder that cannot be used
+        if isinstance(error, OSError) and (error.filename is not None or error.errno in FULL):  # what a person can mend
             return _fail(UserError(reason(error)))
         _record(traceback.format_exc())
         raise
