@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+from clipscale.errors import reason
 from clipscale.parts import PARTS, from_row
 
 _BINS = 150  # more steps than that are drawn as means over neighbours
@@ -26,6 +27,16 @@ _COLORS = dict(
         strict=True,
     )
 )
+
+
+def draw_run(run: str) -> str:
+    """Of a run that is over, into its folder; a line about it, whatever goes wrong."""
+    picture = Path(run, "parts.png")
+    try:
+        problem = draw_parts(run, picture)
+    except OSError as error:
+        problem = f"no {picture.name}: {reason(error)}"
+    return problem or f"where the time went: {picture}"
 
 
 def draw_parts(run: str, picture: Path, title: str | None = None) -> str:
