@@ -1,8 +1,8 @@
 """When a run's numbers go wrong: steps are skipped and counted, collapse is noticed, `train.on_divergence` decides.
 
     guard = Guard(config, towers, world, state.health)
-    guard.skipped(7, trouble, keys)            # the step was skipped; raises Diverged where it is one too many
-    guard.stepped(row, pairs=4096)             # the step was made; raises Diverged after a collapse
+    guard.look(row, 4096, trouble, keys)       # after each step; raises Diverged where it is one too many
+    guard.problem()                            # why no checkpoint may be written now, or ''
     state.health = guard.record()
 
 Every rank calls these alike, and raises alike: what they go by is the same on all.
@@ -17,8 +17,8 @@ from typing import Any
 from clipscale.config import Config
 from clipscale.dist import World
 from clipscale.errors import SharedError
-from clipscale.faults import record_fault, report_fault
-from clipscale.health import Health, collapse_sign, has_learned
+from clipscale.faults import report_fault
+from clipscale.health import Health, collapse_sign, has_learned, problem
 from clipscale.nonfinite import Trouble, explain
 from clipscale.towers import Towers
 from clipscale.words import counted
@@ -29,12 +29,14 @@ _FIX = "lower optim.lr or lengthen optim.warmup_steps"
 class Diverged(SharedError):
     """The run cannot go on as it is. On every rank, in one line with the fix.
 
-    step: the last one, which does not count.
+    step: the last one.
+    kind: divergence or collapse (faults.py).
+    what: without the fix.
     """
 
-    def __init__(self, step: int, what: str, fix: str) -> None:
+    def __init__(self, step: int, kind: str, what: str, fix: str) -> None:
         super().__init__(f"{what}; {fix}")
-        self.step, self.what = step, what
+        self.step, self.kind, self.what = step, kind, what
 
 
 class Guard:
@@ -47,15 +49,34 @@ class Guard:
         """For RunState.health."""
         return dataclasses.asdict(self.health)
 
-    def skipped(self, step: int, trouble: Trouble, keys: Callable[[Sequence[int]], list[str]]) -> None:
-        """Report a step that was skipped; collective.
+    def problem(self) -> str:
+        """Why the state after the last step must not become a checkpoint; '' for nothing."""
+        return problem(self.record())
+
+    def look(
+        self,
+        row: Mapping[str, Any],
+        pairs: int,
+        trouble: Trouble | None,
+        keys: Callable[[Sequence[int]], list[str]],
+    ) -> None:
+        """Take in a step: its row of metrics, and what was wrong where it was skipped; collective then.
 
         Args:
+            pairs: valid pairs of all ranks.
             keys: shard and key of the samples in these slots of this rank.
 
         Raises:
-            Diverged: a weight is not finite, or it is the `train.max_nonfinite_steps`-th in a row.
+            Diverged: a weight is not finite; `train.max_nonfinite_steps` in a row were skipped; or
+                `train.collapse_steps` in a row had a sign of collapse.
         """
+        if trouble is not None:
+            self._skipped(row["step"], trouble, keys)
+        elif pairs > 0:  # else nothing was learned, and nothing can be told
+            self.health.nonfinite_in_a_row = 0
+            self._look_for_collapse(row, pairs)
+
+    def _skipped(self, step: int, trouble: Trouble, keys: Callable[[Sequence[int]], list[str]]) -> None:
         health, most = self.health, self._config.train.max_nonfinite_steps
         what, broken = explain(trouble, self._towers, keys, self._world)
         health.nonfinite_in_a_row += 1
@@ -74,16 +95,8 @@ class Guard:
             what = f"step {step}: {counted(count, 'step')} in a row without a finite gradient"
             self._diverged(step, f"{what} (train.max_nonfinite_steps)", f"{_FIX}, or {precision}", first=count == most)
 
-    def stepped(self, row: Mapping[str, Any], *, pairs: int) -> None:
-        """Look at the row of a step that was made.
-
-        Raises:
-            Diverged: `train.collapse_steps` in a row had a sign of collapse.
-        """
+    def _look_for_collapse(self, row: Mapping[str, Any], pairs: int) -> None:
         health, config = self.health, self._config
-        if pairs == 0:  # nothing was learned, and nothing can be told
-            return
-        health.nonfinite_in_a_row = 0
         most = config.train.collapse_steps
         if most == 0:
             return
@@ -101,10 +114,7 @@ class Guard:
         """Args:
         first: it was not told yet.
         """
-        policy = self._config.train.on_divergence
-        if policy == "skip":
-            if first:
-                report_fault(kind, what, action=f"going on (train.on_divergence=skip); {fix}", step=step)
-            return
-        record_fault(kind, what, action="the run ends", step=step)
-        raise Diverged(step, what, fix)
+        if self._config.train.on_divergence != "skip":
+            raise Diverged(step, kind, what, fix)
+        if first:
+            report_fault(kind, what, action=f"going on (train.on_divergence=skip); {fix}", step=step)

@@ -11,10 +11,9 @@ from __future__ import annotations
 import json
 import socket
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from clipscale.config import Config
 from clipscale.config.data import AugmentSettings, Replay
@@ -113,9 +112,9 @@ class Feed:
             f"{counted(shape.chunk, 'picture')} a rank"
         )
 
-    def keys(self, positions: np.ndarray) -> list[str]:
-        """Shard and key of the samples at these positions, for messages."""
-        source, _, shard, index = self.pipeline.locate(positions)
+    def keys(self, batch: StepBatch, slots: Sequence[int]) -> list[str]:
+        """Shard and key of the samples in some of this rank's slots, for messages."""
+        source, _, shard, index = self.pipeline.locate(batch.positions[list(slots)])
         return [
             "{}: {}".format(*self.pipeline.sources[s].where(sh, i))
             for s, sh, i in zip(source, shard, index, strict=True)

@@ -15,10 +15,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from clipscale.words import counted
+
 _LEARNED_SHARE = 0.9  # of ln(B): a loss below this is clearly better than guessing
 _CHANCE_NATS = 1e-3  # a loss so near to ln(B) is that of embeddings that are all alike
 _DEAD_SCALE = 0.01  # of model.logit_scale_init: no pair can be told from another under a smaller one
-_SUSPECT_STEPS = 10  # so many collapsed steps in a row make no good checkpoint
 
 
 @dataclass
@@ -36,7 +37,7 @@ def problem(health: Mapping[str, Any]) -> str:
     Skipped steps leave the weights as they were: those are good.
     """
     steps = health.get("collapsed_in_a_row", 0)
-    return f"the run has been collapsed for {steps} steps" if steps >= _SUSPECT_STEPS else ""
+    return f"the run shows collapse, for {counted(steps, 'step')}" if steps else ""
 
 
 def has_learned(loss: float, pairs: int) -> bool:

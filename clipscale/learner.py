@@ -22,9 +22,15 @@ from clipscale.config import Config
 from clipscale.counter import fold
 from clipscale.data.load.loader import StepBatch
 from clipscale.dist import World
-from clipscale.errors import UserError, require
+from clipscale.errors import SharedError, UserError, require
 from clipscale.injection import injected
-from clipscale.loss import ContrastiveGrads, NotFiniteError, contrastive_grads, contrastive_grads_in_place
+from clipscale.loss import (
+    ContrastiveGrads,
+    NotFiniteError,
+    OutOfRangeError,
+    contrastive_grads,
+    contrastive_grads_in_place,
+)
 from clipscale.loss.link import Link
 from clipscale.nonfinite import Trouble, bad_embeddings, bad_gradient
 from clipscale.optim import build_optimizer, loss_scale, restore_optimizer
@@ -125,6 +131,10 @@ class Learner:
             )
         except NotFiniteError:
             raise
+        except OutOfRangeError as error:
+            raise SharedError(
+                f"step {step}: {error.fact}; set loss.precision=bf16 or fp32, or lower optim.lr"
+            ) from error
         except ValueError as error:
             raise UserError(f"step {step}: {error}") from error
         if injected("nan_gradient", step=step, rank=rank) and result.d_image_ND is not None:

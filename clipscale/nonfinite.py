@@ -9,12 +9,12 @@ Costs a look at every weight or gradient, so it is for steps that are skipped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
+from clipscale.checkpoint.judge import first_not_finite
 from clipscale.dist import World
 from clipscale.loss import NotFiniteError
 from clipscale.step import Trace
@@ -53,7 +53,7 @@ def bad_embeddings(error: NotFiniteError, valid: Tensor) -> Trouble:
 def bad_gradient(towers: Towers, trace: Trace | None, norm: float) -> Trouble:
     """Of a step whose gradient, summed over the ranks, is not finite; it stands in the parameters' `.grad`."""
     named = towers.model.named_parameters()
-    first = first_bad((name, parameter.grad) for name, parameter in named if parameter.grad is not None)
+    first = first_not_finite((name, parameter.grad) for name, parameter in named if parameter.grad is not None)
     what = f"gradient norm is {norm}" + (f", first in {first}" if first else "")
     if trace is None or (worst := trace.worst()) is None:
         return Trouble(what)
@@ -65,11 +65,6 @@ def bad_gradient(towers: Towers, trace: Trace | None, norm: float) -> Trouble:
     return Trouble(what, f"had the largest gradient in {chunk}", slots, worst.size)
 
 
-def first_bad(named: Iterable[tuple[str, Tensor]]) -> str:
-    """The name of the first of (name, tensor) pairs that holds something not finite; '' where none does."""
-    return next((name for name, tensor in named if not torch.isfinite(tensor).all()), "")
-
-
 def explain(
     trouble: Trouble, towers: Towers, keys: Callable[[Sequence[int]], list[str]], world: World
 ) -> tuple[str, bool]:
@@ -78,7 +73,7 @@ def explain(
     Args:
         keys: shard and key of the samples in these slots of this rank.
     """
-    weight = first_bad(towers.model.named_parameters())
+    weight = first_not_finite(towers.model.named_parameters())
     named = keys(trouble.slots[:_NAMED]) if trouble.slots else []
     everyone = world.gather((trouble.weight, trouble.mine, len(trouble.slots), named, weight))
     said = [trouble.what]

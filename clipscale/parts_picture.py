@@ -29,6 +29,16 @@ _COLORS = dict(
 )
 
 
+def draw_run(run: str) -> str:
+    """Of a run that is over, into its folder; a line about it, whatever goes wrong."""
+    picture = Path(run, "parts.png")
+    try:
+        problem = draw_parts(run, picture)
+    except OSError as error:
+        problem = f"no {picture.name}: {reason(error)}"
+    return problem or f"where the time went: {picture}"
+
+
 def draw_parts(run: str, picture: Path, title: str | None = None) -> str:
     """Seconds of a step by part, stacked, over the samples seen; PNG or SVG, by the picture's suffix.
 
@@ -66,16 +76,6 @@ def draw_parts(run: str, picture: Path, title: str | None = None) -> str:
     figure.legend(loc="outside right upper", reverse=True, frameon=False, fontsize=8)
     figure.savefig(picture, dpi=150)
     return ""
-
-
-def parts_drawn(run: str) -> str:
-    """`draw_parts` into the run's folder, parts.png; what to tell of it. The run is over: nothing ends it."""
-    picture = Path(run, "parts.png")
-    try:
-        problem = draw_parts(run, picture)
-    except OSError as error:
-        problem = f"no {picture.name}: {reason(error)}"
-    return problem or f"where the time went: {picture}"
 
 
 def _read(metrics: Path) -> list[tuple[int, dict[str, float]]]:

@@ -96,10 +96,14 @@ class Saver:
         """
         self._world.lead(partial(self._finish, mirrored))
 
-    def close(self) -> None:
-        """Until everything is on the disk, of this process alone, for a run that is ending anyhow."""
+    def settle(self) -> None:
+        """Until what is being written is, or has failed; of this process alone."""
         with suppress(UserError):  # reported when it failed
             self._writer.wait()
+
+    def close(self) -> None:
+        """Until everything is on the disk, of this process alone, for a run that is ending anyhow."""
+        self.settle()
         self._writer.close()
         if self._mirror is not None:
             self._mirror.close()

@@ -8,6 +8,7 @@ and its position alone, so a run that was killed and started again goes the way 
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Sequence
@@ -31,13 +32,13 @@ from clipscale.config.load import dump_config
 from clipscale.data.load.loader import StepBatch
 from clipscale.deterministic import deterministic
 from clipscale.dist import World, lost_peer, start_world
-from clipscale.divergence import Guard
+from clipscale.divergence import Diverged, Guard
+from clipscale.drift import compare_ranks
 from clipscale.errors import Interrupted, SharedError, reason
 from clipscale.eval.suite import EvalSuite
 from clipscale.faults import record_fault
 from clipscale.feed import Feed, Skips
 from clipscale.files import write_file
-from clipscale.health import problem
 from clipscale.launch import check_ranks
 from clipscale.learner import Learner
 from clipscale.leaving import TIME_LIMIT, Leaving, mark, unmark
@@ -46,10 +47,11 @@ from clipscale.loss.link import open_link
 from clipscale.optim import set_lr
 from clipscale.parallel import broadcast_parameters
 from clipscale.parts import Parts
-from clipscale.parts_picture import parts_drawn
+from clipscale.parts_picture import draw_run
 from clipscale.preflight.checks import check_training
 from clipscale.preflight.prepare import prepare_files
 from clipscale.progress import duration
+from clipscale.rollback import go_back, keep_rollbacks, passed_over
 from clipscale.runlog import Pace, RunLog, memory
 from clipscale.saver import Saver
 from clipscale.schedule import is_due, learning_rate, rate_jump, times_due, total_steps
@@ -80,21 +82,31 @@ def train(config: Config, notes: list[str] | None = None, leaving: Leaving | Non
     with leaving.starting(config.run.dir):
         notes = check_training(config) if notes is None else notes
         with start_world(config.device, config.run.timeout_seconds) as world, deterministic(config.train.deterministic):
-            prepared = world.size == 1  # `check_training` did, for one rank alone
-            trainer = Trainer(config, world, notes, leaving=leaving, prepared=prepared)
-            try:
-                summary = trainer.run()
-            except Exception as error:
-                if world.size > 1 and lost_peer(error):
-                    raise rank_is_lost(error, config.run.dir, world, step=trainer.steps_done + 1) from error
-                what, alike = f"the run ended: {reason(error)}", isinstance(error, SharedError)
-                record_fault("error", what, action="none", step=trainer.steps_done, every_rank=not alike)
-                raise
-            finally:
-                trainer.close()
-        if trainer.left:  # the ranks have left each other in order
-            raise Interrupted(trainer.left, summary[0])
+            while (end := _attempt(config, world, notes, leaving)) is None:
+                notes = []
+                gc.collect()  # the trainer's memory
+        summary, left = end
+        if left:  # the ranks have left each other in order
+            raise Interrupted(left, summary[0])
         return summary
+
+
+def _attempt(config: Config, world: World, notes: list[str], leaving: Leaving) -> tuple[list[str], str] | None:
+    """One trainer's way: its summary, and why it left before the end; None: it has gone back, for another to go on."""
+    trainer = Trainer(config, world, notes, leaving=leaving, prepared=world.size == 1)  # by `check_training`
+    try:
+        try:
+            return trainer.run(), trainer.left
+        except Diverged as error:
+            return go_back(error, config, world, trainer.saver.settle, position=trainer.position)
+    except Exception as error:
+        if world.size > 1 and lost_peer(error):
+            raise rank_is_lost(error, config.run.dir, world, step=trainer.steps_done + 1) from error
+        what, alike = f"the run ended: {reason(error)}", isinstance(error, SharedError)
+        record_fault("error", what, action="none", step=trainer.steps_done, every_rank=not alike)
+        raise
+    finally:
+        trainer.close()
 
 
 class Trainer:
@@ -141,7 +153,8 @@ class Trainer:
             tell(line)
         found, snapshot = load_start(self._start, world)
         self.steps_done = snapshot.step if snapshot else 0
-        self.position = snapshot.position if snapshot else 0
+        self._saved_position = snapshot.position if snapshot else 0
+        self.position = world.lead(partial(passed_over, config.run.dir, self.steps_done, self._saved_position))
         state = snapshot.state if snapshot else RunState()
         self.last_row = state.last_row
         adopt_shapes(state.kernels)
@@ -181,7 +194,10 @@ class Trainer:
                 begin = time.perf_counter()
                 self.last_row = self._timed_step(pace)
                 wishes = self._wishes.agreed()
-                if wishes or self._due(config.checkpoint.every_steps):
+                saves = bool(wishes) or self._due(config.checkpoint.every_steps)
+                if (every := config.train.check_ranks_every_steps) and (saves or self._due(every)):
+                    compare_ranks(self.towers.model, self.world, step=self.steps_done)
+                if saves:
                     with pace.other("checkpoint"), self.parts.part("checkpoint"):
                         self._save()
                     self._clock.saved()
@@ -191,7 +207,7 @@ class Trainer:
                 self._finish_row(pace)
         self.saver.finish()
         if self.world.is_main and self.last_step >= _STEPS_OF_A_PICTURE:
-            tell(parts_drawn(config.run.dir))
+            tell(draw_run(config.run.dir))
         return self._summary(f"trained {counted(self.last_step - first, 'step')} in {duration(pace.elapsed())}")
 
     def step(self, batch: StepBatch) -> dict[str, Any]:
@@ -224,10 +240,7 @@ class Trainer:
             **repeats,
             **memory(),
         }
-        if trouble := self.learner.trouble:
-            self.guard.skipped(step, trouble, lambda slots: self.feed.keys(batch.positions[list(slots)]))
-        else:
-            self.guard.stepped(row, pairs=result.pairs)
+        self.guard.look(row, result.pairs, self.learner.trouble, partial(self.feed.keys, batch))
         return row
 
     def close(self) -> None:
@@ -303,8 +316,7 @@ class Trainer:
         return pace.eta_seconds(self.last_step - self.steps_done, left)
 
     def _summary(self, what: str) -> list[str]:
-        config = self.config
-        return summary_lines(what, self.last_row, run_dir=config.run.dir, pairs=config.train.global_batch)
+        return summary_lines(what, self.last_row, run_dir=self.config.run.dir, pairs=self.config.train.global_batch)
 
     def _save(self) -> None:
         """Every rank reaches this at the same step; the main rank writes, in the background. What fails there is
@@ -325,7 +337,7 @@ class Trainer:
             ),
             config=self.config,
         )
-        self.saver.save(snapshot, problem=problem(self.guard.record()))
+        self.saver.save(snapshot, problem=self.guard.problem())
 
     # --- building -----------------------------------------------------------------------------------------------------
 
@@ -384,9 +396,10 @@ class Trainer:
     def _begin(self) -> None:
         """Only now does the run's folder change: a run that is refused leaves it as it was."""
         self.log.begin(self.steps_done, self.last_step, why=self._start.why)
-        self.skips.begin(self.position)
+        self.skips.begin(self._saved_position)
         if self.world.is_main:
             self._folder.keep()
             unmark(self.config.run.dir)
+            keep_rollbacks(self.config.run.dir, self.steps_done)
             begin_start(self._start, self.config.run.dir, step=self.steps_done, resume=self.config.resume)
             write_file(Path(self.config.run.dir, "config.yaml"), dump_config(self.config))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,9 @@ from spawn import run_ranks
 from tiny import tiny_config
 
 from clipscale.dist import World
+from clipscale.divergence import Diverged, Guard
 from clipscale.errors import UserError
+from clipscale.health import Health, collapse_sign
 from clipscale.injection import VARIABLE
 from clipscale.towers import Tower
 from clipscale.train import Trainer, train
@@ -105,13 +109,13 @@ def test_one_ranks_fault_is_a_skipped_step_of_all(tmp_path, urls, fault, named):
 def test_the_samples_named_are_those_of_the_chunk_or_row(tmp_path, urls, monkeypatch, fault):
     monkeypatch.setenv(VARIABLE, f"{fault}@2:0")
     trainer = Trainer(tiny_config(tmp_path, urls), ALONE)
-    positions, step = [], trainer.step
-    trainer.step = lambda batch: (positions.append(batch.positions.copy()), step(batch))[1]
+    batches, step = [], trainer.step
+    trainer.step = lambda batch: (batches.append(batch), step(batch))[1]
     trainer.run()
     trainer.close()
     (reported,) = rows(tmp_path, "faults.jsonl")
     slots = [0, 1, 2] if fault == "nan_gradient" else [0]
-    names = ", ".join(trainer.feed.keys(positions[1][slots]))
+    names = ", ".join(trainer.feed.keys(batches[1], slots))
     assert reported["what"].endswith(f"({names})")
     assert reported["action"] == "step skipped, 1 in a row, the weights stay as they were"
 
@@ -216,3 +220,78 @@ def test_a_gradient_lost_inside_a_tower_names_its_chunk(tmp_path, urls, monkeypa
     train(tiny_config(tmp_path, urls, "train.samples=8"))
     assert len(calls) == 2
     assert "rank 0 made it so in a chunk of 3 captions (" in rows(tmp_path, "faults.jsonl")[0]["what"]
+
+
+def test_a_learning_rate_far_too_high_is_collapse_and_its_state_is_no_checkpoint(tmp_path, urls):
+    """A real one: all embeddings of a side become one, the gradient 0."""
+    words = ["optim.lr=0.1", "train.samples=480", "train.collapse_steps=5", "checkpoint.every_steps=1"]
+    with pytest.raises(UserError, match=r"^step \d+: collapsed: the .*, for 5 steps .*; lower optim\.lr"):
+        train(tiny_config(tmp_path, urls, *words, "checkpoint.keep=100"))
+    found, faults = rows(tmp_path), rows(tmp_path, "faults.jsonl")
+    last = found[-1]["step"] + 1  # the one that ended it has no row
+    saved = sorted(int(path.name[5:]) for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert saved == [*range(1, last - 4)]
+    assert [row["kind"] for row in faults] == [*["checkpoint"] * 4, "collapse", "error"]
+    assert faults[0]["what"] == f"step {last - 4}: no checkpoint is written: the run shows collapse, for 1 step"
+
+
+def row_of(step: int, loss: float, scale: float = 14.0, grad_norm: float = 1.0) -> dict:
+    return {"step": step, "samples": 8 * step, "loss": loss, "logit_scale": scale, "grad_norm": grad_norm}
+
+
+@pytest.mark.parametrize(
+    ("losses", "ends"),
+    [
+        ([math.log(8)] * 40, None),  # a run that has only begun: warm-up and as many steps again
+        ([math.log(8)] * 60, 50),
+        ([1.5, *[math.log(8)] * 20], 11),
+        ([1.5, *[math.log(8)] * 9, 2.0, *[math.log(8)] * 9], None),
+        ([*[2.2] * 30, *[2.07] * 60], None),
+    ],
+)
+def test_a_loss_of_guessing_is_collapse_once_the_run_had_learned_or_should_have(tmp_path, urls, losses, ends):
+    config = tiny_config(tmp_path, urls, "train.collapse_steps=10", "optim.warmup_steps=30")
+    guard = Guard(config, None, ALONE, {})
+    with pytest.raises(Diverged) if ends else nullcontext() as ended:
+        for step, loss in enumerate(losses, start=1):
+            guard.look(row_of(step, loss), 8, None, None)
+    assert ends is None or ended.value.step == ends
+
+
+@pytest.mark.parametrize(
+    ("row", "pairs", "sign"),
+    [
+        (row_of(1, 2.05, scale=0.1), 8, "the logit scale is 0.1, near 0"),
+        (row_of(1, 2.05, scale=0.2), 8, ""),
+        (row_of(1, 2.05, grad_norm=0.0), 8, "the gradient is 0"),
+        (row_of(1, 0.0, grad_norm=0.0), 8, ""),  # nothing is left to learn
+        (row_of(1, 0.0, grad_norm=0.0), 1, ""),  # a pair alone is never wrong
+        (row_of(1, 2.0790), 8, "the loss is 2.0790, ln(8): that of guessing"),
+        (row_of(1, 2.0770), 8, ""),
+    ],
+)
+def test_signs_of_collapse(row, pairs, sign):
+    assert collapse_sign(row, pairs=pairs, scale_init=1 / 0.07, chance=True) == sign
+
+
+def test_the_counts_survive_and_may_be_switched_off(tmp_path, urls):
+    guard = Guard(tiny_config(tmp_path, urls, "train.collapse_steps=3"), None, ALONE, {})
+    for step in (1, 2):
+        guard.look(row_of(step, 2.05, grad_norm=0.0), 8, None, None)
+    guard.look(row_of(3, 0.0, grad_norm=0.0), 0, None, None)  # no pair at all: it says nothing
+    again = Guard(tiny_config(tmp_path, urls, "train.collapse_steps=3"), None, ALONE, guard.record())
+    with pytest.raises(Diverged, match="step 4: collapsed: the gradient is 0, for 3 steps"):
+        again.look(row_of(4, 2.05, grad_norm=0.0), 8, None, None)
+    never = Guard(tiny_config(tmp_path, urls, "train.collapse_steps=0"), None, ALONE, {})
+    for step in range(20):
+        never.look(row_of(step, 2.05, grad_norm=0.0), 8, None, None)
+    assert never.record() == dataclasses.asdict(Health())
+
+
+def test_embeddings_that_are_too_long_are_told_in_the_words_of_the_settings(tmp_path, urls, monkeypatch):
+    """The loss's own words are for its callers: they name its arguments."""
+    embed = Tower.__call__
+    monkeypatch.setattr(Tower, "__call__", lambda self, *inputs: 9 * embed(self, *inputs))
+    said = r"^step 1: image embedding 0 of rank 0 has norm 9: .*; set loss\.precision=bf16 or fp32, or lower optim\.lr$"
+    with pytest.raises(UserError, match=said):
+        train(tiny_config(tmp_path, urls, "loss.precision=fp16"))

@@ -23,7 +23,7 @@ GROUND = {
 STAGES = {"data", "towers", "loss"}
 ASSEMBLY = {"step", "parallel", "optim", "checkpoint", "fit_tokenizer", "eval"}
 ENTRIES = {"train", "learner", "nonfinite", "divergence", "wishes", "train_report", "feed", "evaluate", "library"}
-ENTRIES |= {"status"}
+ENTRIES |= {"saver", "rollback", "drift", "diagnosis", "status"}
 # What a room may import beside itself and (where nothing else is said) the ground.
 LAWS: dict[str, set[str]] = {
     **dict.fromkeys(GROUND, GROUND),

@@ -7,7 +7,7 @@ One pass over each tensor where it lies, without a copy; a GPU is waited for onc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,10 +21,16 @@ def first_bad(model: dict[str, torch.Tensor], optimizer: dict[str, Any]) -> str:
         model: a state dict.
         optimizer: an optimizer's state dict.
     """
+    name = first_not_finite(_tensors(model, optimizer))
+    return f"{name} is not finite" if name else ""
+
+
+def first_not_finite(named: Iterable[tuple[str, Any]]) -> str:
+    """The name of the first tensor with a NaN or an infinity; '' where there is none. Others than tensors are good."""
     import torch
 
     names, extremes = [], []
-    for name, tensor in _tensors(model, optimizer):
+    for name, tensor in named:
         if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.numel():
             names.append(name)
             extremes.append(torch.stack(torch.aminmax(tensor.detach())))  # a NaN is both
@@ -34,7 +40,7 @@ def first_bad(model: dict[str, torch.Tensor], optimizer: dict[str, Any]) -> str:
         found = torch.stack([extremes[place].double() for place in places]).isfinite().all(dim=1)
         for place, good in zip(places, found.tolist(), strict=True):
             finite[place] = good
-    return next((f"{name} is not finite" for name, good in zip(names, finite, strict=True) if not good), "")
+    return next((name for name, good in zip(names, finite, strict=True) if not good), "")
 
 
 def _tensors(model: dict[str, Any], optimizer: dict[str, Any]) -> Iterator[tuple[str, Any]]:

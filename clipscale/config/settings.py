@@ -75,7 +75,9 @@ class Train:
     deterministic: bool = False  # on a GPU too, the same steps give the same bits; some operations become slower
     max_nonfinite_steps: int = 10  # a step whose gradient is not finite is skipped; so many in a row are divergence
     collapse_steps: int = 1000  # so many steps in a row without a sign of learning are collapse; 0: not looked for
-    on_divergence: Literal["stop", "skip"] = "stop"  # of both: end the run, or go on
+    on_divergence: Literal["stop", "skip", "rollback"] = "stop"  # end, go on, or back to a checkpoint, past these data
+    check_ranks_every_steps: int = 100  # ranks compare their weights so often, and before a checkpoint; 0: never
+    max_rollbacks: int = 3  # a run goes back so many times at most
 
     def __post_init__(self) -> None:
         require(self.global_batch >= 1, f"train.global_batch={self.global_batch} must be at least 1")
@@ -83,6 +85,11 @@ class Train:
         require(
             self.max_nonfinite_steps >= 1, f"train.max_nonfinite_steps={self.max_nonfinite_steps} must be at least 1"
         )
+        require(
+            self.check_ranks_every_steps >= 0,
+            f"train.check_ranks_every_steps={self.check_ranks_every_steps} must not be negative",
+        )
+        require(self.max_rollbacks >= 1, f"train.max_rollbacks={self.max_rollbacks} must be at least 1")
         require(self.collapse_steps >= 0, f"train.collapse_steps={self.collapse_steps} must not be negative")
         require(
             self.grad_clip_norm is None or self.grad_clip_norm > 0,

@@ -15,7 +15,7 @@ Read `reference.py` (what is computed), `statistics.py` and `tiles.py` (one bloc
 `ring.py` (all ranks' blocks), `contrastive.py`.
 """
 
-from clipscale.loss.checks import NotFiniteError
+from clipscale.loss.checks import NotFiniteError, OutOfRangeError
 from clipscale.loss.clip_loss import ClipLoss
 from clipscale.loss.contrastive import (
     ContrastiveGrads,
@@ -29,6 +29,7 @@ __all__ = [
     "ClipLoss",
     "ContrastiveGrads",
     "NotFiniteError",
+    "OutOfRangeError",
     "contrastive_grads",
     "contrastive_grads_in_place",
     "contrastive_loss",

@@ -32,6 +32,17 @@ class NotFiniteError(ValueError):
         self.side, self.rows = side, rows
 
 
+class OutOfRangeError(ValueError):
+    """An embedding is longer or shorter than the precision takes; raised on every rank.
+
+    fact: without the fix, which is for callers of the loss.
+    """
+
+    def __init__(self, fact: str, fix: str) -> None:
+        super().__init__(f"{fact}; {fix}")
+        self.fact = fact
+
+
 def check_arguments(image_ND: Tensor, text_ND: Tensor, tile: int | None) -> None:
     """ValueError unless the embeddings fit together."""
     if image_ND.dim() != 2 or image_ND.shape != text_ND.shape:
@@ -122,7 +133,7 @@ def _out_of_range(norms_N: Tensor) -> Tensor:
     return (norms_N > LONGEST) | ((norms_N > 0) & (norms_N < SHORTEST))
 
 
-def out_of_range_message(image_ND: Tensor, text_ND: Tensor, link: Link) -> str:
+def out_of_range_error(image_ND: Tensor, text_ND: Tensor, link: Link) -> OutOfRangeError:
     """Names the first embedding of the first rank that has one. Collective; the same on every rank."""
     mine = torch.zeros(3, dtype=torch.float64)  # 1 for an image, 2 for a text, 0 for none; its row; its norm
     for side, embeddings_ND in ((1, image_ND), (2, text_ND)):
@@ -132,10 +143,11 @@ def out_of_range_message(image_ND: Tensor, text_ND: Tensor, link: Link) -> str:
             mine = torch.tensor([side, rows[0], norms_N[rows[0]]], dtype=torch.float64)
     everyone = link.gather(mine.view(torch.int64).to(image_ND.device)).view(torch.float64).tolist()
     rank, (side, row, norm) = next((rank, facts) for rank, facts in enumerate(everyone) if facts[0])
-    return (
+    return OutOfRangeError(
         f"{'image' if side == 1 else 'text'} embedding {int(row)} of rank {rank} has norm {norm:.4g}: precision 'fp16' "
-        f"takes norms from {SHORTEST} to {LONGEST}, and rows of zeros; normalise the embeddings with "
-        "torch.nn.functional.normalize(x, dim=-1), or pass precision='tf32', 'bf16' or 'fp32'"
+        f"takes norms from {SHORTEST} to {LONGEST}, and rows of zeros",
+        "normalise the embeddings with torch.nn.functional.normalize(x, dim=-1), or pass precision='tf32', 'bf16' or "
+        "'fp32'",
     )
 
 

@@ -20,7 +20,7 @@ from clipscale.loss.checks import (
     checked_scale,
     count_out_of_range,
     not_finite_error,
-    out_of_range_message,
+    out_of_range_error,
     refuse_transforms,
 )
 from clipscale.loss.engines import resolve_engine
@@ -154,7 +154,7 @@ def _evaluate(
     if not math.isfinite(total + diag):
         raise not_finite_error(image_ND, text_ND, ring.link.rank, precision)
     if strays:
-        raise ValueError(out_of_range_message(image_ND, text_ND, ring.link))
+        raise out_of_range_error(image_ND, text_ND, ring.link)
     pairs, dtype = max(ring.total_pairs, 1), accumulator_dtype(precision)
     d_image_ND = d_text_ND = d_scale = None
     if any(wanted):
