@@ -56,3 +56,13 @@ def times_due(every_steps: int, done: int, last: int) -> int:
     if done >= last:
         return 0
     return 1 + ((last - 1) // every_steps - done // every_steps if every_steps else 0)
+
+
+def others_left(config: Config, step: int, last_step: int) -> dict[str, int]:
+    """How often what comes between the steps is still to come after `step` of them, by name."""
+    every = {
+        "validation": config.eval.validation.every_steps,
+        "zeroshot": config.eval.zeroshot.every_steps,
+        "checkpoint": config.checkpoint.every_steps,
+    }
+    return {name: times_due(steps, step, last_step) for name, steps in every.items()}

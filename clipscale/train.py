@@ -54,7 +54,7 @@ from clipscale.progress import duration
 from clipscale.rollback import go_back, keep_rollbacks, passed_over
 from clipscale.runlog import Pace, RunLog, memory
 from clipscale.saver import Saver
-from clipscale.schedule import is_due, learning_rate, rate_jump, times_due, total_steps
+from clipscale.schedule import is_due, learning_rate, others_left, rate_jump, total_steps
 from clipscale.step.planning import plan_line, plan_record, plan_step
 from clipscale.step.shortage import shortage_explained
 from clipscale.tell import tell
@@ -295,7 +295,8 @@ class Trainer:
             with pace.other(name), self.parts.part("evaluation"):
                 scores |= self.evaluations.scores(name, step=self.steps_done)
         row = self.last_row = self.last_row | scores | pace.spent(self.parts.take())
-        eta_seconds = self._eta_seconds(pace)
+        left = others_left(self.config, self.steps_done, self.last_step)
+        eta_seconds = pace.eta_seconds(self.last_step - self.steps_done, left)
         self.log.metrics(row)
         self.log.advance(self.steps_done, eta_seconds)
         if self._due(self.config.run.log_every_steps) and not self._cut_short:
@@ -303,17 +304,6 @@ class Trainer:
         for line in evaluation_lines(scores, step=self.steps_done, last_step=self.last_step):
             tell(line)
         self._cut_short = False
-
-    def _eta_seconds(self, pace: Pace) -> float:
-        """Of the steps that are left, and of the evaluations and checkpoints that come with them."""
-        evaluation, checkpoint = self.config.eval, self.config.checkpoint
-        others = {
-            "validation": evaluation.validation.every_steps,
-            "zeroshot": evaluation.zeroshot.every_steps,
-            "checkpoint": checkpoint.every_steps,
-        }
-        left = {name: times_due(every, self.steps_done, self.last_step) for name, every in others.items()}
-        return pace.eta_seconds(self.last_step - self.steps_done, left)
 
     def _summary(self, what: str) -> list[str]:
         return summary_lines(what, self.last_row, run_dir=self.config.run.dir, pairs=self.config.train.global_batch)
@@ -368,7 +358,7 @@ class Trainer:
     def _prepare_saving(self, own: Path | None) -> None:
         """Closed before the log and the run's folder: what is being written is finished, however the run ends."""
         self.saver = self._resources.enter_context(closing(Saver(self.config, self.world)))
-        saves = times_due(self.config.checkpoint.every_steps, self.steps_done, self.last_step)
+        saves = others_left(self.config, self.steps_done, self.last_step)["checkpoint"]
         self.saver.prepare(self.towers.model, self.learner.optimizer, own, step=self.steps_done, saves=saves)
 
     def _prepare_files(self, recorded: dict[str, Any] | None) -> None:
