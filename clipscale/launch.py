@@ -6,10 +6,11 @@ rank, size, local_rank = launched()  # (0, 1, 0) for a process alone
 from __future__ import annotations
 
 import os
+import re
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -27,19 +28,30 @@ class Place(NamedTuple):
 def launched() -> Place:
     """Of this process, before any group of ranks is formed.
 
-    Raises:
-        UserError: srun without the address at which the ranks meet.
+    Under srun the place where the ranks meet is put into MASTER_ADDR and MASTER_PORT, unless they are set.
     """
     env = os.environ
     if "RANK" in env:
         return Place(int(env["RANK"]), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0)))
     if "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        require(
-            "MASTER_ADDR" in env and "MASTER_PORT" in env,
-            "srun started several tasks without MASTER_ADDR and MASTER_PORT; export both, as slurm/train.sbatch does",
-        )
+        env.setdefault("MASTER_ADDR", first_host(env["SLURM_STEP_NODELIST"]))
+        env.setdefault("MASTER_PORT", str(_port(env)))
         return Place(int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_LOCALID", 0)))
     return Place(0, 1, 0)
+
+
+def first_host(nodes: str) -> str:
+    """The first of Slurm's list of nodes: task 0 runs there. UserError where the list cannot be read."""
+    match = re.match(r"([^,\[\]]+)(?:\[(\d+)[^\]]*\])?(?=,|$)", nodes)
+    require(match is not None, f"Slurm's list of nodes {nodes!r} cannot be read: export MASTER_ADDR")
+    return match[1] + (match[2] or "")
+
+
+def _port(env: Mapping[str, str]) -> int:
+    """Another one for each step and each restart: a rank of before may still hold the last one."""
+    numbers = (int(env.get(name) or 0) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
+    job, step, restart = numbers
+    return 20000 + (job + 101 * step + 1009 * restart) % 10000
 
 
 def under_launcher() -> bool:

@@ -31,6 +31,7 @@ from clipscale.launch import launched, launched_by
 SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP}
 TIME_LIMIT = "the time limit"
 MARKER = "interrupted.json"
+PLACE = "CLIPSCALE_MARKER"  # where a batch script wants to be told too: it knows no run's folder
 _AGAIN_SECONDS = 2.0
 _SLACK = 2.0  # steps and saves may take so much longer than the last did
 
@@ -117,6 +118,8 @@ def mark(run_dir: str, *, step: int | None, why: str) -> None:
     os.makedirs(run_dir, exist_ok=True)
     row = {"job": job, "restart": restart, "step": step, "why": why, "time": round(time.time(), 3)}
     write_file(os.path.join(run_dir, MARKER), json.dumps(row) + "\n")
+    if place := os.environ.get(PLACE):
+        write_file(place, f"{why}: left after step {step}\n")
 
 
 def unmark(run_dir: str) -> None:

@@ -149,6 +149,9 @@ def _fail(error: Exception, status: int = 2) -> int:
     """One line; an error that every rank raises alike is told once."""
     line = one_line(error)
     _record(f"clipscale: error: {line}")
+    if status == 2 and (place := os.environ.get("CLIPSCALE_MARKER")):  # of a batch script, which goes by this
+        with suppress(OSError):
+            write_file(f"{place}.refused", line + "\n")
     if rank() == 0:
         print(f"clipscale: error: {line}", file=sys.stderr)
     elif not isinstance(error, SharedError):
