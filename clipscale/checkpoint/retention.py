@@ -6,7 +6,9 @@ set_aside("runs/a", step=500)                 # those of later steps -> runs/a/c
 
 from __future__ import annotations
 
+import os
 import shutil
+from itertools import count
 from pathlib import Path
 
 from clipscale.checkpoint.find import candidates, is_whole
@@ -32,14 +34,13 @@ def drop_old(run_dir: str, step: int, keep: int) -> None:
 def set_aside(run_dir: str, step: int) -> Path | None:
     """Move the checkpoints of steps after `step` into a new folder `superseded-<n>` beside them; None: there are none.
 
-    Nothing takes or drops them there. A second call after one that was cut short goes on where it ended.
+    Nothing takes or drops them there. A second call, after one that was cut short, moves the rest into one of its own.
     """
     folder = Path(run_dir, "checkpoints")
     later = [path for found, path in candidates(folder) if found > step]
     if not later:
         return None
-    number = max((int(path.name.split("-")[1]) for path in folder.glob("superseded-*[0-9]")), default=0) + 1
-    aside = folder / f"superseded-{number}"
+    aside = next(path for n in count(1) if not os.path.lexists(path := folder / f"superseded-{n}"))
     aside.mkdir()
     for path in later:
         path.rename(aside / path.name)

@@ -198,7 +198,7 @@ def _record(run_dir: str) -> dict[str, Any]:
         return {}
     except ValueError as error:
         raise UserError(f"{Path(run_dir, RECORD)} is no JSON: {error}; remove it") from error
-    return found
+    return found if isinstance(found, dict) else {}
 
 
 def _refuse_lost(run_dir: str) -> None:

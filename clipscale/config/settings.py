@@ -236,7 +236,7 @@ class Eval:
 class Config:
     run: Run = field(default_factory=Run)
     seed: int = 0  # of the weights, the order of samples and everything drawn
-    resume: LocalPath = "auto"  # auto: from run.dir's newest good checkpoint; fresh: refuse one; a path: from there
+    resume: LocalPath = "auto"  # auto: run.dir's newest good one; fresh: refuse one; a path: back to it, or from it
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is a GPU
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
