@@ -207,7 +207,10 @@ STATE = """{
    true
   ]
  },
- "plan": null
+ "plan": null,
+ "health": {
+  "nonfinite_in_a_row": 2
+ }
 }"""
 RUN_STATE = RunState(
     order={"seed": 5},
@@ -215,6 +218,7 @@ RUN_STATE = RunState(
     scaler={"scale": 65536.0},
     last_row={"loss": 2.5},
     kernels={"gradient": [128, True]},
+    health={"nonfinite_in_a_row": 2},
 )
 
 
@@ -233,10 +237,10 @@ def test_state_json_is_written_so_to_the_byte(tmp_path):
     assert load_checkpoint(path).state == RUN_STATE
 
 
-def test_older_checkpoints_have_no_plan_and_the_oldest_no_kernels(save, told):
-    state = load_checkpoint(rewrite(save(1), kernels=None, plan=None)).state
+def test_older_checkpoints_have_no_health_and_no_plan_and_the_oldest_no_kernels(save, told):
+    state = load_checkpoint(rewrite(save(1), kernels=None, plan=None, health=None)).state
     assert (state.kernels, state.order, state.skips) == ({}, {"seed": 5}, {"broken picture": 1})
-    assert state.plan is None
+    assert (state.plan, state.health) == (None, {})
     assert not told
 
 
