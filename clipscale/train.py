@@ -39,6 +39,7 @@ from clipscale.eval.suite import EvalSuite
 from clipscale.faults import record_fault
 from clipscale.feed import Feed, Skips
 from clipscale.files import write_file
+from clipscale.injection import injected
 from clipscale.launch import check_ranks
 from clipscale.learner import Learner
 from clipscale.leaving import TIME_LIMIT, Leaving, mark, unmark
@@ -64,6 +65,7 @@ from clipscale.watchdog import Watchdog, rank_is_lost
 from clipscale.wishes import LEAVE, SAVE, Wishes
 from clipscale.words import counted
 
+_SLOW_SECONDS = 0.4  # of an injected fault
 _STEPS_OF_A_PICTURE = 20  # a run of fewer is not drawn: its first steps start threads and tune kernels
 
 
@@ -255,6 +257,8 @@ class Trainer:
         waited = loader.waited_seconds
         with self.parts.part("data wait"):
             batch = next(loader)
+        if injected("slow", step=self.steps_done + 1, rank=self.world.rank):
+            time.sleep(_SLOW_SECONDS)
         row = self.step(batch)
         waited = loader.waited_seconds - waited
         return row | pace.add(self.config.train.global_batch, waited, time.perf_counter() - begin)

@@ -36,7 +36,15 @@ def _installed(*modules: str) -> bool:
     return all(importlib.util.find_spec(module) for module in modules)
 
 
+def _slurm() -> bool:
+    """Its daemons run as root here, so that jobs start without a login."""
+    from slurm.cluster import present
+
+    return present()
+
+
 COMPONENTS = {
+    "slurm": Component("Slurm and munge, as root", _slurm),
     "gpu": Component("NVIDIA GPU", _gpu),
     "peers": Component("peers of the loss benchmark", lambda: _installed(*_PEERS)),
     "clip_benchmark": Component("CLIP_benchmark", lambda: _installed("clip_benchmark")),

@@ -1,0 +1,161 @@
+"""slurm/*.sbatch in a real Slurm: what is put back into the queue goes on where it was, and nothing else is put back.
+
+Each job trains a tiny model on two nodes, a rank each; a step takes a little longer than it must, so that what is done
+to the job falls into its middle.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from shards import write_pairs
+from slurm.cluster import Cluster, cluster, until
+from tiny import write_config
+
+from clipscale.checkpoint import find_checkpoint, load_checkpoint
+
+ROOT = Path(__file__).parents[2]
+TRAIN, EVAL = ROOT / "slurm" / "train.sbatch", ROOT / "slurm" / "eval.sbatch"
+STEPS = 24
+
+pytestmark = [pytest.mark.slurm, pytest.mark.needs("slurm")]
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    with cluster(tmp_path_factory.mktemp("cluster")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def urls(tmp_path_factory) -> str:
+    return write_pairs(tmp_path_factory.mktemp("data"), 4, 8, size=16)
+
+
+class Job:
+    """A training in a folder of its own."""
+
+    def __init__(self, slurm: Cluster, folder: Path, urls: str, *options: str, words: tuple[str, ...] = ()) -> None:
+        folder.mkdir(exist_ok=True)
+        self.slurm, self.folder = slurm, folder
+        words = (f"train.samples={8 * STEPS}", "checkpoint.every_steps=1000", *words)
+        options = ("--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1", "--time=10", *options)
+        options = (*options, f"--output={folder}/%a.out")
+        environment = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "CLIPSCALE_FAULT": "slow@*:*"}
+        environment |= {"CLIPSCALE_SITE": str(folder / "none"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        self.id = slurm.submit(TRAIN, write_config(folder, urls), *words, options=options, **environment)
+
+    def rows(self) -> list[dict]:
+        path = self.folder / "run" / "metrics.jsonl"
+        return (
+            [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+        )
+
+    def until_step(self, step: int) -> None:
+        def there() -> bool:
+            assert self.slurm.fact(self.id, "JobState") not in ("FAILED", "CANCELLED"), self.said()
+            return len(self.rows()) >= step
+
+        until(there, 240, f"step {step} is not reached: {self.said()}")
+
+    def said(self) -> str:
+        return "".join(path.read_text() for path in self.folder.glob("*.out"))
+
+    def assert_equals(self, twin: Job) -> None:
+        assert [row["step"] for row in self.rows()] == list(range(1, STEPS + 1))
+        assert [row["loss"] for row in self.rows()] == [row["loss"] for row in twin.rows()]
+        one, other = (load_checkpoint(find_checkpoint(str(job.folder / "run"))) for job in (self, twin))
+        assert one.step == other.step == STEPS
+        assert all(torch.equal(one.model[key], other.model[key]) for key in other.model)
+
+
+@pytest.fixture(scope="module")
+def twin(slurm, urls, tmp_path_factory) -> Job:
+    """Nothing happens to it."""
+    job = Job(slurm, tmp_path_factory.mktemp("twin"), urls)
+    slurm.wait(job.id, "COMPLETED")
+    assert job.slurm.fact(job.id, "Restarts") == "0"
+    return job
+
+
+def restarts(job: Job) -> int:
+    return int(job.slurm.fact(job.id, "Restarts"))
+
+
+@pytest.mark.parametrize("how", ["signal", "preempted"])
+def test_a_job_that_is_told_to_leave_goes_on_as_if_nothing_had_been(slurm, urls, twin, tmp_path, how):
+    whole = ["--exclusive"] if how == "preempted" else []
+    job = Job(slurm, tmp_path / "job", urls, *whole)
+    job.until_step(5)
+    if how == "signal":
+        slurm.call("scancel", "--batch", "--signal=USR1", job.id)
+    else:
+        options = ("--partition=high", "--nodes=2", "--ntasks-per-node=1", "--exclusive", "--output=/dev/null")
+        slurm.call("sbatch", "--parsable", *options, "--wrap", "sleep 3")
+    until(lambda: restarts(job) == 1, 120, "it is not put back")
+    slurm.wait(job.id, "COMPLETED")
+    assert restarts(job) == 1
+    job.assert_equals(twin)
+    attempts = (job.folder / "run" / "attempts.jsonl").read_text().splitlines()
+    first, second = map(json.loads, attempts)
+    assert (first["restart"], second["restart"]) == (0, 1)
+    assert second["step"] >= 5, "no step was lost"
+    assert not (job.folder / "run" / "metrics.superseded.jsonl").exists()
+
+
+def test_the_end_of_its_time_puts_a_job_back(slurm, urls, tmp_path):
+    job = Job(slurm, tmp_path / "job", urls, "--time=1", words=("run.leave_before_seconds=35", "train.samples=100_000"))
+    until(lambda: restarts(job) == 1, 150, f"it is not put back: {job.said()}")
+    slurm.call("scancel", job.id)
+    assert "the time limit" in job.said()
+
+
+def test_a_job_that_is_cancelled_saves_and_does_not_come_back(slurm, urls, tmp_path):
+    job = Job(slurm, tmp_path / "job", urls, words=("train.samples=100_000",))
+    job.until_step(5)
+    slurm.call("scancel", job.id)
+    slurm.wait(job.id, "CANCELLED")
+    until(lambda: (job.folder / "run" / "interrupted.json").exists(), 30, f"it did not save: {job.said()}")
+    marker = json.loads((job.folder / "run" / "interrupted.json").read_text())
+    assert load_checkpoint(find_checkpoint(str(job.folder / "run"))).step == marker["step"] >= 5
+    assert restarts(job) == 0
+
+
+def test_what_a_person_must_mend_does_not_come_back(slurm, urls, tmp_path):
+    job = Job(slurm, tmp_path / "job", urls, words=("train.global_batch=7",))
+    slurm.wait(job.id, "FAILED")
+    assert restarts(job) == 0
+    assert "train.global_batch=7 is not divisible by the 2 ranks" in job.said()
+
+
+def test_a_job_that_lost_a_rank_comes_back(slurm, urls, twin, tmp_path):
+    job = Job(slurm, tmp_path / "job", urls, words=("checkpoint.every_steps=3",))
+    job.until_step(5)
+    beat = tmp_path / "job" / "run" / "ranks" / "00001"
+    until(beat.exists, 60, "rank 1 tells nothing")
+    os.kill(int(beat.read_text().partition("process ")[2].partition(")")[0]), signal.SIGKILL)
+    until(lambda: restarts(job) == 1, 120, f"it is not put back: {job.said()}")
+    slurm.wait(job.id, "COMPLETED")
+    job.assert_equals(twin)
+
+
+def test_a_job_that_lost_a_node_comes_back_and_is_evaluated_afterwards(slurm, urls, twin, tmp_path):
+    job = Job(slurm, tmp_path / "job", urls, words=("checkpoint.every_steps=3",))
+    options = (f"--dependency=afterany:{job.id}", "--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1")
+    options = (*options, f"--output={tmp_path}/eval.out")
+    environment = {"PYTHONPATH": str(ROOT), "CLIPSCALE_SITE": str(tmp_path / "none")}
+    evaluation = slurm.submit(EVAL, str(tmp_path / "job" / "run"), options=options, **environment)
+    job.until_step(5)
+    slurm.lose_node("n2")
+    slurm.begin_node("n2")
+    slurm.call("scontrol", "update", "nodename=n2", "state=resume")
+    until(lambda: restarts(job) >= 1, 120, f"it is not put back: {job.said()}")
+    slurm.wait(job.id, "COMPLETED")
+    job.assert_equals(twin)
+    slurm.wait(evaluation, "FAILED")  # this run has no labelled pictures, and says so
+    assert "no pictures to classify" in (tmp_path / "eval.out").read_text()
