@@ -185,6 +185,19 @@ def lock_file(file: int, path: _Path) -> bool:
         return False
 
 
+def is_locked(path: _Path) -> bool:
+    """Whether a process holds the lock of this file, as far as this machine can see. For an instant this process shares
+    it, so ask for a person, not in a loop."""
+    try:
+        with open(path) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no such file, or a file system without locks
+        pass
+    return False
+
+
 def cache_folder(cache_dir: str | None) -> Path:
     """`cache_dir` (a setting), else the user's cache folder for clipscale.
 
