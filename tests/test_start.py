@@ -293,11 +293,11 @@ def test_weights_that_are_not_finite_get_no_checkpoint(tmp_path, urls, at, backg
     trainer = Trainer(tiny_config(tmp_path, urls, *EVERY, f"checkpoint.background={background}"), ALONE)
     weight, save = trainer.towers.model.text.text_projection, trainer.saver.save
 
-    def poisoned(snapshot: Snapshot) -> None:
+    def poisoned(snapshot: Snapshot, **more: str) -> None:
         good = weight.data[0, 0].clone()
         if snapshot.step == at:
             weight.data[0, 0] = math.nan
-        save(snapshot)
+        save(snapshot, **more)
         weight.data[0, 0] = good
 
     trainer.saver.save = poisoned
