@@ -16,9 +16,11 @@ from typing import Any
 
 from clipscale.checkpoint.find import candidates
 from clipscale.checkpoint.holder import HeldError, look_at_holder
+from clipscale.config.load import config_from_yaml
+from clipscale.diagnosis import diagnose
 from clipscale.errors import require
 from clipscale.files import last_rows, read_numbers, read_rows
-from clipscale.goodput import COLUMNS, KINDS, goodput, seconds_a_step
+from clipscale.goodput import COLUMNS, KINDS, Row, goodput, seconds_a_step
 from clipscale.leaving import MARKER
 from clipscale.progress import time_left
 from clipscale.words import counted, short
@@ -74,6 +76,7 @@ def read_status(run_dir: str) -> dict[str, Any]:
         },
         "faults": dict(Counter(fault["kind"] for fault in faults)),
         "last_fault": faults[-1] if faults else None,
+        "diagnosis": _diagnosis(folder, recent),
         "ended_by_error": bool(
             faults and attempt and faults[-1]["kind"] == "error" and faults[-1]["time"] > attempt["time"]
         ),
@@ -93,7 +96,7 @@ def status_lines(status: dict[str, Any]) -> list[str]:
         lines.append(f"faults: {kinds}; the last ({when}): {fault['what']}; {fault['action']}")
     else:
         lines.append("faults: none")
-    return lines
+    return lines + [f"diagnosis: {line}" for line in status["diagnosis"]]
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -142,6 +145,15 @@ def _sizes(path: Path) -> list[int]:
         return list(sizes.values()) if all(sizes[name] == manifest[name]["bytes"] for name in sizes) else []
     except (OSError, KeyError, TypeError):
         return []
+
+
+def _diagnosis(folder: Path, recent: list[Row]) -> list[str]:
+    """What the numbers tell; nothing where the run's config is not there, or another version's."""
+    try:
+        config = config_from_yaml((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return diagnose(recent, config)
 
 
 def _json(path: Path) -> dict[str, Any] | None:

@@ -22,7 +22,7 @@ from clipscale.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "reliability.md").read_text()
-ELSEWHERE = {"parts.png", ".heartbeat"}  # in a longer run; on a file system without locks
+ELSEWHERE = {"parts.png", ".heartbeat", "rollbacks.jsonl"}  # of longer runs, without locks, after a divergence
 
 
 def table(text: str) -> list[list[str]]:

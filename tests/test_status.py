@@ -12,6 +12,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from tiny import YAML
 
 from clipscale.checkpoint import RunFolder
 from clipscale.cli import main
@@ -142,6 +143,19 @@ def test_before_the_first_step_and_in_a_run_of_an_older_version(run):
     (run.folder / "attempts.jsonl").unlink()
     append_rows(run.folder / "metrics.jsonl", [{"step": 1, "samples": 8, "loss": None}])
     assert run.lines()[1] == "step 1, samples 8, loss not finite"
+
+
+def test_the_numbers_are_diagnosed_by_the_runs_own_config(run):
+    row = {"logit_scale": 14.3, "grad_norm": 1.0, "lr": 1e-3, "image_accuracy": 0.1, "text_accuracy": 0.1}
+    run.attempt().steps(1, 2, **row)
+    config = YAML.format(run="run", urls="x.tar")
+    for written, told in (("", False), (config, True), (config + "x: 1", False)):
+        (run.folder / "config.yaml").write_text(written)
+        assert any("that of guessing" in line for line in run.lines()) is told
+    run.steps(3, 4, since=30, **row | {"logit_scale": 1e-6})
+    (run.folder / "config.yaml").write_text(config)
+    (line,) = [line for line in run.lines() if "logit scale" in line]
+    assert line.startswith("diagnosis: logit scale 1e-06, near 0")
 
 
 def test_what_a_crash_or_a_bad_disk_left_behind_is_passed_over(run):
