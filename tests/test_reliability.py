@@ -22,7 +22,8 @@ from clipscale.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "reliability.md").read_text()
-ELSEWHERE = {"parts.png", ".heartbeat", "rollbacks.jsonl"}  # of longer runs, without locks, after a divergence
+ELSEWHERE = {"parts.png", ".heartbeat", "rollbacks.jsonl", "stacks-rank<n>.txt", "ranks"}
+"""Of longer runs, without locks, after a divergence, after a hang, of several ranks."""
 
 
 def table(text: str) -> list[list[str]]:
