@@ -174,7 +174,7 @@ class Trainer:
             self._prepare_saving(own)
             self.plan = plan_step(config, self.towers, world, state.plan)
             self._build_data(state.order)
-            self._begin()
+            world.each(self._begin)
         for line in start_lines(config, world, last_step=self.last_step, found=found, snapshot=snapshot):
             tell(line)
         if snapshot and (jump := rate_jump(snapshot.config, config, self.position)):

@@ -183,3 +183,12 @@ def test_a_saver_that_failed_is_well_again_with_the_next(tmp_path, monkeypatch):
         assert not saver.failing
         saver.finish()
     assert [fault["kind"] for fault in found] == ["disk"]
+
+
+def test_a_disk_without_room_for_the_runs_first_files_is_one_line_on_every_rank(tmp_path, urls, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("clipscale.train.write_file", full)
+    with pytest.raises(SharedError, match="^No space left on device$"):
+        train(tiny_config(tmp_path, urls))

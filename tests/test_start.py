@@ -354,6 +354,7 @@ class Killed(BaseException):
 
 def test_a_step_that_is_saved_again_never_mixes_with_the_one_before(tmp_path, monkeypatch):
     """Killed at each of the calls that change names: the newest is whole, of the one save or of the other."""
+    monkeypatch.setattr("os.fsync", lambda file: None)
     for kill_at in range(9):
         folder = tmp_path / str(kill_at)
         folder.mkdir()
