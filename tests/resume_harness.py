@@ -129,6 +129,7 @@ def run(
 ) -> None:
     """Fork the ranks and wait; SIGKILL is what must end them if `kill_at` is set, else they leave with `code`."""
     port, children = free_port(), []
+    assert len(os.listdir("/proc/self/task")) == 1, "a fork of several threads may hang"
     for rank in range(world):
         child = os.fork()
         if child == 0:
@@ -151,8 +152,9 @@ def outcome(config_path: Path) -> dict:
     """Everything that must not depend on interruptions."""
     folder = config_path.parent / "run"
     checkpoint = folder / "checkpoints" / f"step-{STEPS:09}"
-    tensors = read_tree(checkpoint / "model.safetensors")
-    optimizer = read_tree(checkpoint / "optimizer.safetensors")
+    # Mapped: a copy would start torch's threads, and this process forks.
+    tensors = read_tree(checkpoint / "model.safetensors", mapped=True)
+    optimizer = read_tree(checkpoint / "optimizer.safetensors", mapped=True)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     slots: dict[int, dict[int, str]] = {}  # step -> position -> key
     consistent = True
