@@ -22,7 +22,8 @@ from clipscale.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "reliability.md").read_text()
-ELSEWHERE = {"parts.png", ".heartbeat", "rollbacks.jsonl"}  # of longer runs, without locks, after a divergence
+ELSEWHERE = {"parts.png", ".heartbeat", "rollbacks.jsonl", "ranks", "stacks-rank0.txt"}
+"""Files of longer runs, without locks, after a divergence, of several ranks, after a hang."""
 
 
 def table(text: str) -> list[list[str]]:
