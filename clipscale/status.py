@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from clipscale.progress import time_left
 from clipscale.words import counted, short
 
 _LEAST_SHARE = 0.0005  # of the run's time: what took less is not told
+_SILENT_SECONDS = 20.0  # a rank writes where it is every five
 _LATE = 10  # times the pace: from here on a running step is said to be late
 
 
@@ -58,6 +60,7 @@ def read_status(run_dir: str) -> dict[str, Any]:
         "run": run_dir,
         "state": _state(running=holder is not None, interrupted=interrupted is not None, step=step, left=left),
         "holder": holder,
+        "silent_ranks": _silent_ranks(folder) if holder is not None else [],
         "interrupted": interrupted,
         "step": step,
         "last_step": last_step,
@@ -85,7 +88,9 @@ def read_status(run_dir: str) -> dict[str, Any]:
 
 def status_lines(status: dict[str, Any]) -> list[str]:
     """The same for a person."""
-    lines = [f"{status['run']}: {_state_line(status)}", _step_line(status), _checkpoint_line(status["checkpoint"])]
+    lines = [f"{status['run']}: {_state_line(status)}", _step_line(status)]
+    lines += [f"silent: {rank}" for rank in status["silent_ranks"]]
+    lines.append(_checkpoint_line(status["checkpoint"]))
     if status["goodput"]:
         lines.append(_goodput_line(status["goodput"]))
     if fault := status["last_fault"]:
@@ -119,6 +124,16 @@ def _state(*, running: bool, interrupted: bool, step: int | None, left: int | No
     if step is None:
         return "not begun"
     return "complete" if left == 0 else "stopped"
+
+
+def _silent_ranks(folder: Path) -> list[str]:
+    """Of a run on several ranks: those that have written nothing for a while, with their last word (watchdog.py)."""
+    found = []
+    for path in sorted(folder.glob("ranks/*")):
+        with suppress(OSError, ValueError):
+            if (age := _age(path.stat().st_mtime)) > _SILENT_SECONDS:
+                found.append(f"rank {int(path.name)} ({path.read_text()}, {time_left(age)} ago")
+    return found
 
 
 def _newest(checkpoints: list[tuple[int, Path]]) -> dict[str, Any] | None:

@@ -100,6 +100,18 @@ def test_a_run_that_goes_on_is_told_by_its_lock_and_one_that_is_late_too(run):
     assert run.read()["state"] == "stopped"
 
 
+def test_ranks_that_have_gone_silent_are_named_while_it_runs(run):
+    run.attempt().steps(1)
+    (run.folder / "ranks").mkdir()
+    for rank, age in ((0, 1), (1, 95)):
+        path = run.folder / "ranks" / f"{rank:05}"
+        path.write_text(f"node{rank}, process 4{rank}): step 2, loss")
+        os.utime(path, (time.time() - age,) * 2)
+    with closing(RunFolder(str(run.folder))):
+        assert run.lines()[2] == "silent: rank 1 (node1, process 41): step 2, loss, 1:35 ago"
+    assert run.read()["silent_ranks"] == []
+
+
 def test_a_complete_run(run):
     assert run.attempt(last_step=3).steps(1, 2, 3).lines()[0] == "RUN: complete"
     assert run.read()["eta_seconds"] is None
