@@ -190,5 +190,5 @@ def test_a_disk_without_room_for_the_runs_first_files_is_one_line_on_every_rank(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("clipscale.train.write_file", full)
-    with pytest.raises(SharedError, match="^No space left on device$"):
+    with pytest.raises(SharedError, match=r"^No space left on device$"):
         train(tiny_config(tmp_path, urls))

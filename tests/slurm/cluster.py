@@ -108,7 +108,10 @@ class Cluster:
                 for pid in _descendants(process.pid):
                     os.kill(pid, signal.SIGKILL)
                 process.terminate()
-                process.wait(30)
+                try:
+                    process.wait(30)
+                except subprocess.TimeoutExpired:
+                    process.kill()
 
     def _begin(self, name: str, *command: str) -> None:
         with (self.run / f"{name}.out").open("a") as out:

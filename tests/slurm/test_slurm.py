@@ -109,7 +109,8 @@ def test_a_job_that_is_told_to_leave_goes_on_as_if_nothing_had_been(slurm, urls,
 
 
 def test_the_end_of_its_time_puts_a_job_back(slurm, urls, tmp_path):
-    job = Job(slurm, tmp_path / "job", urls, "--time=1", words=("run.leave_before_seconds=35", "train.samples=100_000"))
+    words = ("run.leave_before_seconds=35", "train.samples=100_000")
+    job = Job(slurm, tmp_path / "job", urls, "--time=1", "--signal=B:USR1@5", words=words)
     until(lambda: restarts(job) == 1, 150, f"it is not put back: {job.said()}")
     slurm.call("scancel", job.id)
     assert "the time limit" in job.said()
