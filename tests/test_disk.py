@@ -14,16 +14,18 @@ import pytest
 import torch
 from shards import write_pairs
 from test_growing import in_a_child
-from tiny import tiny_config
+from tiny import YAML, tiny_config
 
 from clipscale.checkpoint import RunState, Snapshot, newest_checkpoint, save_checkpoint, verify
 from clipscale.checkpoint.room import require_room
+from clipscale.config.load import config_from_yaml
 from clipscale.dist import World
 from clipscale.errors import SharedError, UserError
 from clipscale.faults import recording
 from clipscale.saver import Saver
 from clipscale.train import train
 
+CONFIG = config_from_yaml(YAML.format(run="run", urls="x.tar"))
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
@@ -36,10 +38,10 @@ def rows(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
-def snapshot(folder: Path, step: int) -> Snapshot:
+def snapshot(step: int) -> Snapshot:
     """100,000 floats."""
     model, optimizer = {"weight": torch.full((100_000,), float(step))}, {"state": {}, "param_groups": []}
-    return Snapshot(step, step * 8, model, optimizer, RunState(), tiny_config(folder, "shards/*.tar"))
+    return Snapshot(step, step * 8, model, optimizer, RunState(), CONFIG)
 
 
 def checkpoints(folder: Path) -> list[str]:
@@ -91,12 +93,12 @@ def test_a_run_whose_checkpoints_cannot_fit_is_refused_before_its_first_step(tmp
 
 def test_a_real_limit_is_told_in_words_and_leaves_no_stub(tmp_path):
     """No file of this process may grow beyond 200,000 bytes; the weights are 400,000."""
-    good = save_checkpoint(str(tmp_path), snapshot(tmp_path, 1), keep=1)
+    good = save_checkpoint(str(tmp_path), snapshot(1), keep=1)
 
     def work() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
         try:
-            save_checkpoint(str(tmp_path), snapshot(tmp_path, 2), keep=1)
+            save_checkpoint(str(tmp_path), snapshot(2), keep=1)
         except UserError as error:
             (tmp_path / "said").write_text(str(error))
 
@@ -117,7 +119,7 @@ def test_a_full_disk_says_what_is_needed_wherever_it_shows(tmp_path, monkeypatch
 
     monkeypatch.setattr(f"clipscale.checkpoint.save.{place}", full)
     with pytest.raises(UserError, match=r"MiB free\): No space left on device; 400kB \(400,000 bytes\) needed$"):
-        save_checkpoint(str(tmp_path), snapshot(tmp_path, 2), keep=1)
+        save_checkpoint(str(tmp_path), snapshot(2), keep=1)
     assert checkpoints(tmp_path) == []
 
 
@@ -177,9 +179,9 @@ def test_a_saver_that_failed_is_well_again_with_the_next(tmp_path, monkeypatch):
     saver = Saver(config, ALONE)
     with recording(found.append):
         with pytest.raises(SharedError, match="No space left"):
-            saver.save(snapshot(tmp_path, 1))
+            saver.save(snapshot(1))
         assert saver.failing
-        saver.save(snapshot(tmp_path, 2))
+        saver.save(snapshot(2))
         assert not saver.failing
         saver.finish()
     assert [fault["kind"] for fault in found] == ["disk"]

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from shards import write_pairs
-from tiny import tiny_config
+from tiny import YAML, tiny_config
 
 from clipscale.checkpoint import (
     RunState,
@@ -26,6 +26,7 @@ from clipscale.checkpoint import (
     saved_state,
 )
 from clipscale.checkpoint.start import Start, load_start
+from clipscale.config.load import config_from_yaml
 from clipscale.dist import World
 from clipscale.errors import SharedError, UserError
 from clipscale.faults import recording
@@ -34,6 +35,7 @@ from clipscale.saver import Saver
 from clipscale.train import Trainer, train
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
+CONFIG = config_from_yaml(YAML.format(run="run", urls="x.tar"))
 EVERY = ("checkpoint.every_steps=1", "checkpoint.keep=9")
 
 
@@ -71,11 +73,9 @@ def checkpoint(folder: Path, step: int) -> str:
 
 def save(folder: Path, step: int, keep: int = 9, model: dict | None = None, optimizer: dict | None = None) -> Path:
     """A checkpoint with next to nothing in it."""
-    config = tiny_config(folder, "shards/*.tar")
     model = {"weight": torch.full((3,), float(step))} if model is None else model
-    return save_checkpoint(
-        str(folder), Snapshot(step, step * 8, model, optimizer or {"state": {}}, RunState(), config), keep
-    )
+    snapshot = Snapshot(step, step * 8, model, optimizer or {"state": {}}, RunState(), CONFIG)
+    return save_checkpoint(str(folder), snapshot, keep)
 
 
 def log(folder: Path) -> str:

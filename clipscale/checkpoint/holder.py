@@ -10,7 +10,6 @@ that its writer must be gone. No clock of another host is asked.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import socket
@@ -23,7 +22,7 @@ from typing import Any
 
 from clipscale.errors import reason
 from clipscale.faults import report_fault
-from clipscale.files import lock_file, write_file
+from clipscale.files import is_locked, lock_file, write_file
 from clipscale.launch import launched_by
 from clipscale.tell import tell
 
@@ -67,11 +66,8 @@ def look_at_holder(folder: Path) -> None:
     seen = _read(folder / HEARTBEAT)
     if seen is not None:
         _wait_until_gone(folder / HEARTBEAT, seen, 3 * BEAT_SECONDS)
-    with suppress(OSError), open(folder / LOCK, "rb") as file:  # no such file, or no locks
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise HeldError(_words(file.read())) from None
+    if is_locked(folder / LOCK):
+        raise HeldError(_words(_read(folder / LOCK) or b""))
 
 
 class Lock:
