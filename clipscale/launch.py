@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import sys
 import threading
 import time
@@ -14,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from clipscale.errors import RESTART, SharedError, UserError, require
+from clipscale.errors import RESTART, SharedError, UserError
 
 _LOOK_SECONDS = 0.5
 
@@ -34,17 +35,26 @@ def launched() -> Place:
     if "RANK" in env:
         return Place(int(env["RANK"]), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0)))
     if "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        env.setdefault("MASTER_ADDR", first_host(env["SLURM_STEP_NODELIST"]))
+        if "MASTER_ADDR" not in env:
+            env["MASTER_ADDR"] = first_host(env["SLURM_STEP_NODELIST"])
         env.setdefault("MASTER_PORT", str(_port(env)))
         return Place(int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_LOCALID", 0)))
     return Place(0, 1, 0)
 
 
 def first_host(nodes: str) -> str:
-    """The first of Slurm's list of nodes: task 0 runs there. UserError where the list cannot be read."""
-    match = re.match(r"([^,\[\]]+)(?:\[(\d+)[^\]]*\])?(?=,|$)", nodes)
-    require(match is not None, f"Slurm's list of nodes {nodes!r} cannot be read: export MASTER_ADDR")
-    return match[1] + (match[2] or "")
+    """The first of Slurm's list of nodes ("gpu[07-09]-ib,x2" -> "gpu07-ib"): task 0 runs there.
+
+    Raises:
+        UserError: no address is known by that name, and the ranks would wait for it in vain.
+    """
+    name = re.sub(r"\[(\d+)[^\]]*\]", r"\1", nodes).split(",")[0]
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError as error:
+        fix = "export MASTER_ADDR, the address of the job's first node (slurm/site.sh)"
+        raise UserError(f"Slurm's node {name} has no address on {socket.gethostname()}: {fix}") from error
+    return name
 
 
 def _port(env: Mapping[str, str]) -> int:
