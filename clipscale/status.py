@@ -12,6 +12,7 @@ import json
 import time
 from collections import Counter
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -70,19 +71,11 @@ def read_status(run_dir: str) -> dict[str, Any]:
         "seconds_a_step": pace,
         "eta_seconds": pace * left if pace is not None and left else None,
         "checkpoint": _newest(checkpoints),
-        "goodput": found
-        and {
-            "share": found.share,
-            "attempts": found.attempts,
-            "seconds": found.seconds,
-            "steps": found.steps,
-        },
+        "goodput": found and asdict(found) | {"share": found.share},
         "faults": dict(Counter(fault["kind"] for fault in faults)),
         "last_fault": faults[-1] if faults else None,
         "diagnosis": _diagnosis(folder, recent),
-        "ended_by_error": bool(
-            faults and attempt and faults[-1]["kind"] == "error" and faults[-1]["time"] > attempt["time"]
-        ),
+        "ended_by_error": _is_end(faults[-1], attempt) if faults and attempt else False,
     }
 
 
@@ -95,9 +88,8 @@ def status_lines(status: dict[str, Any]) -> list[str]:
         lines.append(_goodput_line(status["goodput"]))
     if fault := status["last_fault"]:
         kinds = ", ".join(f"{kind} {count}" for kind, count in status["faults"].items())
-        when = f"{time_left(_age(fault['time']))} ago" + (
-            f", step {fault['step']}" if fault["step"] is not None else ""
-        )
+        step = "" if fault["step"] is None else f", step {fault['step']}"
+        when = f"{time_left(_age(fault['time']))} ago{step}"
         lines.append(f"faults: {kinds}; the last ({when}): {fault['what']}; {fault['action']}")
     else:
         lines.append("faults: none")
@@ -124,6 +116,11 @@ def _state(*, running: bool, interrupted: bool, step: int | None, left: int | No
     if step is None:
         return "not begun"
     return "complete" if left == 0 else "stopped"
+
+
+def _is_end(fault: Row, attempt: Row) -> bool:
+    """Whether this last fault ended the last attempt; a process that was killed leaves none."""
+    return fault["kind"] == "error" and fault["time"] > attempt["time"]
 
 
 def _silent_ranks(folder: Path) -> list[str]:
