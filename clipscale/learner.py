@@ -23,6 +23,7 @@ from clipscale.counter import fold
 from clipscale.data.load.loader import StepBatch
 from clipscale.dist import World
 from clipscale.errors import SharedError, UserError, require
+from clipscale.guard.nonfinite import Trouble, bad_embeddings, bad_gradient
 from clipscale.injection import injected
 from clipscale.loss import (
     ContrastiveGrads,
@@ -32,7 +33,6 @@ from clipscale.loss import (
     contrastive_grads_in_place,
 )
 from clipscale.loss.link import Link
-from clipscale.nonfinite import Trouble, bad_embeddings, bad_gradient
 from clipscale.optim import build_optimizer, loss_scale, restore_optimizer
 from clipscale.parallel import sum_gradients
 from clipscale.parts import Parts

@@ -19,10 +19,10 @@ from typing import Any
 from clipscale.checkpoint.find import candidates
 from clipscale.checkpoint.holder import HeldError, look_at_holder
 from clipscale.config.load import config_from_yaml
-from clipscale.diagnosis import diagnose
 from clipscale.errors import require
 from clipscale.files import last_rows, read_numbers, read_rows
 from clipscale.goodput import COLUMNS, KINDS, Row, goodput, seconds_a_step
+from clipscale.guard.diagnosis import diagnose
 from clipscale.leaving import MARKER
 from clipscale.progress import time_left
 from clipscale.words import counted, short

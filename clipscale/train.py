@@ -32,13 +32,14 @@ from clipscale.config.load import dump_config
 from clipscale.data.load.loader import StepBatch
 from clipscale.deterministic import deterministic
 from clipscale.dist import World, lost_peer, start_world
-from clipscale.divergence import Diverged, Guard
-from clipscale.drift import compare_ranks
 from clipscale.errors import Interrupted, SharedError, reason
 from clipscale.eval.suite import EvalSuite
 from clipscale.faults import record_fault
 from clipscale.feed import Feed, Skips
 from clipscale.files import write_file
+from clipscale.guard.divergence import Diverged, Guard
+from clipscale.guard.drift import compare_ranks
+from clipscale.guard.rollback import go_back, keep_rollbacks, passed_over
 from clipscale.injection import injected
 from clipscale.launch import check_ranks
 from clipscale.learner import Learner
@@ -52,7 +53,6 @@ from clipscale.parts_picture import draw_run
 from clipscale.preflight.checks import check_training
 from clipscale.preflight.prepare import prepare_files
 from clipscale.progress import duration
-from clipscale.rollback import go_back, keep_rollbacks, passed_over
 from clipscale.runlog import Pace, RunLog, memory
 from clipscale.saver import Saver
 from clipscale.schedule import is_due, learning_rate, others_left, rate_jump, total_steps

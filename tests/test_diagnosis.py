@@ -11,8 +11,8 @@ from shards import write_pairs
 from tiny import tiny_config
 
 from clipscale.config import Config, Model, Optim, Train
-from clipscale.diagnosis import diagnose
 from clipscale.errors import UserError
+from clipscale.guard.diagnosis import diagnose
 from clipscale.train import train
 
 PAIRS = 4096

@@ -17,9 +17,9 @@ from spawn import run_ranks
 from tiny import tiny_config
 
 from clipscale.dist import World
-from clipscale.divergence import Diverged, Guard
 from clipscale.errors import UserError
-from clipscale.health import Health, collapse_sign
+from clipscale.guard.divergence import Diverged, Guard
+from clipscale.guard.health import Health, collapse_sign
 from clipscale.injection import VARIABLE
 from clipscale.towers import Tower
 from clipscale.train import Trainer, train

@@ -13,8 +13,8 @@ from torch import nn
 
 from clipscale.checkpoint import load_checkpoint
 from clipscale.dist import World
-from clipscale.drift import _AT_ONCE, compare_ranks, hash_bits
 from clipscale.errors import RestartError
+from clipscale.guard.drift import _AT_ONCE, compare_ranks, hash_bits
 from clipscale.learner import Learner
 from clipscale.train import Trainer
 

@@ -18,12 +18,11 @@ GROUND = {
     *("__init__", "errors", "counter", "escape", "words", "paths", "tell", "files", "progress", "pool", "dist"),
     *("config", "launch", "schedule", "runlog"),
     *("open_clip_files", "open_clip_flags", "counter_torch", "parts", "parts_picture", "deterministic"),
-    *("remembered", "device", "faults", "injection", "leaving", "watchdog", "goodput", "growing", "board", "health"),
+    *("remembered", "device", "faults", "injection", "leaving", "watchdog", "goodput", "growing", "board"),
 }
 STAGES = {"data", "towers", "loss"}
 ASSEMBLY = {"step", "parallel", "optim", "checkpoint", "fit_tokenizer", "eval"}
-ENTRIES = {"train", "learner", "nonfinite", "divergence", "wishes", "train_report", "feed", "evaluate", "library"}
-ENTRIES |= {"saver", "rollback", "drift", "diagnosis", "status"}
+ENTRIES = {"train", "learner", "saver", "wishes", "train_report", "feed", "evaluate", "library", "status"}
 # What a room may import beside itself and (where nothing else is said) the ground.
 LAWS: dict[str, set[str]] = {
     **dict.fromkeys(GROUND, GROUND),
@@ -55,8 +54,9 @@ LAWS |= {
     "towers": GROUND,
     "loss": GROUND,
     **dict.fromkeys(ASSEMBLY, GROUND | STAGES | DATA),
+    "guard": GROUND | STAGES | DATA | {"step", "checkpoint"},
     "preflight": GROUND | DATA | {"checkpoint", "eval"},
-    **dict.fromkeys(ENTRIES, GROUND | STAGES | DATA | ASSEMBLY | {"preflight"} | ENTRIES),
+    **dict.fromkeys(ENTRIES, GROUND | STAGES | DATA | ASSEMBLY | {"guard", "preflight"} | ENTRIES),
     "bench.common": GROUND,
     "bench.loss": GROUND | {"loss", "bench.common"},
     "bench.data": GROUND | DATA | {"bench.common"},

@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from clipscale.config import Config
-from clipscale.health import has_learned, is_chance, is_dead_scale
+from clipscale.guard.health import has_learned, is_chance, is_dead_scale
 from clipscale.schedule import learning_rate
 
 _RECENT = 50  # rows that are looked at together

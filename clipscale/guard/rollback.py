@@ -20,10 +20,10 @@ from clipscale.checkpoint.find import candidates, is_whole
 from clipscale.checkpoint.retention import set_aside
 from clipscale.config import Config
 from clipscale.dist import World
-from clipscale.divergence import Diverged
 from clipscale.errors import UserError
 from clipscale.faults import record_fault, report_fault
 from clipscale.files import append_rows, keep_rows, read_rows
+from clipscale.guard.divergence import Diverged
 from clipscale.words import counted
 
 FILE = "rollbacks.jsonl"

@@ -18,8 +18,8 @@ from clipscale.config import Config
 from clipscale.dist import World
 from clipscale.errors import SharedError
 from clipscale.faults import report_fault
-from clipscale.health import Health, collapse_sign, has_learned, problem
-from clipscale.nonfinite import Trouble, explain
+from clipscale.guard.health import Health, collapse_sign, has_learned, problem
+from clipscale.guard.nonfinite import Trouble, explain
 from clipscale.towers import Towers
 from clipscale.words import counted
 
