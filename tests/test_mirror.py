@@ -259,7 +259,7 @@ def test_a_run_that_is_told_to_leave_does_not_wait_for_its_mirror(line, url, tmp
     optimizer = torch.optim.SGD(model.parameters())
     config = tiny_config(tmp_path, "x.tar", f"checkpoint.mirror={url}")
     with closing(Saver(config, World(0, 1, 0, torch.device("cpu")))) as saver:
-        saver.prepare(model, optimizer, None)
+        saver.prepare(model, optimizer, None, step=0, saves=1)
         line.open.clear()
         saver.save(Snapshot(1, 8, model.state_dict(), optimizer.state_dict(), RunState(), config))
         saver.finish(mirrored=False)

@@ -233,18 +233,23 @@ def test_the_state_is_that_of_the_checkpoint_the_run_would_begin_from(tmp_path, 
 def test_a_run_that_lost_its_checkpoints_does_not_begin_at_0(tmp_path, run, urls, trained):
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     for words in ((), (f"resume={trained}",)):
-        with pytest.raises(UserError, match=r"metrics\.jsonl tells of a checkpoint after step 4, but .*; put it"):
+        with pytest.raises(UserError, match=r"metrics\.jsonl tells of a checkpoint after step 3, but .*; put it"):
             run(*words)
     assert len(rows(tmp_path / "run")) == 4
     run("resume=fresh", "train.samples=8")
     assert len(rows(tmp_path / "run", "metrics.superseded.jsonl")) == 5
 
 
-def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path, run):
+@pytest.mark.parametrize(
+    "faults", ["", '{"kind": "disk", "step": 2}\n'], ids=["in flight", "one failed, one in flight"]
+)
+def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path, run, faults):
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     kept = [{key: row[key] for key in row if key != "seconds/checkpoint"} for row in rows(tmp_path / "run")]
     kept[-1] |= {"seconds/checkpoint": 0.1}
-    (tmp_path / "run" / "faults.jsonl").write_text('{"kind": "disk", "step": 4}\n')
+    if faults:
+        kept[1] |= {"seconds/checkpoint": 0.1}
+        (tmp_path / "run" / "faults.jsonl").write_text(faults)
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
     assert run("train.samples=8")[0].startswith("trained 1 step ")
     assert [row["step"] for row in rows(tmp_path / "run")] == [1]

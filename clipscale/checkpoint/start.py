@@ -202,10 +202,14 @@ def _record(run_dir: str) -> dict[str, Any]:
 
 
 def _refuse_lost(run_dir: str) -> None:
-    """Raise UserError where the run's rows tell of a checkpoint, and there is none."""
+    """Raise UserError where the run's rows tell of a checkpoint, and there is none.
+
+    The last may have been on its way to the disk when the run was killed; those before it were there when it began.
+    """
     rows, faults = Path(run_dir, "metrics.jsonl"), read_rows(Path(run_dir, "faults.jsonl"))
     unwritten = {fault.get("step") for fault in faults if fault.get("kind") in ("checkpoint", "disk")}
-    saved = {row["step"] for row in read_rows(rows) if "seconds/checkpoint" in row} - unwritten
+    begun = sorted({row["step"] for row in read_rows(rows) if "seconds/checkpoint" in row})
+    saved = {*begun[:-1]} - unwritten
     if saved:
         raise UserError(
             f"{rows} tells of a checkpoint after step {max(saved)}, but there is none in "
