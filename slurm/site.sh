@@ -9,4 +9,4 @@
 # export NCCL_SOCKET_IFNAME=ib0
 # export MASTER_ADDR=10.0.0.7                       # where node names do not resolve
 
-MAX_RESTARTS=${MAX_RESTARTS:-10}                    # after failures that a restart may heal; preemptions do not count
+MAX_RESTARTS=${MAX_RESTARTS:-10} # a job that fails when it has been put back so often, for any reason, has failed

@@ -57,6 +57,7 @@ SlurmctldParameters=preempt_send_user_signal
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={port1} CPUs=8 RealMemory=8000 State=UNKNOWN
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={port2} CPUs=8 RealMemory=8000 State=UNKNOWN
 PartitionName=low  Nodes=n[1-2] Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=60 MaxTime=60 State=UP
+PartitionName=sharp Nodes=n[1-2] Default=NO PriorityTier=1 PreemptMode=REQUEUE GraceTime=0 MaxTime=60 State=UP
 PartitionName=high Nodes=n[1-2] Default=NO PriorityTier=10 PreemptMode=OFF MaxTime=60 State=UP
 """
 # cred_expire is also how long a job that was put back must wait; nodes with more cores than the host has.

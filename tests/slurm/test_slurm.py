@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
+from copy import copy
 from pathlib import Path
 
 import pytest
@@ -40,18 +42,34 @@ def urls(tmp_path_factory) -> str:
 class Job:
     """A training in a folder of its own."""
 
-    def __init__(self, slurm: Cluster, folder: Path, urls: str, *options: str, words: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        slurm: Cluster,
+        folder: Path,
+        urls: str,
+        *options: str,
+        words: tuple[str, ...] = (),
+        script: Path = TRAIN,
+        **launch: str,
+    ) -> None:
         folder.mkdir(exist_ok=True)
-        self.slurm, self.folder = slurm, folder
+        self.slurm, self.folder, self.run = slurm, folder, folder / "run"
         words = (f"train.samples={8 * STEPS}", "checkpoint.every_steps=1000", *words)
         options = ("--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1", "--time=10", *options)
         options = (*options, f"--output={folder}/%a.out")
         environment = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "CLIPSCALE_FAULT": "slow@*:*"}
         environment |= {"CLIPSCALE_SITE": str(folder / "none"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        self.id = slurm.submit(TRAIN, write_config(folder, urls), *words, options=options, **environment)
+        environment |= {"PATH": path()} | launch
+        self.id = slurm.submit(script, write_config(folder, urls), *words, options=options, **environment)
+
+    def task(self, number: int) -> Job:
+        """Of an array, with run.dir=run/$SLURM_ARRAY_TASK_ID."""
+        task = copy(self)
+        task.id, task.run = f"{self.id}_{number}", self.run / str(number)
+        return task
 
     def rows(self) -> list[dict]:
-        path = self.folder / "run" / "metrics.jsonl"
+        path = self.run / "metrics.jsonl"
         return (
             [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
         )
@@ -69,7 +87,7 @@ class Job:
     def assert_equals(self, twin: Job) -> None:
         assert [row["step"] for row in self.rows()] == list(range(1, STEPS + 1))
         assert [row["loss"] for row in self.rows()] == [row["loss"] for row in twin.rows()]
-        one, other = (load_checkpoint(find_checkpoint(str(job.folder / "run"))) for job in (self, twin))
+        one, other = (load_checkpoint(find_checkpoint(str(job.run))) for job in (self, twin))
         assert one.step == other.step == STEPS
         assert all(torch.equal(one.model[key], other.model[key]) for key in other.model)
 
@@ -81,6 +99,11 @@ def twin(slurm, urls, tmp_path_factory) -> Job:
     slurm.wait(job.id, "COMPLETED")
     assert job.slurm.fact(job.id, "Restarts") == "0"
     return job
+
+
+def path() -> str:
+    """On which `python` is the one that runs the tests."""
+    return f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 
 def restarts(job: Job) -> int:
@@ -149,7 +172,7 @@ def test_a_job_that_lost_a_node_comes_back_and_is_evaluated_afterwards(slurm, ur
     job = Job(slurm, tmp_path / "job", urls, words=("checkpoint.every_steps=3",))
     options = (f"--dependency=afterany:{job.id}", "--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1")
     options = (*options, f"--output={tmp_path}/eval.out")
-    environment = {"PYTHONPATH": str(ROOT), "CLIPSCALE_SITE": str(tmp_path / "none")}
+    environment = {"PYTHONPATH": str(ROOT), "CLIPSCALE_SITE": str(tmp_path / "none"), "PATH": path()}
     evaluation = slurm.submit(EVAL, str(tmp_path / "job" / "run"), options=options, **environment)
     job.until_step(5)
     slurm.lose_node("n2")
@@ -160,3 +183,39 @@ def test_a_job_that_lost_a_node_comes_back_and_is_evaluated_afterwards(slurm, ur
     job.assert_equals(twin)
     slurm.wait(evaluation, "FAILED")  # this run has no labelled pictures, and says so
     assert "no pictures to classify" in (tmp_path / "eval.out").read_text()
+
+
+def test_preemption_of_jobs_that_hear_no_signal_of_their_own(slurm, urls, twin, tmp_path):
+    """Slurm's SIGTERM goes to the ranks only; without a grace it has put the job back before they have saved."""
+    plain = tmp_path / "train.sbatch"
+    plain.write_text("".join(line for line in TRAIN.open() if "--signal=" not in line))
+    words = ("checkpoint.every_steps=3",)
+    graceful = Job(slurm, tmp_path / "graceful", urls, words=words, script=plain)
+    sharp = Job(slurm, tmp_path / "sharp", urls, "--partition=sharp", words=words, script=plain)
+    for job in (graceful, sharp):
+        job.until_step(2)
+    options = ("--partition=high", "--nodes=2", "--ntasks-per-node=1", "--exclusive", "--output=/dev/null")
+    slurm.call("sbatch", "--parsable", *options, "--wrap", "sleep 3")
+    for job in (graceful, sharp):
+        until(lambda job=job: restarts(job) == 1, 120, f"it is not put back: {job.said()}")
+    for job in (graceful, sharp):
+        slurm.wait(job.id, "COMPLETED")
+        assert restarts(job) == 1
+        job.assert_equals(twin)
+    assert "back into the queue: SIGTERM" in graceful.said()
+    assert "back into the queue" not in sharp.said(), "Slurm had done it"
+
+
+def test_a_task_of_an_array_comes_back_alone_also_under_torchrun(slurm, urls, twin, tmp_path):
+    """And not by one of its failures: torchrun leaves with 1 whatever its ranks say."""
+    words = (f"run.dir={tmp_path}/job/run/$SLURM_ARRAY_TASK_ID",)
+    launch = {"LAUNCH": "torchrun", "RANKS_PER_NODE": "1", "MAX_RESTARTS": "0"}
+    job = Job(slurm, tmp_path / "job", urls, "--array=0-1", words=words, **launch)
+    first, second = job.task(0), job.task(1)
+    first.until_step(3)
+    slurm.call("scancel", "--batch", "--signal=USR1", first.id)
+    until(lambda: restarts(first) == 1, 120, f"it is not put back: {job.said()}")
+    for task in (first, second):
+        slurm.wait(task.id, "COMPLETED")
+        task.assert_equals(twin)
+    assert (restarts(first), restarts(second)) == (1, 0)
