@@ -31,7 +31,7 @@ class RunState:
     last_row: dict[str, Any] = field(default_factory=dict)  # of metrics
     kernels: dict[str, list] = field(default_factory=dict)  # the loss kernels' tuned shapes; oldest checkpoints: none
     plan: dict[str, Any] | None = None  # the plan of its steps (step/planning.py); older checkpoints: none
-    health: dict[str, Any] = field(default_factory=dict)  # bad steps in a row (guard/health.py); older checkpoints: none
+    health: dict[str, Any] = field(default_factory=dict)  # bad steps in a row (guard/); older checkpoints: none
 
 
 @dataclass
