@@ -31,6 +31,7 @@ from clipscale.config import Config
 from clipscale.dist import World
 from clipscale.errors import SharedError, UserError, reason
 from clipscale.faults import report_fault
+from clipscale.growing import FULL
 from clipscale.tell import tell
 
 
@@ -131,7 +132,9 @@ class Saver:
         except Exception as error:
             self._failed = True
             action = "the run stops" if self._settings.on_error == "stop" else "the run goes on (checkpoint.on_error)"
-            report_fault("disk", reason(error), action=f"{action}, the older ones stay", step=snapshot.step)
+            cause = error.__cause__
+            kind = "disk" if isinstance(cause, OSError) and cause.errno in FULL else "checkpoint"
+            report_fault(kind, reason(error), action=f"{action}, the older ones stay", step=snapshot.step)
             raise
         self._published, self._failed = snapshot.step, False
         if self._mirror is not None:

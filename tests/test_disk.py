@@ -127,12 +127,13 @@ class FullAt:
     """save_checkpoint on a disk that is full at some steps."""
 
     def __init__(self, monkeypatch, *steps: int) -> None:
-        self._steps = steps
+        self._steps, self.cause = steps, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         monkeypatch.setattr("clipscale.saver.save_checkpoint", self)
 
     def __call__(self, run_dir: str, snapshot: Snapshot, keep: int) -> Path:
         if snapshot.step in self._steps:
-            raise UserError(f"checkpoint step-{snapshot.step} cannot be written (0 MiB free): No space left on device")
+            what = f"checkpoint step-{snapshot.step} cannot be written (0 MiB free): No space left on device"
+            raise UserError(what) from self.cause
         return save_checkpoint(run_dir, snapshot, keep)
 
 
@@ -174,8 +175,7 @@ def test_a_run_that_is_to_stop_does_not_wait_for_its_next_checkpoint(tmp_path, u
 
 
 def test_a_saver_that_failed_is_well_again_with_the_next(tmp_path, monkeypatch):
-    FullAt(monkeypatch, 1)
-    found, config = [], tiny_config(tmp_path, "shards/*.tar")
+    disk, found, config = FullAt(monkeypatch, 1), [], tiny_config(tmp_path, "shards/*.tar")
     saver = Saver(config, ALONE)
     with recording(found.append):
         with pytest.raises(SharedError, match="No space left"):
@@ -184,7 +184,10 @@ def test_a_saver_that_failed_is_well_again_with_the_next(tmp_path, monkeypatch):
         saver.save(snapshot(2))
         assert not saver.failing
         saver.finish()
-    assert [fault["kind"] for fault in found] == ["disk"]
+        disk.cause = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        with pytest.raises(SharedError):
+            saver.save(snapshot(1))
+    assert [fault["kind"] for fault in found] == ["disk", "checkpoint"]
 
 
 def test_a_disk_without_room_for_the_runs_first_files_is_one_line_on_every_rank(tmp_path, urls, monkeypatch):
