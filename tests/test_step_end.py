@@ -27,8 +27,8 @@ def urls(tmp_path_factory) -> str:
 
 @pytest.fixture
 def config(tmp_path, urls):
-    """Four steps, each of the last two with a validation."""
-    words = ["checkpoint.every_steps=4", "eval.validation.every_steps=3"]
+    """Four steps, each of the last two with a validation; checkpoints are on the disk when it begins."""
+    words = ["checkpoint.every_steps=4", "eval.validation.every_steps=3", "checkpoint.background=false"]
     return lambda *more: tiny_config(
         tmp_path, urls, *words, f"eval.validation.urls={urls}", "eval.validation.batch=8", *more
     )
