@@ -106,9 +106,9 @@ class Cluster:
         subprocess.run(["scancel", "--user", "root"], env=self.environment, capture_output=True, check=False)
         for name in ("n1", "n2", "slurmctld", "munged"):
             if process := self._processes.pop(name, None):
-                for pid in _descendants(process.pid):
+                for pid in _descendants(process.pid) if name in ("n1", "n2") else ():  # the jobs' processes
                     os.kill(pid, signal.SIGKILL)
-                process.terminate()
+                process.terminate()  # slurmctld would wait in vain for a helper of its own that was killed
                 try:
                     process.wait(30)
                 except subprocess.TimeoutExpired:
