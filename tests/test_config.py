@@ -163,7 +163,7 @@ def test_an_unknown_key_names_the_nearest(word, nearest, yaml_file):
 
 def test_a_key_without_a_near_one_lists_what_there_is():
     assert "known here: run, seed, resume" in refusal("zzz=3")
-    assert "known here: every_steps, keep" in refusal("checkpoint.zzz=3")
+    assert "known here: every_steps, every_minutes, keep" in refusal("checkpoint.zzz=3")
 
 
 @pytest.mark.parametrize(
