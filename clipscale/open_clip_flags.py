@@ -64,7 +64,11 @@ FLAGS: dict[str, Flag] = {
     "--save-most-recent": Flag("checkpoint.keep", "the newest checkpoints stay, the newest of them always"),
     "--zeroshot-frequency": Flag("eval.zeroshot.every_steps", "theirs is in epochs; 0: at the end only"),
     "--val-frequency": Flag("eval.validation.every_steps", "theirs is in epochs; 0: at the end only"),
-    "--resume": Flag("resume", "auto, the default, goes on from run.dir's newest; a path starts from there"),
+    "--resume": Flag(
+        "resume",
+        "auto, the default, goes on from run.dir's newest good one; a path of its own goes back there, once; another "
+        "run's starts a new run.dir from there",
+    ),
     "--precision": Flag("train.precision", "amp is fp16, amp_bf16 is bf16; weights stay float32; loss.precision apart"),
     "--model": Flag("model.name", "the same names; model.vision and model.text describe one of your own"),
     "--pretrained": _NO_PRETRAINED,

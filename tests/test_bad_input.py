@@ -93,9 +93,10 @@ def test_ctrl_c_is_one_line_and_130_and_the_run_goes_on_later(good, capsys):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=SECONDS)
     assert process.returncode == 130
-    assert err.splitlines()[-1] == "clipscale: interrupted; the same command resumes from the newest checkpoint"
-    assert "Traceback" not in err
     done = rows()[-1]["step"]
+    said = f"clipscale: SIGINT: left after step {done}, which is saved; the same command goes on from there"
+    assert err.splitlines()[-1] == said
+    assert "Traceback" not in err
     assert main([*arguments, f"train.samples={8 * (done + 2)}"]) == 0
     assert "resuming after step" in capsys.readouterr().err
     assert [row["step"] for row in rows()] == list(range(1, done + 3))
@@ -267,4 +268,5 @@ def test_checkpoints_that_are_in_the_way_damaged_or_of_another_model(capsys, goo
     assert message.count("model.safetensors is not what was written") == 2
     assert "restore one, or set another run.dir" in message
     shutil.rmtree("run/checkpoints")
-    assert main(train(good)) == 0
+    assert "tells of a checkpoint after step 2, but there is none" in refused(capsys, train(good))
+    assert main(train(good, "resume=fresh")) == 0

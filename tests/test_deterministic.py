@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from shards import write_pairs
 from tiny import tiny_config
 
+from clipscale import learner as learner_module
 from clipscale import train as train_module
 from clipscale.deterministic import deterministic, prepare_cublas
 from clipscale.errors import SharedError, UserError
@@ -62,7 +63,7 @@ def test_the_setting_reaches_torch_and_is_undone(tmp_path, urls, monkeypatch, un
         seen.append(state())
         return contrastive_grads_in_place(*inputs, **options)
 
-    monkeypatch.setattr(train_module, "contrastive_grads_in_place", recorded)
+    monkeypatch.setattr(learner_module, "contrastive_grads_in_place", recorded)
     for name, wanted in (("true", ON), ("false", unusual)):
         (tmp_path / name).mkdir()
         train(tiny_config(tmp_path / name, urls, f"train.deterministic={name}"))

@@ -175,6 +175,7 @@ def test_masked_samples_in_a_run(hostile, tmp_path, capsys):
 
 def test_the_account_of_masked_samples(tmp_path, told):
     config = tiny_config(tmp_path, "x.tar", "data.max_bad_fraction=1.0")
+    (tmp_path / "run").mkdir()
     skips = Skips(config, {}, World(0, 1, 0, "cpu"))
     skip = Skip(3, "mine", f"{NO_UTF8}.tar", EVIL, "cannot be read", f"HTTP 404 {EVIL}")
     skips.account(SimpleNamespace(skips=[skip]), masked=True, seen=10)

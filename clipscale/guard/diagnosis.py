@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from clipscale.config import Config
-from clipscale.guard.health import has_learned, is_chance, is_dead_scale
+from clipscale.guard.health import has_learned, is_chance, is_dead_gradient, is_dead_scale
 from clipscale.schedule import learning_rate
 
 _RECENT = 50  # rows that are looked at together
@@ -103,7 +103,7 @@ def _scale(rows: list[dict[str, Any]], config: Config, pairs: int) -> str:
 
 def _gradient(rows: list[dict[str, Any]], config: Config, pairs: int) -> str:
     norms, limit = [row["grad_norm"] for row in rows], config.train.grad_clip_norm
-    if max(norms) == 0:
+    if is_dead_gradient(max(norms)):
         return (
             "gradient norm 0: nothing is learned any more; the embeddings have collapsed, or every tower is locked; go "
             "back to a checkpoint from before and lower optim.lr"

@@ -19,6 +19,7 @@ from clipscale.words import counted
 
 _LEARNED_SHARE = 0.9  # of ln(B): a loss below this is clearly better than guessing
 _CHANCE_NATS = 1e-3  # a loss so near to ln(B) is that of embeddings that are all alike
+_DEAD_NORM = 1e-6  # of float32 gradients that cancel; a run that learns has norms above 1e-3
 _DEAD_SCALE = 0.01  # of model.logit_scale_init: no pair can be told from another under a smaller one
 
 
@@ -54,6 +55,11 @@ def is_dead_scale(scale: float, scale_init: float) -> bool:
     return scale < _DEAD_SCALE * scale_init
 
 
+def is_dead_gradient(norm: float) -> bool:
+    """Whether it is nothing, or what rounding leaves of nothing."""
+    return norm < _DEAD_NORM
+
+
 def collapse_sign(row: Mapping[str, Any], *, pairs: int, scale_init: float, chance: bool) -> str:
     """What in a step's row (of metrics.jsonl) tells of collapse, in words; '' for nothing.
 
@@ -66,7 +72,7 @@ def collapse_sign(row: Mapping[str, Any], *, pairs: int, scale_init: float, chan
         return ""
     if is_dead_scale(row["logit_scale"], scale_init):
         return f"the logit scale is {row['logit_scale']:.3g}, near 0"
-    if row["grad_norm"] == 0 and not has_learned(row["loss"], pairs):
+    if is_dead_gradient(row["grad_norm"]) and not has_learned(row["loss"], pairs):
         return "the gradient is 0"
     if chance and is_chance(row["loss"], pairs):
         return f"the loss is {row['loss']:.4f}, ln({pairs}): that of guessing"
