@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from clipscale.errors import SharedError, reason, require
+from clipscale.errors import RestartError, SharedError, reason, require
 from clipscale.launch import launched
 from clipscale.words import counted
 
@@ -132,8 +132,27 @@ def lost_peer(error: BaseException) -> bool:
     """Whether an error says that another rank is gone or does not answer, rather than that something is wrong here."""
     words = ("gloo", "closed by peer", "reset by peer", "Broken pipe", "Timed out waiting")
     return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+        isinstance(error, RuntimeError)
+        and not isinstance(error, RestartError)
+        and any(word in str(error) for word in words)
     )
+
+
+def peer_words(error: BaseException) -> str:
+    """What such an error says, in one sentence: gloo puts a line of its source before it, and advice behind."""
+    line = str(error).splitlines()[0]
+    return (line.rpartition("cc:")[2].partition("] ")[2] or line).partition(". ")[0].removesuffix(".")
+
+
+@contextmanager
+def _lost_peers(what: str) -> Iterator[None]:
+    """RestartError with `what`, one line, for what torch raises meanwhile where another rank is lost."""
+    try:
+        yield
+    except Exception as error:
+        if not lost_peer(error):
+            raise
+        raise RestartError(f"{what} ({peer_words(error)}); start the run again") from error
 
 
 @contextmanager
@@ -146,6 +165,7 @@ def start_world(device: str = "auto", timeout_seconds: float = TIMEOUT_SECONDS) 
 
     Raises:
         UserError: "cuda" without a GPU, or fewer GPUs than ranks on this node.
+        RestartError: another rank did not come, or was lost.
     """
     rank, size, local_rank = launched()
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -164,20 +184,23 @@ def start_world(device: str = "auto", timeout_seconds: float = TIMEOUT_SECONDS) 
         yield World(rank, size, local_rank, where)
         return
     timeout = timedelta(seconds=timeout_seconds)
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo",
-        store=_store(rank, size, timeout),
-        rank=rank,
-        world_size=size,
-        timeout=timeout,
-        device_id=where if on_gpu else None,
-        pg_options=nccl_options(timeout) if on_gpu else None,
-    )
-    control = dist.new_group(backend="gloo", timeout=timeout)
-    patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))  # indexing on rank 0 may take hours
+    meeting = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    with _lost_peers(f"rank {rank} did not meet the other ranks of {size} at {meeting}"):
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            store=_store(rank, size, timeout),
+            rank=rank,
+            world_size=size,
+            timeout=timeout,
+            device_id=where if on_gpu else None,
+            pg_options=nccl_options(timeout) if on_gpu else None,
+        )
+        control = dist.new_group(backend="gloo", timeout=timeout)
+        patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))  # indexing on rank 0 may take hours
     try:
-        yield World(rank, size, local_rank, where, control, patient)
-        dist.barrier()  # leaving while another rank still talks to this one aborts that rank
+        with _lost_peers(f"rank {rank} lost another rank"):
+            yield World(rank, size, local_rank, where, control, patient)
+            dist.barrier()  # leaving while another rank still talks to this one aborts that rank
     except SharedError:
         dist.destroy_process_group()
         raise

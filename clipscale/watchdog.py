@@ -22,7 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from clipscale.config import Run
-from clipscale.dist import World
+from clipscale.dist import World, peer_words
 from clipscale.errors import RESTART, RestartError
 from clipscale.faults import record_fault, report_fault
 from clipscale.parts import Parts
@@ -93,10 +93,7 @@ class Watchdog:
 def rank_is_lost(error: Exception, run_dir: str, world: World, *, step: int) -> RestartError:
     """What to raise where `error` says that another rank is gone (dist.lost_peer)."""
     who = not_heard_of(run_dir, world) or "which one is not known"
-    said = str(error).splitlines()[0].rpartition("cc:")[2].partition("] ")[2] or str(
-        error
-    )  # gloo tells its source line
-    what = f"step {step}: another rank is lost: {who} ({said.partition('. ')[0]})"
+    what = f"step {step}: another rank is lost: {who} ({peer_words(error)})"
     record_fault("peer", what, action="the run ends, to be started again", step=step, every_rank=True)
     return RestartError(f"{what}; start the run again: it goes on from its newest checkpoint")
 

@@ -296,7 +296,9 @@ def two_ranks(config: str, signalled: int) -> list[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with start(RANK, config, 0, port, signalled) as first, start(RANK, config, 1, port, signalled) as second:
+    loaded = {"modules": ("clipscale.train",)}  # before a rank begins: importing it takes seconds
+    ranks = [start(RANK, config, rank, port, signalled, **loaded) for rank in (0, 1)]
+    with ranks[0] as first, ranks[1] as second:
         said = [child.stderr.read() for child in (first, second)]
     assert (first.status, second.status) == (0, 0), said
     return said

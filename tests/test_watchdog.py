@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +24,8 @@ from clipscale.dist import World
 from clipscale.errors import RESTART
 from clipscale.parts import Parts
 from clipscale.watchdog import Watchdog, not_heard_of
+
+LOADED = {"modules": ("clipscale.train",)}  # before a rank begins: importing it takes seconds
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +76,7 @@ def free_port() -> int:
 
 def test_a_rank_that_makes_no_progress_ends_and_says_where(tmp_path, urls):
     words = ["run.watchdog_seconds=1.5"]
-    with start(TRAIN, write_config(tmp_path, urls), 0, 1, 0, "sleep", *words) as child:
+    with start(TRAIN, write_config(tmp_path, urls), 0, 1, 0, "sleep", *words, **LOADED) as child:
         said = child.stderr.read()
     assert child.status == RESTART
     assert "rank 0 hangs: step 2, optimizer: no progress for" in said
@@ -85,8 +89,8 @@ def test_a_rank_that_makes_no_progress_ends_and_says_where(tmp_path, urls):
 def test_the_others_end_when_a_rank_is_lost_and_name_it(tmp_path, urls, act, wanted):
     config, port = write_config(tmp_path, urls), free_port()
     words = ["run.timeout_seconds=4"]
-    with start(TRAIN, config, 0, 2, port, "nothing", *words) as first:
-        with start(TRAIN, config, 1, 2, port, act, *words) as second:
+    with start(TRAIN, config, 0, 2, port, "nothing", *words, **LOADED) as first:
+        with start(TRAIN, config, 1, 2, port, act, *words, **LOADED) as second:
             assert first.ended(200)
             if act == "SIGSTOP":
                 second.kill()
@@ -99,6 +103,51 @@ def test_the_others_end_when_a_rank_is_lost_and_name_it(tmp_path, urls, act, wan
     assert "start the run again: it goes on from its newest checkpoint" in line
     assert "Traceback" not in said
     assert faults(tmp_path)[-1]["kind"] == "peer"
+
+
+DYING = """
+import os, signal
+config, rank, port, place = sys.argv[1:]
+os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+os.environ |= {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank}
+from clipscale.cli import main
+from clipscale.train import Trainer
+if rank == "1":
+    setattr(Trainer, place, lambda *arguments: os.kill(os.getpid(), signal.SIGKILL))
+sys.exit(main(["train", config, "run.timeout_seconds=100"]))
+"""
+
+
+@pytest.mark.parametrize("place", ["_build_data", "_summary"], ids=["building", "the end"])
+def test_a_rank_that_is_lost_outside_of_the_steps_is_one_line_too(tmp_path, urls, place):
+    config, port = write_config(tmp_path, urls), free_port()
+    ranks = [start(DYING, config, rank, port, place, **LOADED) for rank in (0, 1)]
+    with ranks[0] as first, ranks[1] as second:
+        said = first.stderr.read()
+    assert (first.status, second.status) == (RESTART, -signal.SIGKILL), said
+    assert re.search(r"clipscale: error: rank 0 lost another rank \(.*by peer.*\); start the run again$", said.strip())
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_does_not_come_is_one_line_too(rank):
+    code = """
+import os
+rank, port = sys.argv[1:]
+os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "WORLD_SIZE": "2"}
+from clipscale.dist import start_world
+from clipscale.errors import RestartError
+try:
+    with start_world("cpu", 1.0):
+        print("met")
+except RestartError as error:
+    print(error)
+"""
+    port = free_port()
+    with start(code, rank, port) as child:
+        said = child.stdout.read()
+    wanted = rf"rank {rank} did not meet the other ranks of 2 at 127\.0\.0\.1:{port} \(.*timed out.*\); start the run "
+    assert re.match(wanted, said, re.IGNORECASE)
 
 
 def test_parts_that_begin_are_progress(tmp_path):
