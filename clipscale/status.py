@@ -11,11 +11,11 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from clipscale.beats import read_beats
 from clipscale.checkpoint.find import candidates
 from clipscale.checkpoint.holder import HeldError, look_at_holder
 from clipscale.config.load import config_from_yaml
@@ -124,13 +124,9 @@ def _is_end(fault: Row, attempt: Row) -> bool:
 
 
 def _silent_ranks(folder: Path) -> list[str]:
-    """Of a run on several ranks: those that have written nothing for a while, with their last word (watchdog.py)."""
-    found = []
-    for path in sorted(folder.glob("ranks/*")):
-        with suppress(OSError, ValueError):
-            if (age := _age(path.stat().st_mtime)) > _SILENT_SECONDS:
-                found.append(f"rank {int(path.name)} ({path.read_text()}, {time_left(age)} ago")
-    return found
+    """Of a run on several ranks: those that have written nothing for a while, with their last word."""
+    beats = [beat for beat in read_beats(folder) if beat.age > _SILENT_SECONDS]
+    return [f"{beat.name}: {beat.place}, {time_left(beat.age)} ago" for beat in beats]
 
 
 def _newest(checkpoints: list[tuple[int, Path]]) -> dict[str, Any] | None:

@@ -103,7 +103,7 @@ def _attempt(config: Config, world: World, notes: list[str], leaving: Leaving) -
             return go_back(error, config, world, trainer.saver.settle, position=trainer.position)
     except Exception as error:
         if world.size > 1 and lost_peer(error):
-            raise rank_is_lost(error, config.run.dir, world, step=trainer.steps_done + 1) from error
+            raise rank_is_lost(error, config.run, world, step=trainer.steps_done + 1) from error
         what, alike = f"the run ended: {reason(error)}", isinstance(error, SharedError)
         record_fault("error", what, action="none", step=trainer.steps_done, every_rank=not alike)
         raise

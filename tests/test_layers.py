@@ -18,7 +18,7 @@ GROUND = {
     *("__init__", "errors", "counter", "escape", "words", "paths", "tell", "files", "progress", "pool", "dist"),
     *("config", "launch", "schedule", "runlog"),
     *("open_clip_files", "open_clip_flags", "counter_torch", "parts", "parts_picture", "deterministic"),
-    *("remembered", "device", "faults", "injection", "leaving", "watchdog", "goodput", "growing", "board"),
+    *("remembered", "device", "faults", "injection", "leaving", "watchdog", "beats", "goodput", "growing", "board"),
 }
 STAGES = {"data", "towers", "loss"}
 ASSEMBLY = {"step", "parallel", "optim", "checkpoint", "fit_tokenizer", "eval"}
@@ -82,6 +82,7 @@ FORBIDDEN = {
     "parts_picture": {"torch"},
     "tell": {"torch"},
     "goodput": {"torch"},
+    "beats": {"torch"},
     "status": {"torch"},
     "health": {"torch"},
 }

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from tiny import YAML
 
+from clipscale.beats import write_beat
 from clipscale.checkpoint import RunFolder
 from clipscale.cli import main
 from clipscale.errors import UserError
@@ -102,13 +103,12 @@ def test_a_run_that_goes_on_is_told_by_its_lock_and_one_that_is_late_too(run):
 
 def test_ranks_that_have_gone_silent_are_named_while_it_runs(run):
     run.attempt().steps(1)
-    (run.folder / "ranks").mkdir()
     for rank, age in ((0, 1), (1, 95)):
-        path = run.folder / "ranks" / f"{rank:05}"
-        path.write_text(f"node{rank}, process 4{rank}): step 2, loss")
-        os.utime(path, (time.time() - age,) * 2)
+        write_beat(run.folder, rank=rank, place="step 2, loss", still=0.0)
+        os.utime(run.folder / "ranks" / f"{rank:05}", (time.time() - age,) * 2)
     with closing(RunFolder(str(run.folder))):
-        assert run.lines()[2] == "silent: rank 1 (node1, process 41): step 2, loss, 1:35 ago"
+        name = f"rank 1 ({socket.gethostname()}, process {os.getpid()})"
+        assert run.lines()[2] == f"silent: {name}: step 2, loss, 1:35 ago"
     assert run.read()["silent_ranks"] == []
 
 

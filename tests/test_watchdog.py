@@ -18,12 +18,13 @@ from forks import start
 from shards import write_pairs
 from tiny import write_config
 
+from clipscale.beats import lost_ranks, read_beats, write_beat
 from clipscale.checkpoint import find_checkpoint, load_checkpoint
 from clipscale.config import Run
 from clipscale.dist import World
 from clipscale.errors import RESTART
 from clipscale.parts import Parts
-from clipscale.watchdog import Watchdog, not_heard_of
+from clipscale.watchdog import Watchdog
 
 LOADED = {"modules": ("clipscale.train",)}  # before a rank begins: importing it takes seconds
 
@@ -38,10 +39,8 @@ import os, signal, time
 config, rank, ranks, port, act, words = sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4], sys.argv[5], sys.argv[6:]
 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
 os.environ |= {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank}
-from clipscale import watchdog
 from clipscale.cli import main
 from clipscale.learner import Learner
-watchdog._BEAT_SECONDS, watchdog._SILENT_SECONDS = 0.2, 1.0
 update = Learner.update
 
 def asleep():
@@ -51,7 +50,7 @@ def acting(self, *, step):
     if step == 2 and act == "sleep":
         asleep()
     if step == 2 and act != "nothing":
-        time.sleep(1)
+        time.sleep(1.5)
         os.kill(os.getpid(), getattr(signal, act))
     return update(self, step=step)
 
@@ -85,24 +84,71 @@ def test_a_rank_that_makes_no_progress_ends_and_says_where(tmp_path, urls):
     assert (fault["kind"], fault["step"]) == ("hang", 2)
 
 
-@pytest.mark.parametrize(("act", "wanted"), [("SIGSTOP", "rank 1 ("), ("SIGKILL", "")])
-def test_the_others_end_when_a_rank_is_lost_and_name_it(tmp_path, urls, act, wanted):
+LOST = {
+    "SIGSTOP": "is silent for [3-9] s, last at step 2, optimizer",
+    "SIGKILL": "is gone, last at step 2, optimizer",
+    "sleep": r"stands still at step 2, optimizer \(its threads: stacks-rank1.txt\)",
+}
+
+
+@pytest.mark.parametrize("act", LOST)
+def test_the_others_end_when_a_rank_is_lost_and_name_it(tmp_path, urls, act):
     config, port = write_config(tmp_path, urls), free_port()
     words = ["run.timeout_seconds=4"]
+    begin = time.monotonic()
     with start(TRAIN, config, 0, 2, port, "nothing", *words, **LOADED) as first:
         with start(TRAIN, config, 1, 2, port, act, *words, **LOADED) as second:
             assert first.ended(200)
-            if act == "SIGSTOP":
+            if act != "SIGKILL":
                 second.kill()
         said = first.stderr.read()
+    assert time.monotonic() - begin < 4 + 40
     assert first.status == RESTART, said
     line = next(line for line in said.splitlines() if "clipscale: error" in line)
-    assert "another rank is lost: " + wanted in line
-    if wanted:
-        assert "step 2, optimizer" in line
+    name = rf"rank 1 \({socket.gethostname()}, process {second.pid}\)"
+    assert re.search(rf"another rank is lost: {name} {LOST[act]} \(", line), line
     assert "start the run again: it goes on from its newest checkpoint" in line
     assert "Traceback" not in said
     assert faults(tmp_path)[-1]["kind"] == "peer"
+    if act == "sleep":
+        assert "asleep" in (tmp_path / "run" / "stacks-rank1.txt").read_text()
+
+
+HANGS = """
+import ctypes, os, time
+from pathlib import Path
+import torch
+from clipscale import watchdog
+from clipscale.config import Run
+from clipscale.dist import World
+from clipscale.parts import Parts
+watchdog._TELL_SECONDS = watchdog._GRACE_SECONDS = 1.0
+folder, how = sys.argv[1:]
+watchdog.write_beat = lambda *_, **__: time.sleep(3600)
+world, parts = World(0, 2, 0, torch.device("cpu")), Parts(torch.device("cpu"))
+with watchdog.Watchdog(Run(folder, watchdog_seconds=1.0), world, parts, step=lambda: 7):
+    if how == "python":
+        ctypes.PyDLL(None).sleep(3600)
+    time.sleep(3600)
+"""
+
+
+def test_a_file_system_that_hangs_too_holds_up_no_end(tmp_path):
+    os.mkfifo(tmp_path / "stacks-rank0.txt")  # nobody reads it, so that opening it waits for ever
+    with start(HANGS, tmp_path, "file system") as child:
+        assert child.ended(60)
+        said = child.stderr.read()
+    assert child.status == RESTART
+    assert "in <module>" in said, "the stacks"
+    assert f"rank 0 hangs: step 7, other: no progress for 1 s (run.watchdog_seconds), and {tmp_path} cannot be" in said
+
+
+def test_what_lets_no_other_thread_run_ends_too(tmp_path):
+    with start(HANGS, tmp_path, "python") as child:
+        assert child.ended(60)
+        said = child.stderr.read()
+    assert child.status == 1
+    assert "Timeout (0:00:02)!" in said
 
 
 DYING = """
@@ -157,19 +203,41 @@ def test_parts_that_begin_are_progress(tmp_path):
             time.sleep(0.5)
             with parts.part("evaluation"):
                 pass
-        assert "step 7, other" in (tmp_path / "ranks" / "00000").read_text()
+        assert [beat.place for beat in read_beats(tmp_path)] == ["step 7, other"]
     assert not any((tmp_path / "ranks").iterdir())
 
 
-def test_only_those_that_are_silent_are_named(tmp_path):
-    (tmp_path / "ranks").mkdir()
-    now = time.time()
-    for rank, age in ((0, 0), (1, 60), (2, 3)):
-        path = tmp_path / "ranks" / f"{rank:05}"
-        path.write_text(f"node{rank}, process 4{rank}): step 6, loss")
-        os.utime(path, (now - age, now - age))
-    assert not_heard_of(str(tmp_path), rank_of(4)) == "rank 1 (node1, process 41): step 6, loss, 60 s ago"
-    assert not_heard_of(str(tmp_path / "nowhere"), rank_of(4)) == ""
+def write_beats(folder: Path, *beats: tuple[int, str, float], age: float = 0.0) -> None:
+    for rank, place, still in beats:
+        write_beat(folder, rank=rank, place=place, still=still)
+        os.utime(folder / "ranks" / f"{rank:05}", (time.time() - age,) * 2)
+
+
+def test_only_those_that_keep_a_rank_waiting_are_named(tmp_path):
+    def lost() -> list[str]:
+        return lost_ranks(tmp_path, 0, ranks=4, timeout_seconds=40)
+
+    me = f"{socket.gethostname()}, process {os.getpid()}"
+    assert lost() == []
+    write_beats(tmp_path, (0, "step 7, loss", 30), (1, "step 7, loss", 31), (2, "step 7, copies", 3))
+    write_beats(tmp_path, (3, "step 6, loss", 15), age=10)
+    write_beats(tmp_path, (4, "step 2, loss", 0), age=10_000)  # of an attempt with more ranks
+    assert lost() == []
+    write_beats(tmp_path, (2, "step 7, copies", 33))
+    assert lost() == [f"rank 2 ({me}) stands still at step 7, copies (its threads: stacks-rank2.txt)"]
+    write_beats(tmp_path, (0, "step 7, loss", 3))
+    assert lost() == [], "this one has not waited for long"
+    write_beats(tmp_path, (3, "step 6, loss", 15), age=60)
+    assert lost() == [f"rank 3 ({me}) is silent for 60 s, last at step 6, loss"]
+    with start("import os; os._exit(0)") as child:
+        pass
+    for host, wanted in ((socket.gethostname(), "is gone, last"), ("elsewhere", "is silent for 60 s, last")):
+        path = tmp_path / "ranks" / "00003"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"host": host, "pid": child.pid}))
+        os.utime(path, (time.time() - 60,) * 2)
+        assert lost() == [f"rank 3 ({host}, process {child.pid}) {wanted} at step 6, loss"]
+    (tmp_path / "ranks" / "00003").write_text("another version's")
+    assert lost() == []
 
 
 def test_a_rank_ends_with_its_torchrun():
@@ -235,17 +303,16 @@ def test_torchrun_starts_the_ranks_again_and_they_go_on(tmp_path, urls):
 def test_ranks_do_not_outlive_a_torchrun_that_is_killed(tmp_path, urls):
     process = torchrun("-m", "clipscale", "train", write_config(tmp_path, urls), "train.samples=800_000")
     try:
-        beats, deadline = tmp_path / "run" / "ranks", time.monotonic() + 200
-        while not (beats.is_dir() and len(list(beats.iterdir())) == 2 and all(map(Path.read_text, beats.iterdir()))):
+        deadline = time.monotonic() + 200
+        while len(beats := read_beats(tmp_path / "run")) < 2:
             assert time.monotonic() < deadline
             assert process.poll() is None
             time.sleep(0.2)
-        pids = [int(path.read_text().partition("process ")[2].partition(")")[0]) for path in beats.iterdir()]
     finally:
         process.kill()
         process.stderr.close()
         process.wait()
     deadline = time.monotonic() + 30
-    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+    while any(Path(f"/proc/{beat.pid}").exists() for beat in beats):
         assert time.monotonic() < deadline, "they train on"
         time.sleep(0.1)

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from copy import copy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from shards import write_pairs
 from slurm.cluster import Cluster, cluster, until
 from tiny import write_config
 
+from clipscale.beats import read_beats
 from clipscale.checkpoint import find_checkpoint, load_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -160,9 +162,9 @@ def test_what_a_person_must_mend_does_not_come_back(slurm, urls, tmp_path):
 def test_a_job_that_lost_a_rank_comes_back(slurm, urls, twin, tmp_path):
     job = Job(slurm, tmp_path / "job", urls, words=("checkpoint.every_steps=3",))
     job.until_step(5)
-    beat = tmp_path / "job" / "run" / "ranks" / "00001"
-    until(beat.exists, 60, "rank 1 tells nothing")
-    os.kill(int(beat.read_text().partition("process ")[2].partition(")")[0]), signal.SIGKILL)
+    beats = partial(read_beats, tmp_path / "job" / "run")
+    until(lambda: len(beats()) == 2, 60, "rank 1 tells nothing")
+    os.kill(beats()[1].pid, signal.SIGKILL)
     until(lambda: restarts(job) == 1, 120, f"it is not put back: {job.said()}")
     slurm.wait(job.id, "COMPLETED")
     job.assert_equals(twin)
