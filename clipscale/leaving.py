@@ -77,21 +77,24 @@ class Leaving:
         return self._signal
 
     def _end_at_once(self, number: int, frame: FrameType | None) -> None:
-        del frame
-        if not self._signal:
-            self._signal = signal.Signals(number).name
+        if self._is_first(number):
             raise Interrupted(self._signal)
 
     def _take_down(self, number: int, frame: FrameType | None) -> None:
-        del frame
+        self._is_first(number)
+
+    def _is_first(self, number: int) -> bool:
+        """Takes down the first signal. One that comes late behind it ends the process."""
         now = time.monotonic()
         if not self._signal:
             self._signal, self._since = signal.Signals(number).name, now
-        elif now - self._since >= _AGAIN_SECONDS:
+            return True
+        if now - self._since >= _AGAIN_SECONDS:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+        return False
 
     def _find_end(self) -> None:
         self._end = job_end()
@@ -113,12 +116,16 @@ def _handled(handler: Callable[[int, FrameType | None], None], numbers: set[sign
 
 
 def mark(run_dir: str, *, step: int | None, why: str) -> None:
-    """Write interrupted.json: the run has left by itself, and goes on when it is started again."""
+    """Write interrupted.json: the run has left by itself, and goes on when it is started again.
+
+    A batch script is told only of a step that is saved: before one, the signal may be a launcher's, because another
+    rank has failed, and a job that cannot start must not come back for ever.
+    """
     job, restart = launched_by()
     os.makedirs(run_dir, exist_ok=True)
     row = {"job": job, "restart": restart, "step": step, "why": why, "time": round(time.time(), 3)}
     write_file(os.path.join(run_dir, MARKER), json.dumps(row) + "\n")
-    if place := os.environ.get(PLACE):
+    if step is not None and (place := os.environ.get(PLACE)):
         write_file(place, f"{why}: left after step {step}\n")
 
 

@@ -33,7 +33,7 @@ from clipscale.data.load.loader import StepBatch
 from clipscale.deterministic import deterministic
 from clipscale.dist import World, lost_peer, start_world
 from clipscale.errors import Interrupted, SharedError, reason
-from clipscale.eval.suite import EvalSuite
+from clipscale.eval.suite import CutShort, EvalSuite
 from clipscale.faults import record_fault
 from clipscale.feed import Feed, Skips
 from clipscale.files import write_file
@@ -60,7 +60,7 @@ from clipscale.step.planning import plan_line, plan_record, plan_step
 from clipscale.step.shortage import shortage_explained
 from clipscale.tell import tell
 from clipscale.towers import autocast_dtype, build_towers, try_backward
-from clipscale.train_report import evaluation_lines, start_lines, step_line, summary_lines
+from clipscale.train_report import evaluation_lines, start_lines, step_line, step_row, summary_lines
 from clipscale.watchdog import Watchdog, rank_is_lost
 from clipscale.wishes import LEAVE, SAVE, Wishes
 from clipscale.words import counted
@@ -120,8 +120,7 @@ class Trainer:
         prepared: the run's files are made ready already (preflight/prepare.py).
     """
 
-    left = ""
-    """Why the run has left before its end; "" where it has not."""
+    left = ""  # why the run has left before its end
 
     def __init__(
         self,
@@ -181,17 +180,27 @@ class Trainer:
             tell(jump)
 
     def run(self) -> list[str]:
-        """The loop: take a batch, step, save, evaluate, tell."""
-        config = self.config
+        """From where it stands to the last step, unless it is told to leave; then a summary."""
         if self.steps_done == self.last_step and not self._cut_short:
             return self._summary("already complete: nothing to do")
         self.towers.model.train()
         first, pace = self.steps_done, Pace()
         self.parts.take()  # what building took is no step's
-        if self._cut_short:
-            self._finish_row(pace)
-        watchdog = Watchdog(config.run, self.world, self.parts, step=lambda: self.steps_done + 1)
+        watchdog = Watchdog(self.config.run, self.world, self.parts, step=lambda: self.steps_done + 1)
         with self._leaving.training(), watchdog:
+            if not self._train(pace):
+                return self._leave(pace)
+        self.saver.finish()
+        if self.world.is_main and self.last_step >= _STEPS_OF_A_PICTURE:
+            tell(draw_run(self.config.run.dir))
+        return self._summary(f"trained {counted(self.last_step - first, 'step')} in {duration(pace.elapsed())}")
+
+    def _train(self, pace: Pace) -> bool:
+        """The loop: take a batch, step, save, evaluate, tell. False: the run is to leave, and its step is saved."""
+        config, saves = self.config, True
+        try:
+            if self._cut_short:
+                self._finish_row(pace)
             while self.steps_done < self.last_step:
                 begin = time.perf_counter()
                 self.last_row = self._timed_step(pace)
@@ -200,17 +209,16 @@ class Trainer:
                 if (every := config.train.check_ranks_every_steps) and (saves or self._due(every)):
                     compare_ranks(self.towers.model, self.world, step=self.steps_done)
                 if saves:
-                    with pace.other("checkpoint"), self.parts.part("checkpoint"):
-                        self._save()
-                    self._clock.saved()
+                    self._save_now(pace)
                 self._step_seconds = time.perf_counter() - begin
                 if wishes & LEAVE:
-                    return self._leave(pace)
+                    return False
                 self._finish_row(pace)
-        self.saver.finish()
-        if self.world.is_main and self.last_step >= _STEPS_OF_A_PICTURE:
-            tell(draw_run(config.run.dir))
-        return self._summary(f"trained {counted(self.last_step - first, 'step')} in {duration(pace.elapsed())}")
+        except CutShort:
+            if not saves:
+                self._save_now(pace)
+            return False
+        return True
 
     def step(self, batch: StepBatch) -> dict[str, Any]:
         """One optimizer step on one global batch; returns its row of metrics, with repeats where it is logged."""
@@ -227,21 +235,9 @@ class Trainer:
         self.skips.account(batch, masked=result.pairs < config.train.global_batch, seen=self.position)
         self.towers.clamp_logit_scale()
         repeats = self.feed.repeats(batch) if self._due(config.run.log_every_steps) else {}
-        row = {
-            "step": self.steps_done,
-            "samples": self.position,
-            "loss": result.loss,
-            "logit_scale": math.exp(model.logit_scale.item()),
-            "grad_norm": grad_norm,
-            "lr": lr,
-            "image_accuracy": result.image_accuracy,
-            "text_accuracy": result.text_accuracy,
-            "tokens_per_caption": result.tokens_per_caption,
-            "kept_share": result.kept_share,
-            "masked_samples": self.skips.counts.total(),
-            **repeats,
-            **memory(),
-        }
+        learned = {"logit_scale": math.exp(model.logit_scale.item()), "grad_norm": grad_norm, "lr": lr}
+        row = step_row(self.steps_done, self.position, result, learned, masked=self.skips.counts.total())
+        row |= repeats | memory()
         self.guard.look(row, result.pairs, self.learner.trouble, partial(self.feed.keys, batch))
         return row
 
@@ -265,14 +261,15 @@ class Trainer:
 
     # --- leaving ------------------------------------------------------------------------------------------------------
 
-    _step_seconds = 0.0
-    """What the last step took, with its checkpoint."""
+    _step_seconds = 0.0  # of the last step, with its checkpoint
 
     def _wish(self) -> int:
         """What this rank wants after the step that it is in (wishes.py)."""
-        leave = bool(self._leaving.why(step_seconds=self._step_seconds))
         save = self.world.is_main and (self.saver.failing or self._clock.wants(step=self.steps_done + 1))
-        return LEAVE * leave | SAVE * save
+        return LEAVE * self._told() | SAVE * save
+
+    def _told(self) -> bool:
+        return bool(self._leaving.why(step_seconds=self._step_seconds))
 
     def _leave(self, pace: Pace) -> list[str]:
         """The step is done and saved; its evaluations are made up for at the next start, which finds no row of it."""
@@ -311,6 +308,11 @@ class Trainer:
 
     def _summary(self, what: str) -> list[str]:
         return summary_lines(what, self.last_row, run_dir=self.config.run.dir, pairs=self.config.train.global_batch)
+
+    def _save_now(self, pace: Pace) -> None:
+        with pace.other("checkpoint"), self.parts.part("checkpoint"):
+            self._save()
+        self._clock.saved()
 
     def _save(self) -> None:
         """Every rank reaches this at the same step; the main rank writes, in the background. What fails there is
@@ -383,9 +385,8 @@ class Trainer:
         )
         self._resources.callback(self.feed.close)
         tell(plan_line(self.plan, self.towers, self.config.train.global_batch // self.world.size))
-        self.evaluations = EvalSuite(
-            self.config, self.towers, self.plan.chunks, self.feed.pipeline.tokenize, self.world, self.parts
-        )
+        tokenize, chunks = self.feed.pipeline.tokenize, self.plan.chunks
+        self.evaluations = EvalSuite(self.config, self.towers, chunks, tokenize, self.world, self.parts, self._told)
 
     def _begin(self) -> None:
         """Only now does the run's folder change: a run that is refused leaves it as it was."""

@@ -1,6 +1,7 @@
 """What a training run says, at the start, after a step and at the end: pure functions of what they tell of.
 
     start_lines(config, world, last_step=400, found=None, snapshot=None)  # ['runs/a: 400 steps of 8 pairs on ...']
+    step_row(7, 56, result, {"lr": 1e-3, ...}, masked=0)         # {'step': 7, 'samples': 56, 'loss': 2.0801, ...}
     step_line(row, last_step=400, eta_seconds=95)                # 'step   1/400  samples 8  loss 2.0801  ...'
     evaluation_lines(row, step=400, last_step=400)               # ['step 400/400  zero-shot: top-1 0.6100, ...']
     summary_lines("trained 400 steps in 9:31", row, ...)         # three: what happened, was learned, lies where
@@ -20,6 +21,7 @@ from clipscale.config.load import changed_keys
 from clipscale.dist import World
 from clipscale.parts import from_row
 from clipscale.progress import time_left
+from clipscale.step import StepResult
 from clipscale.words import counted, short
 
 _COLUMNS, _GAP = 120, "  "  # of a step's line
@@ -41,6 +43,29 @@ def start_lines(
         return [line + "from the start", *promises]
     changes = [f"changed since the checkpoint: {change}" for change in changed_keys(snapshot.config, config)]
     return [f"{line}resuming after step {snapshot.step} from {found}", *changes, *promises]
+
+
+def step_row(
+    step: int, samples: int, result: StepResult, learned: dict[str, float], *, masked: int
+) -> dict[str, float]:
+    """What a step's row of metrics begins with.
+
+    Args:
+        samples: positions of the run's order that are behind it.
+        learned: what the optimizer says of it, by column.
+        masked: samples of the run so far.
+    """
+    return {
+        "step": step,
+        "samples": samples,
+        "loss": result.loss,
+        **learned,
+        "image_accuracy": result.image_accuracy,
+        "text_accuracy": result.text_accuracy,
+        "tokens_per_caption": result.tokens_per_caption,
+        "kept_share": result.kept_share,
+        "masked_samples": masked,
+    }
 
 
 def step_line(row: dict[str, Any], *, last_step: int, eta_seconds: float) -> str:

@@ -8,20 +8,24 @@ import signal
 import socket
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from forks import start
-from shards import write_pairs
+from shards import picture, write_pairs, write_shard
 from tiny import tiny_config, write_config
 
 from clipscale.checkpoint import find_checkpoint, load_checkpoint
 from clipscale.cli import main
-from clipscale.errors import Interrupted
+from clipscale.dist import World
+from clipscale.errors import Interrupted, SharedError
+from clipscale.eval.suite import CutShort, EvalSuite
 from clipscale.learner import Learner
 from clipscale.leaving import Leaving, job_end
 from clipscale.loss import contrastive_grads
 from clipscale.loss.link import Alone, Link
+from clipscale.towers import build_towers
 from clipscale.train import Trainer, train
 from clipscale.wishes import LEAVE, SAVE, Wishes
 
@@ -121,12 +125,50 @@ def test_evaluations_that_are_due_are_left_to_the_next_start(tmp_path, urls, mon
     ]
 
 
+@pytest.mark.parametrize(("name", "step"), [("validation", 2), ("zeroshot", 4)])
+def test_a_signal_in_an_evaluation_leaves_it_to_the_next_start(tmp_path, urls, monkeypatch, name, step):
+    """It may take longer than there is time."""
+    words = [f"eval.{name}.urls={urls}", f"eval.{name}.every_steps=2", f"eval.{name}.batch=8"]
+    if name == "zeroshot":
+        labelled = [(f"{i}", {"jpg": picture(i, 16, 16), "cls": b"%d" % (i % 2)}) for i in range(8)]
+        words[0] = f"eval.zeroshot.urls={write_shard(tmp_path / 'labelled.tar', labelled)}"
+        for key, text in (("classnames", "cat\ndog\n"), ("templates", "a {}\n")):
+            (tmp_path / key).write_text(text)
+            words.append(f"eval.zeroshot.{key}={tmp_path / key}")
+    (tmp_path / "twin").mkdir()
+    train(tiny_config(tmp_path / "twin", urls, *words))
+    real, seen = EvalSuite.run, []
+
+    def signalled(self, which):
+        seen.append(which)
+        if len(seen) == step // 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, which)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EvalSuite, "run", signalled)
+        with pytest.raises(Interrupted, match="SIGTERM"):
+            train(tiny_config(tmp_path, urls, *words))
+    assert (marker(tmp_path)["why"], marker(tmp_path)["step"]) == ("SIGTERM", step)
+    assert load_checkpoint(find_checkpoint(str(tmp_path / "run"))).step == step
+    assert [row["step"] for row in rows(tmp_path)] == [*range(1, step)]
+    assert not (tmp_path / "run" / "faults.jsonl").exists()
+    train(tiny_config(tmp_path, urls, *words))
+    assert_equal(tmp_path, tmp_path / "twin")
+    scores = [key for key in rows(tmp_path)[3] if key.startswith(f"{name}/")]
+    assert scores
+    for key in scores:
+        assert [row.get(key) for row in rows(tmp_path)] == [row.get(key) for row in rows(tmp_path / "twin")]
+
+
 def test_the_end_of_a_jobs_time_is_a_reason_to_leave(tmp_path, urls, twin, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 100))
+    monkeypatch.setenv("CLIPSCALE_MARKER", str(tmp_path / "told"))
     with pytest.raises(Interrupted, match="the time limit"):
         train(tiny_config(tmp_path, urls))
+    assert (tmp_path / "told").read_text() == "the time limit: left after step 1\n"
     found = marker(tmp_path)
     assert (found["why"], found["step"], found["job"], found["restart"]) == ("the time limit", 1, "77", 3)
     train(tiny_config(tmp_path, urls, "run.leave_before_seconds=0", "train.samples=16"))
@@ -172,12 +214,20 @@ def test_another_signal_counts_after_a_while_and_ends_it_at_once(monkeypatch):
         monkeypatch.setattr("clipscale.leaving._AGAIN_SECONDS", 0.0)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-    code = """
+
+
+@pytest.mark.parametrize("when", ["training()", "starting('nowhere')"])
+def test_another_signal_while_it_leaves_is_that_signals_own_end(when):
+    code = f"""
 import os, signal
 from clipscale import leaving
+from clipscale.errors import Interrupted
 leaving._AGAIN_SECONDS = 0.0
-with leaving.Leaving(0).training():
-    os.kill(os.getpid(), signal.SIGUSR1)
+with leaving.Leaving(0).{when}:
+    try:
+        os.kill(os.getpid(), signal.SIGUSR1)
+    except Interrupted:
+        pass
     print("still here", flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
 print("and here")
@@ -201,7 +251,12 @@ def test_what_is_ignored_stays_so_and_handlers_come_back():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_signal_before_the_first_step_ends_it_at_once_and_is_marked(tmp_path, urls, monkeypatch, capsys):
+@pytest.mark.parametrize("environment", [{}, {"RANK": "0", "WORLD_SIZE": "1"}], ids=["alone", "torchrun"])
+def test_a_signal_before_the_first_step_ends_it_at_once_and_is_marked(tmp_path, urls, monkeypatch, capsys, environment):
+    """Not for a batch script, and never with 0: a launcher sends it when another rank has failed, and a job that can
+    not start would come back for ever."""
+    for key, value in (environment | {"CLIPSCALE_MARKER": str(tmp_path / "told")}).items():
+        monkeypatch.setenv(key, value)
     build, loaders = Trainer._build_data, []
 
     def interrupted(self, recorded):
@@ -212,7 +267,8 @@ def test_a_signal_before_the_first_step_ends_it_at_once_and_is_marked(tmp_path, 
     monkeypatch.setattr(Trainer, "_build_data", interrupted)
     assert main(["train", write_config(tmp_path, urls)]) == 75
     assert (marker(tmp_path)["why"], marker(tmp_path)["step"]) == ("SIGUSR1", None)
-    assert "clipscale: SIGUSR1" in capsys.readouterr().err
+    assert not (tmp_path / "told").exists()
+    assert "clipscale: SIGUSR1: ended at once, for no step was under way" in capsys.readouterr().err
     monkeypatch.undo()
     assert main(["train", write_config(tmp_path, urls)]) == 0
     assert marker(tmp_path) is None
@@ -261,6 +317,23 @@ def test_wishes_of_all_ranks_come_together():
     assert wishes.agreed() == SAVE, "it came too late for this step"
     wishes.gather(values_K)
     assert wishes.agreed() == SAVE | LEAVE
+
+
+class Pair(World):
+    """A rank of two, the other of which is told to leave."""
+
+    def gather(self, item, *, patient=False):
+        return [item, isinstance(item, bool)]
+
+
+def test_an_evaluation_that_the_other_rank_cuts_short_is_no_failure(tmp_path, urls, monkeypatch):
+    config, fails = tiny_config(tmp_path, urls), SharedError("CutShort: ")
+    suite = EvalSuite(config, build_towers(config.model), (4, 4), str.split, World(0, 1, 0, torch.device("cpu")))
+    monkeypatch.setattr(suite, "run", Mock(side_effect=fails))
+    assert suite.scores("validation", step=3) == {"validation/failed": 1.0}
+    suite.world = Pair(0, 2, 0, torch.device("cpu"))
+    with pytest.raises(CutShort):
+        suite.scores("validation", step=3)
 
 
 def test_the_loss_is_the_same_to_the_bit():

@@ -60,8 +60,9 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except Interrupted as stop:
         if rank() == 0:
-            print(f"clipscale: {stop.left or stop.why}", file=sys.stderr)
-        return 130 if stop.why == "SIGINT" else 0 if under_launcher() else INTERRUPTED
+            at_once = f"{stop.why}: ended at once, for no step was under way"
+            print(f"clipscale: {stop.left or at_once}", file=sys.stderr)
+        return 130 if stop.why == "SIGINT" else 0 if stop.left and under_launcher() else INTERRUPTED
     except RestartError as error:
         return _fail(error, RESTART)
     except Exception as error:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -24,6 +26,12 @@ from clipscale.schedule import is_due
 from clipscale.tell import tell
 from clipscale.towers import Towers
 
+T = TypeVar("T")
+
+
+class CutShort(Exception):
+    """An evaluation was left where it was, for the run is told to leave."""
+
 
 class EvalSuite:
     """Opens the evaluation sets at once, so that a wrong path or label ends a run before it begins. Collective.
@@ -31,6 +39,7 @@ class EvalSuite:
     Args:
         chunks: pictures, and captions, that go through their tower at once.
         parts: each batch begins the part "evaluation" anew, as a sign of life.
+        told: whether this rank is to leave; asked before each batch.
 
     Raises:
         UserError: shards, class names or templates that cannot be used.
@@ -44,9 +53,10 @@ class EvalSuite:
         tokenize: Tokenize,
         world: World,
         parts: Parts = UNTIMED,
+        told: Callable[[], bool] = lambda: False,
     ) -> None:
         self._image_chunk, self._text_chunk = chunks
-        self._parts = parts
+        self._parts, self._told = parts, told
         self.config, self.towers, self.tokenize, self.world = config, towers, tokenize, world
         validation, zeroshot = config.eval.validation, config.eval.zeroshot
         self._pairs = None
@@ -74,6 +84,7 @@ class EvalSuite:
 
         Raises:
             SharedError: what failed, where the run is to end then.
+            CutShort: on every rank, where any is told to leave meanwhile.
         """
         begin = time.perf_counter()
         try:
@@ -81,12 +92,21 @@ class EvalSuite:
         except Exception as error:  # whatever it is: a score is worth no run
             if self.world.size > 1 and not isinstance(error, SharedError):
                 raise  # this rank's alone, and the others wait for it
+            if any(self.world.gather(self._told())):
+                raise CutShort from error
             what = f"step {step}: the evaluation {name!r} failed: {reason(error)}"
             if self.config.eval.on_error == "stop":
                 raise SharedError(f"{what}; mend it and start again, or set eval.on_error=report") from error
             lost = time.perf_counter() - begin
             report_fault("evaluation", what, action="its scores are missing", step=step, lost_seconds=lost)
             return {f"{name}/failed": 1.0}
+
+    def _walk(self, batches: Iterable[T]) -> Iterator[T]:
+        """The same batches, while nobody tells this rank to leave."""
+        for batch in self._parts.walk("evaluation", batches):
+            if self._told():
+                raise CutShort
+            yield batch
 
     @torch.no_grad()
     def _try_out(self) -> None:
@@ -113,7 +133,7 @@ class EvalSuite:
             self.config.eval.validation,
             self.config.loss,
             chunk=self._image_chunk,
-            parts=self._parts,
+            walk=self._walk,
             **self._reading,
         )
         return {
@@ -136,7 +156,7 @@ class EvalSuite:
             self.world,
             batch=self.config.eval.zeroshot.batch,
             text_chunk=self._text_chunk,
-            parts=self._parts,
+            walk=self._walk,
             **self._reading,
         )
         return {"zeroshot/top1": result.top1, "zeroshot/top5": result.top5, "zeroshot/bad_pictures": result.bad}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,7 +19,6 @@ from clipscale.errors import SharedError
 from clipscale.eval.mode import evaluating
 from clipscale.eval.pictures import ShardPictures, batches
 from clipscale.loss import ContrastiveGrads, contrastive_grads
-from clipscale.parts import UNTIMED, Parts
 from clipscale.towers import Towers
 from clipscale.words import counted
 
@@ -47,12 +47,13 @@ def evaluate_validation(
     chunk: int,
     threads: int,
     decoding: Decoding,
-    parts: Parts = UNTIMED,
+    walk: Callable[[Iterable], Iterator] = iter,
 ) -> ValidationResult:
     """Collective; the same result on every rank. Puts the model in eval mode for the time.
 
     Batches of `config.batch` pairs over all ranks, in the order of the shards; a last batch that is not full is left
     out (unless it is the only one), because a contrastive loss depends on how many pairs it is taken over.
+    `walk` passes on each chunk of pictures.
     """
     total = min(config.samples, source.samples)
     size = min(config.batch, total)
@@ -64,7 +65,7 @@ def evaluate_validation(
         mine = range(start + world.rank, start + size, world.size)
         images, texts, hashes = [_nothing(towers)], [_nothing(towers)], [torch.zeros(0, dtype=torch.int64)]
         found = batches(pictures, mine, batch=chunk, side=towers.image_size, threads=threads, decoding=decoding)
-        for pixels, captions, valid in parts.walk("evaluation", found):
+        for pixels, captions, valid in walk(found):
             if valid.any():
                 tokens = tokenize([text.decode() for text, ok in zip(captions, valid, strict=True) if ok])
                 images.append(towers.image(pixels[valid].to(towers.image.device)))

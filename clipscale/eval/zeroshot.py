@@ -8,6 +8,7 @@ Shapes: C classes, K templates, M pictures at once, D width.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +25,6 @@ from clipscale.errors import SharedError, require
 from clipscale.eval.classes import check_folder, check_labels, checked_label, class_names, class_templates
 from clipscale.eval.mode import evaluating
 from clipscale.eval.pictures import EvalPictures, FolderPictures, ShardPictures, batches
-from clipscale.parts import UNTIMED, Parts
 from clipscale.towers import Towers
 from clipscale.words import counted
 
@@ -75,11 +75,18 @@ def check_task(task: ZeroShotTask) -> str:
 
 
 @torch.no_grad()
-def build_classifier(towers: Towers, task: ZeroShotTask, tokenize: Tokenize, chunk: int) -> Tensor:
+def build_classifier(
+    towers: Towers,
+    task: ZeroShotTask,
+    tokenize: Tokenize,
+    chunk: int,
+    walk: Callable[[Iterable], Iterator] = iter,
+) -> Tensor:
     """Each class's mean text embedding over the templates, normalised again: [C, D]. `chunk`: captions at once."""
     captions = [template.replace("{}", name) for name in task.classnames for template in task.templates]
     embeddings = [
-        towers.text(tokenize(captions[i : i + chunk]).to(towers.text.device)) for i in range(0, len(captions), chunk)
+        towers.text(tokenize(captions[i : i + chunk]).to(towers.text.device))
+        for i in walk(range(0, len(captions), chunk))
     ]
     mean_CD = torch.cat(embeddings).unflatten(0, (len(task.classnames), len(task.templates))).mean(1)
     return F.normalize(mean_CD, dim=-1)
@@ -96,11 +103,14 @@ def evaluate_zeroshot(
     text_chunk: int,
     threads: int,
     decoding: Decoding,
-    parts: Parts = UNTIMED,
+    walk: Callable[[Iterable], Iterator] = iter,
 ) -> ZeroShotResult:
     """Classify every picture, each rank its share. Collective; the same result on every rank.
 
     Puts the model in eval mode for the time.
+
+    Args:
+        walk: passes each batch on.
 
     Raises:
         SharedError: what went wrong on any rank, or no picture that can be decoded.
@@ -110,11 +120,11 @@ def evaluate_zeroshot(
 
     def count() -> list[float]:
         """Of this rank's pictures: bad ones, and by class the hits and those seen."""
-        classifier_CD = build_classifier(towers, task, tokenize, text_chunk)
+        classifier_CD = build_classifier(towers, task, tokenize, text_chunk, walk)
         hits1, hits5, seen = (torch.zeros(classes, device=device) for _ in range(3))
         bad = 0
         found = batches(task.pictures, mine, batch=batch, side=towers.image_size, threads=threads, decoding=decoding)
-        for images, notes, valid in parts.walk("evaluation", found):
+        for images, notes, valid in walk(found):
             bad += int((~valid).sum())
             if not valid.any():
                 continue
