@@ -15,16 +15,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from clipscale.beats import read_beats
 from clipscale.checkpoint.find import candidates
 from clipscale.checkpoint.holder import HeldError, look_at_holder
 from clipscale.config.load import config_from_yaml
 from clipscale.errors import require
 from clipscale.files import last_rows, read_numbers, read_rows
-from clipscale.goodput import COLUMNS, KINDS, Row, goodput, seconds_a_step
 from clipscale.guard.diagnosis import diagnose
-from clipscale.leaving import MARKER
 from clipscale.progress import time_left
+from clipscale.resilience.beats import read_beats
+from clipscale.resilience.leaving import MARKER
+from clipscale.telemetry.goodput import COLUMNS, KINDS, Row, goodput, seconds_a_step
 from clipscale.words import counted, short
 
 _LEAST_SHARE = 0.0005  # of the run's time: what took less is not told

@@ -18,7 +18,7 @@ except ModuleNotFoundError:
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from clipscale.parts_picture import draw_parts
+from clipscale.telemetry.parts_picture import draw_parts
 
 LOSS, SCORE = "#2a50a0", "#c03a2b"
 

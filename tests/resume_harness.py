@@ -25,9 +25,9 @@ from shards import write_pairs
 
 from clipscale.checkpoint.tree import read_tree
 from clipscale.config.load import load_config
-from clipscale.learner import Learner
-from clipscale.saver import Saver
-from clipscale.train import Trainer, train
+from clipscale.training.learner import Learner
+from clipscale.training.saver import Saver
+from clipscale.training.trainer import Trainer, train
 
 LIMIT_BYTES = 1_000_000  # of a file
 RUNNING: set[Trainer] = set()  # of this process

@@ -13,7 +13,7 @@ import torch
 from clipscale.bench.common.processes import held_bytes
 from clipscale.config.load import load_config
 from clipscale.dist import World
-from clipscale.train import Trainer
+from clipscale.training.trainer import Trainer
 
 _LOOK_SECONDS = 0.1
 

@@ -17,10 +17,10 @@ from clipscale.checkpoint.staging import Staging, staged_bytes, state_after_a_st
 from clipscale.checkpoint.writer import CheckpointWriter
 from clipscale.config import Optim
 from clipscale.errors import UserError
-from clipscale.faults import recording
 from clipscale.optim import build_optimizer
-from clipscale.saver import Saver
-from clipscale.train import train
+from clipscale.telemetry.faults import recording
+from clipscale.training.saver import Saver
+from clipscale.training.trainer import train
 
 CPU = torch.device("cpu")
 

@@ -22,7 +22,7 @@ from clipscale.data.pipeline import build_pipeline
 from clipscale.data.source import Source, open_source
 from clipscale.errors import UserError
 from clipscale.preflight.prepare import prepare_files
-from clipscale.train import train
+from clipscale.training.trainer import train
 
 SHARDS = "{0000..0002}.tar"
 SCORES = Select(score_field="similarity", min_score=0.3)

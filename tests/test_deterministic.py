@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 from shards import write_pairs
 from tiny import tiny_config
 
-from clipscale import learner as learner_module
-from clipscale import train as train_module
 from clipscale.deterministic import deterministic, prepare_cublas
 from clipscale.errors import SharedError, UserError
 from clipscale.loss import contrastive_grads_in_place
 from clipscale.preflight.checks import check_training
 from clipscale.towers import build_towers
-from clipscale.train import train
+from clipscale.training import learner as learner_module
+from clipscale.training import trainer as train_module
+from clipscale.training.trainer import train
 
 
 @pytest.fixture(scope="module")

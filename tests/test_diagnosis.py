@@ -13,7 +13,7 @@ from tiny import tiny_config
 from clipscale.config import Config, Model, Optim, Train
 from clipscale.errors import UserError
 from clipscale.guard.diagnosis import diagnose
-from clipscale.train import train
+from clipscale.training.trainer import train
 
 PAIRS = 4096
 CONFIG = Config(

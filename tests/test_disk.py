@@ -21,9 +21,9 @@ from clipscale.checkpoint.room import require_room
 from clipscale.config.load import config_from_yaml
 from clipscale.dist import World
 from clipscale.errors import SharedError, UserError
-from clipscale.faults import recording
-from clipscale.saver import Saver
-from clipscale.train import train
+from clipscale.telemetry.faults import recording
+from clipscale.training.saver import Saver
+from clipscale.training.trainer import train
 
 CONFIG = config_from_yaml(YAML.format(run="run", urls="x.tar"))
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -128,7 +128,7 @@ class FullAt:
 
     def __init__(self, monkeypatch, *steps: int) -> None:
         self._steps, self.cause = steps, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        monkeypatch.setattr("clipscale.saver.save_checkpoint", self)
+        monkeypatch.setattr("clipscale.training.saver.save_checkpoint", self)
 
     def __call__(self, run_dir: str, snapshot: Snapshot, keep: int) -> Path:
         if snapshot.step in self._steps:
@@ -194,6 +194,6 @@ def test_a_disk_without_room_for_the_runs_first_files_is_one_line_on_every_rank(
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("clipscale.train.write_file", full)
+    monkeypatch.setattr("clipscale.training.trainer.write_file", full)
     with pytest.raises(SharedError, match=r"^No space left on device$"):
         train(tiny_config(tmp_path, urls))

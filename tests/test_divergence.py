@@ -20,9 +20,9 @@ from clipscale.dist import World
 from clipscale.errors import UserError
 from clipscale.guard.divergence import Diverged, Guard
 from clipscale.guard.health import Health, collapse_sign
-from clipscale.injection import VARIABLE
+from clipscale.resilience.injection import VARIABLE
 from clipscale.towers import Tower
-from clipscale.train import Trainer, train
+from clipscale.training.trainer import Trainer, train
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 

@@ -15,8 +15,8 @@ from clipscale.checkpoint import load_checkpoint
 from clipscale.dist import World
 from clipscale.errors import RestartError
 from clipscale.guard.drift import _AT_ONCE, compare_ranks, hash_bits
-from clipscale.learner import Learner
-from clipscale.train import Trainer
+from clipscale.training.learner import Learner
+from clipscale.training.trainer import Trainer
 
 EVERY = {1: torch.bool, 2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
 

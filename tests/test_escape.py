@@ -22,12 +22,12 @@ from clipscale.data.load.fill import Skip
 from clipscale.dist import World
 from clipscale.errors import UserError
 from clipscale.escape import escaped, one_line, printable, shown
-from clipscale.feed import Skips
 from clipscale.progress import bar_on, progress_bar
-from clipscale.runlog import RunLog
 from clipscale.shardkit.commands import run_script
+from clipscale.telemetry.runlog import RunLog
 from clipscale.tell import tell
-from clipscale.train import train
+from clipscale.training.feed import Skips
+from clipscale.training.trainer import train
 
 EVIL = "k\x1b[2J\x9b31m\x7f\u202eelif\u2066\u2028\u2029\x85\r\nclipscale: error: forged [/red]"
 NO_UTF8 = os.fsdecode(b"caf\xe9\x1b[2J")  # a file's name

@@ -18,7 +18,7 @@ from tiny import tiny_config
 from clipscale.config.data import Data, Fetch, SourceSettings
 from clipscale.data.pipeline import Pipeline, build_pipeline
 from clipscale.errors import UserError
-from clipscale.train import train
+from clipscale.training.trainer import train
 
 pytestmark = pytest.mark.timeout(120)
 FETCH = Fetch(stall_seconds=0.5, retries=3, backoff_seconds=0.01, again_seconds=100.0)

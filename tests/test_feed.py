@@ -19,8 +19,8 @@ from clipscale.data.load.workers import LoaderError
 from clipscale.data.tokenize import caption_hashes
 from clipscale.dist import World
 from clipscale.errors import UserError
-from clipscale.feed import _require_equal, plan_replay
-from clipscale.train import Trainer, train
+from clipscale.training.feed import _require_equal, plan_replay
+from clipscale.training.trainer import Trainer, train
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, 0, CPU)

@@ -21,7 +21,7 @@ from clipscale.errors import UserError
 from clipscale.fit_tokenizer import fitting_tokenizer
 from clipscale.open_clip_files import TokenizerChoice
 from clipscale.towers import Towers, build_towers
-from clipscale.train import train
+from clipscale.training.trainer import train
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
 WORDS = ["number", "of", "shard", *(f"{i}" for i in range(10)), "a", "photo", "cat"]

@@ -1,4 +1,4 @@
-"""clipscale/goodput.py: histories with the right figures worked out by hand."""
+"""clipscale/telemetry/goodput.py: histories with the right figures worked out by hand."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from clipscale.goodput import KINDS, goodput, seconds_a_step
+from clipscale.telemetry.goodput import KINDS, goodput, seconds_a_step
 
 
 def row(step: int, time: float, **more) -> dict:

@@ -14,9 +14,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from clipscale import growing
-from clipscale.faults import recording
-from clipscale.growing import GrowingFile, append_whole
-from clipscale.runlog import RunLog
+from clipscale.telemetry.faults import recording
+from clipscale.telemetry.growing import GrowingFile, append_whole
+from clipscale.telemetry.runlog import RunLog
 from clipscale.tell import tell
 
 

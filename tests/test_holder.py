@@ -21,7 +21,7 @@ from processes import wait_until
 
 from clipscale.checkpoint import RunFolder, holder, refuse_held
 from clipscale.errors import UserError
-from clipscale.faults import recording
+from clipscale.telemetry.faults import recording
 
 HOLD = """
 import errno, fcntl, sys, time

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from clipscale.errors import UserError
-from clipscale.faults import recording, report_fault
-from clipscale.injection import injected
-from clipscale.runlog import RunLog
+from clipscale.resilience.injection import injected
+from clipscale.telemetry.faults import recording, report_fault
+from clipscale.telemetry.runlog import RunLog
 
 
 def test_a_fault_is_met_at_its_step_and_rank_only(monkeypatch):

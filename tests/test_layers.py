@@ -14,15 +14,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+TELEMETRY = {
+    f"telemetry.{name}" for name in ("board", "faults", "goodput", "growing", "parts", "parts_picture", "runlog")
+}
+RESILIENCE = {f"resilience.{name}" for name in ("beats", "injection", "leaving", "watchdog")}
 GROUND = {
     *("__init__", "errors", "counter", "escape", "words", "paths", "tell", "files", "progress", "pool", "dist"),
-    *("config", "launch", "schedule", "runlog"),
-    *("open_clip_files", "open_clip_flags", "counter_torch", "parts", "parts_picture", "deterministic"),
-    *("remembered", "device", "faults", "injection", "leaving", "watchdog", "beats", "goodput", "growing", "board"),
+    *("config", "launch", "schedule", "remembered", "device", "deterministic"),
+    *("open_clip_files", "open_clip_flags", "counter_torch"),
+    *("telemetry", *TELEMETRY, "resilience", *RESILIENCE),
 }
 STAGES = {"data", "towers", "loss"}
 ASSEMBLY = {"step", "parallel", "optim", "checkpoint", "fit_tokenizer", "eval"}
-ENTRIES = {"train", "learner", "saver", "wishes", "train_report", "feed", "evaluate", "library", "status"}
+ENTRIES = {"training", "resilience.wishes", "evaluate", "library", "status"}
 # What a room may import beside itself and (where nothing else is said) the ground.
 LAWS: dict[str, set[str]] = {
     **dict.fromkeys(GROUND, GROUND),
@@ -33,8 +37,10 @@ LAWS: dict[str, set[str]] = {
     "words": set(),
     "paths": {"errors"},
     "tell": {"errors", "escape"},
-    "faults": {"tell"},
-    "injection": {"errors"},
+    "telemetry": set(),
+    "telemetry.faults": {"tell"},
+    "resilience": set(),
+    "resilience.injection": {"errors"},
     "files": {"errors"},
     "data": set(),
     "data.bad": set(),
@@ -79,12 +85,12 @@ FORBIDDEN = {
     "files": {"torch"},
     "paths": {"torch"},
     "pool": {"torch"},
-    "parts_picture": {"torch"},
+    "telemetry.parts_picture": {"torch"},
     "tell": {"torch"},
-    "goodput": {"torch"},
-    "beats": {"torch"},
+    "telemetry.goodput": {"torch"},
+    "resilience.beats": {"torch"},
     "status": {"torch"},
-    "health": {"torch"},
+    "guard.health": {"torch"},
 }
 FOLDERS = {"clipscale", "configs", "data_tools", "tests", "slurm", "docs", ".ci", ".github"}
 MOST_DATA_ROOMS = 10
@@ -204,9 +210,9 @@ def test_imports_go_downwards_only():
         ("clipscale.loss.ring", "from clipscale.step.gradcache import TwoPasses"),
         ("clipscale.step.gradcache", "import clipscale.optim as o"),
         ("clipscale.eval.suite", "from clipscale.checkpoint import verify"),
-        ("clipscale.checkpoint", "from clipscale import train"),
-        ("clipscale.train", "from data_tools import make_shards"),
-        ("clipscale.train", "from clipscale.shardkit.packing import pack"),
+        ("clipscale.checkpoint", "from clipscale import training"),
+        ("clipscale.training.trainer", "from data_tools import make_shards"),
+        ("clipscale.training.trainer", "from clipscale.shardkit.packing import pack"),
         ("clipscale.cli", "from clipscale.bench.loss.options import add_loss_arguments"),
         ("clipscale.bench.common.turns", "from clipscale.bench.loss.team import Team"),
         ("clipscale.bench.common.spread", "from clipscale.loss import contrastive_grads"),
@@ -235,7 +241,7 @@ def test_the_checker_catches(module, code):
         ("clipscale.bench.loss.case", "from clipscale.bench.common.spread import Spread\nimport clipscale.loss.tiles"),
         ("clipscale.bench.redraw", "from clipscale.bench.data import plots"),
         ("clipscale.cli.bench", "from clipscale.bench.redraw import redraw"),
-        ("clipscale.cli", "from clipscale.train import train\nimport torch"),
+        ("clipscale.cli", "from clipscale.training.trainer import train\nimport torch"),
         ("data_tools.make_shards", "from clipscale.shardkit import packing\nfrom clipscale.config.data import Data"),
     ],
 )

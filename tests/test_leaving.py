@@ -21,13 +21,13 @@ from clipscale.cli import main
 from clipscale.dist import World
 from clipscale.errors import Interrupted, SharedError
 from clipscale.eval.suite import CutShort, EvalSuite
-from clipscale.learner import Learner
-from clipscale.leaving import Leaving, job_end
 from clipscale.loss import contrastive_grads
 from clipscale.loss.link import Alone, Link
+from clipscale.resilience.leaving import Leaving, job_end
+from clipscale.resilience.wishes import LEAVE, SAVE, Wishes
 from clipscale.towers import build_towers
-from clipscale.train import Trainer, train
-from clipscale.wishes import LEAVE, SAVE, Wishes
+from clipscale.training.learner import Learner
+from clipscale.training.trainer import Trainer, train
 
 SIGNALS = ["SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT"]
 
@@ -211,7 +211,7 @@ def test_another_signal_counts_after_a_while_and_ends_it_at_once(monkeypatch):
         for name in ("SIGTERM", "SIGINT", "SIGTERM"):  # Slurm and torchrun deliver twice
             os.kill(os.getpid(), getattr(signal, name))
         assert leaving.why(step_seconds=1) == "SIGTERM"
-        monkeypatch.setattr("clipscale.leaving._AGAIN_SECONDS", 0.0)
+        monkeypatch.setattr("clipscale.resilience.leaving._AGAIN_SECONDS", 0.0)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -352,7 +352,7 @@ config, rank, port, signalled = sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[
 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank}
 os.environ["GLOO_SOCKET_IFNAME"] = "lo"
 from clipscale.cli import main
-from clipscale.learner import Learner
+from clipscale.training.learner import Learner
 update = Learner.update
 
 def acting(self, *, step):
@@ -369,7 +369,7 @@ def two_ranks(config: str, signalled: int) -> list[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    loaded = {"modules": ("clipscale.train",)}  # before a rank begins: importing it takes seconds
+    loaded = {"modules": ("clipscale.training.trainer",)}  # before a rank begins: importing it takes seconds
     ranks = [start(RANK, config, rank, port, signalled, **loaded) for rank in (0, 1)]
     with ranks[0] as first, ranks[1] as second:
         said = [child.stderr.read() for child in (first, second)]

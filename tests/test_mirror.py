@@ -19,8 +19,8 @@ from clipscale.checkpoint import mirror as mirror_module
 from clipscale.checkpoint.mirror import Mirror, fetch_from_mirror, upload
 from clipscale.dist import World
 from clipscale.errors import UserError
-from clipscale.faults import recording
-from clipscale.saver import Saver
+from clipscale.telemetry.faults import recording
+from clipscale.training.saver import Saver
 
 FOLDERS = count()
 

@@ -1,4 +1,4 @@
-"""clipscale/parts.py and parts_picture.py: where the time goes, on a CPU, on a GPU, in rows and as a picture."""
+"""telemetry/parts.py, parts_picture.py: where the time goes, on a CPU, on a GPU, in rows and as a picture."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from clipscale import parts as module
-from clipscale.parts import PARTS, UNTIMED, Parts, StreamClock, from_row, to_columns
-from clipscale.parts_picture import _stack, draw_parts
+from clipscale.telemetry import parts as module
+from clipscale.telemetry.parts import PARTS, UNTIMED, Parts, StreamClock, from_row, to_columns
+from clipscale.telemetry.parts_picture import _stack, draw_parts
 
 CPU = torch.device("cpu")
 

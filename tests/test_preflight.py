@@ -18,7 +18,7 @@ from clipscale.checkpoint import RunFolder
 from clipscale.cli import main
 from clipscale.errors import SharedError, UserError
 from clipscale.preflight.checks import check_training
-from clipscale.train import train
+from clipscale.training.trainer import train
 
 COUNTED = ["data.sources.mine.urls=http://127.0.0.1:9/0.tar", "data.sources.mine.counts=counts.json"]
 FOLDER = "eval.zeroshot.folder=tree"
@@ -66,7 +66,7 @@ def files() -> set[str]:
 def test_what_is_wrong_is_told_first_and_nothing_is_left(place, capsys, monkeypatch, case):
     words, said = WRONG[case]
     monkeypatch.setattr("clipscale.preflight.checks._has_driver", lambda: False)
-    monkeypatch.setattr("clipscale.train.start_world", lambda device: pytest.fail("torch was asked"))
+    monkeypatch.setattr("clipscale.training.trainer.start_world", lambda device: pytest.fail("torch was asked"))
     config = write_config(place, "good/{0000..0001}.tar")
     before = files()
     assert main(["train", config, "run.dir=runs/new", *words]) == 2

@@ -18,7 +18,7 @@ from clipscale.loss import contrastive_grads
 from clipscale.parallel import broadcast_parameters, sum_gradients
 from clipscale.step import gradcache_step
 from clipscale.towers import Towers, build_towers
-from clipscale.train import Trainer
+from clipscale.training.trainer import Trainer
 
 SLOTS, STEPS = 16, 5
 UNEQUAL, DRAWING = "unequal, one rank of four with none", "by position and length"

@@ -15,10 +15,10 @@ from clipscale.cli import COMMANDS
 from clipscale.config import Config
 from clipscale.config.help import find_settings
 from clipscale.data.load.fill import Skip
-from clipscale.goodput import KINDS
-from clipscale.leaving import mark
-from clipscale.parts import PARTS, to_columns
-from clipscale.train import train
+from clipscale.resilience.leaving import mark
+from clipscale.telemetry.goodput import KINDS
+from clipscale.telemetry.parts import PARTS, to_columns
+from clipscale.training.trainer import train
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "reliability.md").read_text()

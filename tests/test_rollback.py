@@ -13,8 +13,8 @@ from tiny import tiny_config
 from clipscale.checkpoint import load_checkpoint
 from clipscale.errors import UserError
 from clipscale.guard.rollback import passed_over
-from clipscale.injection import VARIABLE
-from clipscale.train import Trainer, train
+from clipscale.resilience.injection import VARIABLE
+from clipscale.training.trainer import Trainer, train
 
 WORDS = ("train.on_divergence=rollback", "train.max_nonfinite_steps=3", "checkpoint.every_steps=2", "train.samples=80")
 

@@ -1,4 +1,4 @@
-"""clipscale/runlog.py: every step stands once, in JSON lines and in TensorBoard."""
+"""clipscale/telemetry/runlog.py: every step stands once, in JSON lines and in TensorBoard."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from clipscale import __version__
 from clipscale.progress import duration, time_left
-from clipscale.runlog import Pace, RunLog
 from clipscale.schedule import times_due
+from clipscale.telemetry.runlog import Pace, RunLog
 from clipscale.tell import tell
 
 
@@ -113,7 +113,7 @@ def test_the_time_left_is_that_of_recent_steps():
 def test_evaluations_do_not_pass_for_slow_steps(monkeypatch):
     """One that takes a minute, right after a resume: it costs a minute for each that is to come, and no more."""
     now = [0.0]
-    monkeypatch.setattr("clipscale.runlog.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("clipscale.telemetry.runlog.time.perf_counter", lambda: now[0])
     pace = Pace()
     pace.add(8, waited=0.0, seconds=1.0)
     before = pace.eta_seconds(10_000, {"zeroshot": 20})

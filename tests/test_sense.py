@@ -10,7 +10,7 @@ from clipscale.config.load import load_config
 from clipscale.config.recipes import list_recipes
 from clipscale.preflight.sense import odd_pairs
 from clipscale.schedule import learning_rate, rate_jump, total_steps
-from clipscale.train import train
+from clipscale.training.trainer import train
 
 PAIRS = [
     (

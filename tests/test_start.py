@@ -29,10 +29,10 @@ from clipscale.checkpoint.start import Start, load_start
 from clipscale.config.load import config_from_yaml
 from clipscale.dist import World
 from clipscale.errors import SharedError, UserError
-from clipscale.faults import recording
 from clipscale.files import hash_file, sync_folder
-from clipscale.saver import Saver
-from clipscale.train import Trainer, train
+from clipscale.telemetry.faults import recording
+from clipscale.training.saver import Saver
+from clipscale.training.trainer import Trainer, train
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 CONFIG = config_from_yaml(YAML.format(run="run", urls="x.tar"))

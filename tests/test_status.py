@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 from tiny import YAML
 
-from clipscale.beats import write_beat
 from clipscale.checkpoint import RunFolder
 from clipscale.cli import main
 from clipscale.errors import UserError
 from clipscale.files import append_rows, last_rows, read_numbers, read_rows
-from clipscale.leaving import mark
+from clipscale.resilience.beats import write_beat
+from clipscale.resilience.leaving import mark
 from clipscale.status import read_status, status_lines
 
 

@@ -18,8 +18,8 @@ from torch import nn
 from clipscale.bench.common.memory import begin_part, watched_parts
 from clipscale.data.load.replay import Held
 from clipscale.loss import contrastive_grads, contrastive_grads_in_place
-from clipscale.parts import Parts
 from clipscale.step import StepPlan, TowerPlan, gradcache, gradcache_step
+from clipscale.telemetry.parts import Parts
 from clipscale.towers import Tower
 
 SLOTS, WIDTH, CHUNK, TILE = 2000, 1024, 20, 100

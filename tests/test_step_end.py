@@ -15,7 +15,7 @@ from clipscale.config import Checkpoint
 from clipscale.dist import World
 from clipscale.errors import SharedError, UserError
 from clipscale.eval.suite import EvalSuite
-from clipscale.train import Trainer, train
+from clipscale.training.trainer import Trainer, train
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 

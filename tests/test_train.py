@@ -1,4 +1,4 @@
-"""clipscale/train.py: what a run does when all is well, and when it is not."""
+"""clipscale/training/trainer.py: what a run does when all is well, and when it is not."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from tiny import tiny_config, write_config
 from clipscale.cli import main
 from clipscale.dist import World
 from clipscale.errors import UserError
-from clipscale.learner import Learner
 from clipscale.loss import contrastive_grads
+from clipscale.resilience.wishes import Wishes
 from clipscale.towers import Tower
-from clipscale.train import Trainer, train
-from clipscale.wishes import Wishes
+from clipscale.training.learner import Learner
+from clipscale.training.trainer import Trainer, train
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_the_loss_is_computed_as_the_config_says(tmp_path, urls, monkeypatch):
         calls.append(options)
         return contrastive_grads(*inputs, **options)
 
-    for module in ("clipscale.learner", "clipscale.eval.validation"):
+    for module in ("clipscale.training.learner", "clipscale.eval.validation"):
         monkeypatch.setattr(f"{module}.contrastive_grads", recorded)
     words = ["loss.precision=fp64", "loss.engine=torch", "loss.tile=3", "train.samples=8"]
     words += [f"eval.validation.urls={urls}", "eval.validation.batch=16"]
@@ -283,7 +283,7 @@ def test_a_folder_of_another_user_is_one_line_with_its_path(tmp_path, urls, monk
     def refuse(run_dir: str, resume: str, samples: int) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), f"{run_dir}/inside")
 
-    monkeypatch.setattr("clipscale.train.find_start", refuse)
+    monkeypatch.setattr("clipscale.training.trainer.find_start", refuse)
     with pytest.raises(UserError, match="/run/inside: Permission denied"):
         train(tiny_config(tmp_path, urls))
 
@@ -307,8 +307,8 @@ def test_changed_optimizer_settings_hold_after_a_resume(tmp_path, urls):
 def test_a_resume_takes_over_the_tuned_kernels(tmp_path, urls, monkeypatch):
     """They are the main rank's; none on a CPU, unless the test says so."""
     shapes, adopted = {"gradient fp16 on some GPU": [128, 128, 64, 8, 3, 8, True, 128]}, []
-    monkeypatch.setattr("clipscale.train.tuned_shapes", lambda: shapes)
-    monkeypatch.setattr("clipscale.train.adopt_shapes", adopted.append)
+    monkeypatch.setattr("clipscale.training.trainer.tuned_shapes", lambda: shapes)
+    monkeypatch.setattr("clipscale.training.trainer.adopt_shapes", adopted.append)
     train(tiny_config(tmp_path, urls))
     train(tiny_config(tmp_path, urls, "train.samples=48"))
     assert adopted == [{}, shapes]
@@ -357,7 +357,7 @@ STEP_PARTS = [
 
 def test_every_row_says_where_the_time_went_and_the_end_shows_it(tmp_path, urls, monkeypatch):
     """What follows a step (its evaluation, its checkpoint) is counted too: the rows add up to the whole run."""
-    monkeypatch.setattr("clipscale.train._STEPS_OF_A_PICTURE", 4)
+    monkeypatch.setattr("clipscale.training.trainer._STEPS_OF_A_PICTURE", 4)
     words = ["checkpoint.every_steps=2", f"eval.validation.urls={urls}", "eval.validation.batch=16"]
     trainer = Trainer(tiny_config(tmp_path, urls, *words), World(0, 1, 0, torch.device("cpu")))
     workers, write, written = trainer.feed.loader.workers, trainer.log.metrics, []
@@ -382,7 +382,7 @@ def test_every_row_says_where_the_time_went_and_the_end_shows_it(tmp_path, urls,
 
 @pytest.mark.parametrize("missing", ["matplotlib", "room"])
 def test_a_picture_that_cannot_be_drawn_ends_no_run(tmp_path, urls, monkeypatch, missing):
-    monkeypatch.setattr("clipscale.train._STEPS_OF_A_PICTURE", 1)
+    monkeypatch.setattr("clipscale.training.trainer._STEPS_OF_A_PICTURE", 1)
     if missing == "matplotlib":
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
         wanted = "no parts.png: matplotlib draws it, which is not installed: pip install matplotlib, then python "

@@ -1,4 +1,4 @@
-"""clipscale/train_report.py: the lines of a run, from the rows and configs that they tell of."""
+"""clipscale/training/report.py: the lines of a run, from the rows and configs that they tell of."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tiny import tiny_config
 from clipscale.checkpoint import RunState, Snapshot
 from clipscale.dist import World
 from clipscale.progress import time_left
-from clipscale.train_report import evaluation_lines, in_batch_accuracy, start_lines, step_line, summary_lines
+from clipscale.training.report import evaluation_lines, in_batch_accuracy, start_lines, step_line, summary_lines
 
 ROW = {
     "step": 12,

@@ -18,15 +18,15 @@ from forks import start
 from shards import write_pairs
 from tiny import write_config
 
-from clipscale.beats import lost_ranks, read_beats, write_beat
 from clipscale.checkpoint import find_checkpoint, load_checkpoint
 from clipscale.config import Run
 from clipscale.dist import World
 from clipscale.errors import RESTART
-from clipscale.parts import Parts
-from clipscale.watchdog import Watchdog
+from clipscale.resilience.beats import lost_ranks, read_beats, write_beat
+from clipscale.resilience.watchdog import Watchdog
+from clipscale.telemetry.parts import Parts
 
-LOADED = {"modules": ("clipscale.train",)}  # before a rank begins: importing it takes seconds
+LOADED = {"modules": ("clipscale.training.trainer",)}  # before a rank begins: importing it takes seconds
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ config, rank, ranks, port, act, words = sys.argv[1], sys.argv[2], sys.argv[3], s
 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
 os.environ |= {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank}
 from clipscale.cli import main
-from clipscale.learner import Learner
+from clipscale.training.learner import Learner
 update = Learner.update
 
 def asleep():
@@ -118,10 +118,10 @@ HANGS = """
 import ctypes, os, time
 from pathlib import Path
 import torch
-from clipscale import watchdog
+from clipscale.resilience import watchdog
 from clipscale.config import Run
 from clipscale.dist import World
-from clipscale.parts import Parts
+from clipscale.telemetry.parts import Parts
 watchdog._TELL_SECONDS = watchdog._GRACE_SECONDS = 1.0
 folder, how = sys.argv[1:]
 watchdog.write_beat = lambda *_, **__: time.sleep(3600)
@@ -157,7 +157,7 @@ config, rank, port, place = sys.argv[1:]
 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
 os.environ |= {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank}
 from clipscale.cli import main
-from clipscale.train import Trainer
+from clipscale.training.trainer import Trainer
 if rank == "1":
     setattr(Trainer, place, lambda *arguments: os.kill(os.getpid(), signal.SIGKILL))
 sys.exit(main(["train", config, "run.timeout_seconds=100"]))
@@ -273,7 +273,7 @@ def torchrun(*words: str) -> subprocess.Popen:
 DIES_ONCE = """
 import os, signal, sys
 from clipscale.cli import main
-from clipscale.learner import Learner
+from clipscale.training.learner import Learner
 update = Learner.update
 
 def deadly(self, *, step):

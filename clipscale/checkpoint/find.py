@@ -14,8 +14,8 @@ from typing import Any
 
 from clipscale.checkpoint.snapshot import FILES, FILES_OF_VERSION_1
 from clipscale.errors import UserError, require
-from clipscale.faults import report_fault
 from clipscale.files import hash_file
+from clipscale.telemetry.faults import report_fault
 
 _NAME = re.compile(r"step-(\d{9})")
 _WHOLE: dict[Path, tuple] = {}

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from clipscale.errors import reason
-from clipscale.faults import report_fault
 from clipscale.files import is_locked, lock_file, write_file
 from clipscale.launch import launched_by
+from clipscale.telemetry.faults import report_fault
 from clipscale.tell import tell
 
 LOCK, HEARTBEAT = ".lock", ".heartbeat"

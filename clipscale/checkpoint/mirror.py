@@ -28,8 +28,8 @@ from typing import Any
 from clipscale.checkpoint.find import candidates, verify
 from clipscale.data.fetch.urls import masked
 from clipscale.errors import UserError, reason, require
-from clipscale.faults import report_fault
 from clipscale.files import sync_file, sync_folder
+from clipscale.telemetry.faults import report_fault
 
 _MANIFEST = "manifest.json"
 _HELD = ".mirror"  # beside the checkpoints: what is being copied

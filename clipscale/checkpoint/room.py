@@ -12,7 +12,7 @@ from pathlib import Path
 
 from clipscale.checkpoint.find import candidates
 from clipscale.errors import reason, require
-from clipscale.growing import FULL
+from clipscale.telemetry.growing import FULL
 from clipscale.words import counted, short
 
 

@@ -24,7 +24,7 @@ from clipscale.checkpoint.snapshot import Snapshot
 from clipscale.checkpoint.staging import Staging, staged_bytes, state_after_a_step
 from clipscale.data.load.replay_plan import host_memory
 from clipscale.errors import reason, require
-from clipscale.faults import report_fault
+from clipscale.telemetry.faults import report_fault
 from clipscale.tell import tell
 from clipscale.words import counted, short
 

@@ -25,9 +25,9 @@ from clipscale.config.recipes import list_recipes
 from clipscale.errors import INTERRUPTED, RESTART, Interrupted, RestartError, SharedError, UserError, reason
 from clipscale.escape import one_line
 from clipscale.files import write_file
-from clipscale.growing import FULL
 from clipscale.launch import under_launcher
 from clipscale.open_clip_flags import explain
+from clipscale.telemetry.growing import FULL
 from clipscale.tell import listening
 from clipscale.words import did_you_mean
 

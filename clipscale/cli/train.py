@@ -9,7 +9,7 @@ from clipscale.cli import rank
 from clipscale.config.help import with_comments
 from clipscale.config.load import dump_config, load_config
 from clipscale.launch import end_with_parent, told_once
-from clipscale.leaving import Leaving
+from clipscale.resilience.leaving import Leaving
 from clipscale.tell import say
 
 EXAMPLES = """\
@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace, words: list[str]) -> int:
             from clipscale.preflight.checks import check_training
 
             notes = check_training(config)
-            from clipscale.train import train
+            from clipscale.training.trainer import train
 
             summary = train(config, notes, leaving)
     except KeyboardInterrupt:

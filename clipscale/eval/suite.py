@@ -20,9 +20,9 @@ from clipscale.eval.mode import evaluating
 from clipscale.eval.pictures import ShardPictures, batches
 from clipscale.eval.validation import evaluate_validation
 from clipscale.eval.zeroshot import check_task, evaluate_zeroshot, load_task
-from clipscale.faults import report_fault
-from clipscale.parts import UNTIMED, Parts
 from clipscale.schedule import is_due
+from clipscale.telemetry.faults import report_fault
+from clipscale.telemetry.parts import UNTIMED, Parts
 from clipscale.tell import tell
 from clipscale.towers import Towers
 

@@ -17,9 +17,9 @@ from typing import Any
 from clipscale.config import Config
 from clipscale.dist import World
 from clipscale.errors import SharedError
-from clipscale.faults import report_fault
 from clipscale.guard.health import Health, collapse_sign, has_learned, problem
 from clipscale.guard.nonfinite import Trouble, explain
+from clipscale.telemetry.faults import report_fault
 from clipscale.towers import Towers
 from clipscale.words import counted
 
@@ -30,7 +30,7 @@ class Diverged(SharedError):
     """The run cannot go on as it is. On every rank, in one line with the fix.
 
     step: the last one.
-    kind: divergence or collapse (faults.py).
+    kind: divergence or collapse (telemetry/faults.py).
     what: without the fix.
     """
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from clipscale.dist import World
 from clipscale.errors import RestartError
-from clipscale.faults import record_fault
+from clipscale.telemetry.faults import record_fault
 
 _WEIGHT = 0x9E3779B97F4A7C15 - (1 << 64)  # odd: 2^64 divided by the golden ratio
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -21,9 +21,9 @@ from clipscale.checkpoint.retention import set_aside
 from clipscale.config import Config
 from clipscale.dist import World
 from clipscale.errors import UserError
-from clipscale.faults import record_fault, report_fault
 from clipscale.files import append_rows, keep_rows, read_rows
 from clipscale.guard.divergence import Diverged
+from clipscale.telemetry.faults import record_fault, report_fault
 from clipscale.words import counted
 
 FILE = "rollbacks.jsonl"

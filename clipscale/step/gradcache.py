@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from clipscale.counter import fold
 from clipscale.data.load.replay import Inputs, handed_over
 from clipscale.loss import ContrastiveGrads
-from clipscale.parts import UNTIMED, Parts
 from clipscale.step.places import Places, compact_
 from clipscale.step.plan import StepPlan, TowerPlan
 from clipscale.step.trace import Trace
 from clipscale.step.walks import Captions, Chunk, Pictures, Walk
+from clipscale.telemetry.parts import UNTIMED, Parts
 from clipscale.towers import Tower, Towers
 
 LossAndGrads = Callable[..., ContrastiveGrads]

@@ -20,8 +20,8 @@ from shards import write_pairs
 from slurm.cluster import Cluster, cluster, until
 from tiny import write_config
 
-from clipscale.beats import read_beats
 from clipscale.checkpoint import find_checkpoint, load_checkpoint
+from clipscale.resilience.beats import read_beats
 
 ROOT = Path(__file__).parents[2]
 TRAIN, EVAL = ROOT / "slurm" / "train.sbatch", ROOT / "slurm" / "eval.sbatch"

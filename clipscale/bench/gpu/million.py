@@ -25,8 +25,8 @@ from clipscale.data.load.replay import Chunk, to_device
 from clipscale.data.load.shape import spans
 from clipscale.dist import World
 from clipscale.loss import contrastive_grads_in_place
-from clipscale.parts import Parts
 from clipscale.step import StepPlan, TowerPlan, gradcache_step
+from clipscale.telemetry.parts import Parts
 
 _DISTINCT_CHUNKS = 8
 

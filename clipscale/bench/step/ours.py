@@ -22,11 +22,11 @@ from clipscale.data.load.replay import Held
 from clipscale.dist import World
 from clipscale.loss import ContrastiveGrads, contrastive_grads_in_place
 from clipscale.optim import loss_scale
-from clipscale.parts import OTHER, Parts
 from clipscale.step import StepResult, TowerPlan, gradcache_step
 from clipscale.step.gradcache import TwoPasses, captions_of
 from clipscale.step.places import Places
 from clipscale.step.planning import plan_line, plan_step
+from clipscale.telemetry.parts import OTHER, Parts
 
 
 class OwnStep:

@@ -35,7 +35,7 @@ from clipscale.data.load.staging import Staging
 from clipscale.data.load.workers import InlineWorkers, LoaderError, LoaderProcess
 from clipscale.data.pipeline import Pipeline, Share
 from clipscale.errors import reason
-from clipscale.parts import UNTIMED, Parts
+from clipscale.telemetry.parts import UNTIMED, Parts
 from clipscale.tell import tell
 from clipscale.words import counted
 

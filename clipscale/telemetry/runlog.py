@@ -28,13 +28,13 @@ from rich.console import Console
 from rich.progress import TextColumn
 
 from clipscale import __version__
-from clipscale.board import Board
-from clipscale.faults import recording, report_fault
 from clipscale.files import append_rows, keep_rows, read_rows
-from clipscale.growing import GrowingFile
 from clipscale.launch import launched_by
-from clipscale.parts import to_columns
 from clipscale.progress import bar_on, time_left
+from clipscale.telemetry.board import Board
+from clipscale.telemetry.faults import recording, report_fault
+from clipscale.telemetry.growing import GrowingFile
+from clipscale.telemetry.parts import to_columns
 from clipscale.tell import listening
 from clipscale.words import counted
 

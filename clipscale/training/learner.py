@@ -24,7 +24,6 @@ from clipscale.data.load.loader import StepBatch
 from clipscale.dist import World
 from clipscale.errors import SharedError, UserError, require
 from clipscale.guard.nonfinite import Trouble, bad_embeddings, bad_gradient
-from clipscale.injection import injected
 from clipscale.loss import (
     ContrastiveGrads,
     NotFiniteError,
@@ -35,8 +34,9 @@ from clipscale.loss import (
 from clipscale.loss.link import Link
 from clipscale.optim import build_optimizer, loss_scale, restore_optimizer
 from clipscale.parallel import sum_gradients
-from clipscale.parts import Parts
+from clipscale.resilience.injection import injected
 from clipscale.step import StepPlan, StepResult, Trace, gradcache_step
+from clipscale.telemetry.parts import Parts
 from clipscale.towers import Towers
 
 

@@ -12,7 +12,7 @@ from statistics import mean, median
 from typing import Any
 
 from clipscale.errors import reason
-from clipscale.parts import PARTS, from_row
+from clipscale.telemetry.parts import PARTS, from_row
 
 _BINS = 150  # more steps than that are drawn as means over neighbours
 _CUT = 2.0  # times the median: what is higher is cut off, or a slow first step would flatten all the others

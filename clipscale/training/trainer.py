@@ -34,35 +34,35 @@ from clipscale.deterministic import deterministic
 from clipscale.dist import World, lost_peer, start_world
 from clipscale.errors import Interrupted, SharedError, reason
 from clipscale.eval.suite import CutShort, EvalSuite
-from clipscale.faults import record_fault
-from clipscale.feed import Feed, Skips
 from clipscale.files import write_file
 from clipscale.guard.divergence import Diverged, Guard
 from clipscale.guard.drift import compare_ranks
 from clipscale.guard.rollback import go_back, keep_rollbacks, passed_over
-from clipscale.injection import injected
 from clipscale.launch import check_ranks
-from clipscale.learner import Learner
-from clipscale.leaving import TIME_LIMIT, Leaving, mark, unmark
 from clipscale.loss.engines import adopt_shapes, check_engine, tuned_shapes
 from clipscale.loss.link import open_link
 from clipscale.optim import set_lr
 from clipscale.parallel import broadcast_parameters
-from clipscale.parts import Parts
-from clipscale.parts_picture import draw_run
 from clipscale.preflight.checks import check_training
 from clipscale.preflight.prepare import prepare_files
 from clipscale.progress import duration
-from clipscale.runlog import Pace, RunLog, memory
-from clipscale.saver import Saver
+from clipscale.resilience.injection import injected
+from clipscale.resilience.leaving import TIME_LIMIT, Leaving, mark, unmark
+from clipscale.resilience.watchdog import Watchdog, rank_is_lost
+from clipscale.resilience.wishes import LEAVE, SAVE, Wishes
 from clipscale.schedule import is_due, learning_rate, others_left, rate_jump, total_steps
 from clipscale.step.planning import plan_line, plan_record, plan_step
 from clipscale.step.shortage import shortage_explained
+from clipscale.telemetry.faults import record_fault
+from clipscale.telemetry.parts import Parts
+from clipscale.telemetry.parts_picture import draw_run
+from clipscale.telemetry.runlog import Pace, RunLog, memory
 from clipscale.tell import tell
 from clipscale.towers import autocast_dtype, build_towers, try_backward
-from clipscale.train_report import evaluation_lines, start_lines, step_line, step_row, summary_lines
-from clipscale.watchdog import Watchdog, rank_is_lost
-from clipscale.wishes import LEAVE, SAVE, Wishes
+from clipscale.training.feed import Feed, Skips
+from clipscale.training.learner import Learner
+from clipscale.training.report import evaluation_lines, start_lines, step_line, step_row, summary_lines
+from clipscale.training.saver import Saver
 from clipscale.words import counted
 
 _SLOW_SECONDS = 0.4  # of an injected fault
@@ -264,7 +264,7 @@ class Trainer:
     _step_seconds = 0.0  # of the last step, with its checkpoint
 
     def _wish(self) -> int:
-        """What this rank wants after the step that it is in (wishes.py)."""
+        """What this rank wants after the step that it is in (resilience/wishes.py)."""
         save = self.world.is_main and (self.saver.failing or self._clock.wants(step=self.steps_done + 1))
         return LEAVE * self._told() | SAVE * save
 

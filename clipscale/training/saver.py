@@ -30,8 +30,8 @@ from clipscale.checkpoint.writer import CheckpointWriter
 from clipscale.config import Config
 from clipscale.dist import World
 from clipscale.errors import SharedError, UserError, reason
-from clipscale.faults import report_fault
-from clipscale.growing import FULL
+from clipscale.telemetry.faults import report_fault
+from clipscale.telemetry.growing import FULL
 from clipscale.tell import tell
 
 

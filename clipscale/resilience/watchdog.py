@@ -1,7 +1,7 @@
 """A rank that hangs ends, and says where; a rank that is lost is named by the others.
 
     with Watchdog(config.run, world, parts, step=lambda: 7):
-        ...                                                    # opens parts (parts.py) again and again
+        ...                                                    # opens parts (telemetry/parts.py) again and again
     raise rank_is_lost(error, config.run, world, step=7)       # with what the others have written (beats.py)
 
 What counts as progress is any part that begins. A hang may be anywhere: in the file system that the run's folder lies
@@ -21,12 +21,12 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from clipscale.beats import beat_seconds, forget_beat, lost_ranks, write_beat
 from clipscale.config import Run
 from clipscale.dist import World, peer_words
 from clipscale.errors import RESTART, RestartError
-from clipscale.faults import record_fault, report_fault
-from clipscale.parts import Parts
+from clipscale.resilience.beats import beat_seconds, forget_beat, lost_ranks, write_beat
+from clipscale.telemetry.faults import record_fault, report_fault
+from clipscale.telemetry.parts import Parts
 
 _LOOK_SECONDS = 0.5
 _TELL_SECONDS = 10.0  # for what is written when a process ends

@@ -6,7 +6,7 @@
     evaluation_lines(row, step=400, last_step=400)               # ['step 400/400  zero-shot: top-1 0.6100, ...']
     summary_lines("trained 400 steps in 9:31", row, ...)         # three: what happened, was learned, lies where
 
-A row is one of metrics.jsonl (train.py, `Trainer.step` and `Trainer.run`).
+A row is one of metrics.jsonl (trainer.py, `Trainer.step` and `Trainer.run`).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from clipscale.checkpoint import Snapshot
 from clipscale.config import Config
 from clipscale.config.load import changed_keys
 from clipscale.dist import World
-from clipscale.parts import from_row
 from clipscale.progress import time_left
 from clipscale.step import StepResult
+from clipscale.telemetry.parts import from_row
 from clipscale.words import counted, short
 
 _COLUMNS, _GAP = 120, "  "  # of a step's line

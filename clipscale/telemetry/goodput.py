@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from clipscale.parts import to_columns
+from clipscale.telemetry.parts import to_columns
 
 Row = dict[str, Any]
 KINDS = {

@@ -30,12 +30,12 @@ from clipscale.data.source import Source
 from clipscale.data.tokenize import caption_hashes
 from clipscale.dist import World
 from clipscale.errors import SharedError
-from clipscale.faults import record_fault
 from clipscale.files import keep_rows
 from clipscale.fit_tokenizer import fitting_tokenizer
-from clipscale.growing import GrowingFile
-from clipscale.parts import UNTIMED, Parts
 from clipscale.step import TowerPlan
+from clipscale.telemetry.faults import record_fault
+from clipscale.telemetry.growing import GrowingFile
+from clipscale.telemetry.parts import UNTIMED, Parts
 from clipscale.tell import tell
 from clipscale.towers import Towers
 from clipscale.words import counted

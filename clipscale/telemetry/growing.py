@@ -15,7 +15,7 @@ from collections import deque
 from pathlib import Path
 
 from clipscale.errors import reason
-from clipscale.faults import report_fault
+from clipscale.telemetry.faults import report_fault
 from clipscale.tell import tell
 from clipscale.words import counted
 

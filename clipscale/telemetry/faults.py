@@ -4,7 +4,7 @@
         report_fault("evaluation", "zeroshot failed: a.tar: No such file", step=500, action="the row is left out")
 
 `RunLog` records into the run's faults.jsonl. Where nobody records, the line alone is told: in the loader's process,
-whose faults reach the training process as masked samples (feed.py).
+whose faults reach the training process as masked samples (training/feed.py).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import scalar
 
-from clipscale.growing import GrowingFile
+from clipscale.telemetry.growing import GrowingFile
 
 
 class Board:
