@@ -154,7 +154,10 @@ class Cluster:
             assert found == state or found not in last, f"job {job} has {found}, not {state}"
             return found == state
 
-        until(reached, seconds, f"job {job} does not become {state}")
+        def what() -> str:
+            return f"job {job} does not become {state}: {self.fact(job, 'JobState')}, {self.fact(job, 'Reason')}"
+
+        until(reached, seconds, what)
 
 
 @contextmanager
@@ -167,10 +170,10 @@ def cluster(run: Path) -> Iterator[Cluster]:
         found.stop()
 
 
-def until(condition: Callable[[], bool], seconds: float, what: str) -> None:
+def until(condition: Callable[[], bool], seconds: float, what: str | Callable[[], str]) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, what
+        assert time.monotonic() < deadline, what() if callable(what) else what
         time.sleep(0.25)
 
 

@@ -173,7 +173,7 @@ def test_a_job_that_lost_a_rank_comes_back(slurm, urls, twin, tmp_path):
 def test_a_job_that_lost_a_node_comes_back_and_is_evaluated_afterwards(slurm, urls, twin, tmp_path):
     job = Job(slurm, tmp_path / "job", urls, words=("checkpoint.every_steps=3",))
     options = (f"--dependency=afterany:{job.id}", "--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1")
-    options = (*options, f"--output={tmp_path}/eval.out")
+    options = (*options, "--time=10", f"--output={tmp_path}/eval.out")
     environment = {"PYTHONPATH": str(ROOT), "CLIPSCALE_SITE": str(tmp_path / "none"), "PATH": path()}
     evaluation = slurm.submit(EVAL, str(tmp_path / "job" / "run"), options=options, **environment)
     job.until_step(5)
