@@ -24,7 +24,7 @@ from clipscale.checkpoint import (
     saved_state,
 )
 from clipscale.checkpoint.mirror import fetch_from_mirror
-from clipscale.config import Config, ZeroShot
+from clipscale.config import Config, Model, ZeroShot
 from clipscale.config.data import Data, SourceSettings
 from clipscale.config.load import apply_overrides
 from clipscale.data.fetch.urls import expand_urls, is_local
@@ -38,6 +38,7 @@ from clipscale.launch import check_ranks, launched, told_once
 from clipscale.open_clip_files import check_model
 from clipscale.preflight.prepare import prepare_files
 from clipscale.preflight.sense import odd_pairs
+from clipscale.weights.find import find_weights
 
 
 def check_training(config: Config) -> list[str]:
@@ -62,7 +63,9 @@ def check_training(config: Config) -> list[str]:
             refuse_held(config.run.dir)
             fetched = fetch_from_mirror(config.checkpoint.mirror, config.run.dir, config.resume)
             notes += [fetched] if fetched else []
-            find_start(config.run.dir, config.resume, samples=config.train.samples)
+            start = find_start(config.run.dir, config.resume, samples=config.train.samples)
+            if start.kind == "new" and config.model.init is not None:
+                _check_weights(config.model)
         saved = saved_state(config.run.dir, config.resume)
         if saved.get("position", 0) >= config.train.samples:
             return notes  # complete: nothing will be read
@@ -89,6 +92,13 @@ def check_evaluation(path: str, words: list[str]) -> tuple[Path, Config]:
         _check_device(config.device)
         _check_zeroshot(config.eval.zeroshot, replace(config.data, shapes=None))  # only a training draws them
         return found, config
+
+
+def _check_weights(model: Model) -> None:
+    try:
+        find_weights(model.init, model.name)
+    except UserError as error:
+        raise UserError(f"model.init: {error}") from error
 
 
 def _check_device(device: str) -> None:
