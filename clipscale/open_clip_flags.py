@@ -18,7 +18,6 @@ class Flag(NamedTuple):
 _OWN_SCHEDULE = Flag("", "the learning rate follows a warm-up and a cosine to optim.final_lr")
 _LOCKED = Flag("", "both towers are trained")
 _ONE_LOSS = Flag("", "the loss is that of CLIP over the whole batch, in tiles")
-_PREPROCESSING = Flag("", "the model's own mean, deviation and bicubic resize are used")
 _PRETRAINED = Flag("model.init", "a tag, a file, a folder, or a run of clipscale's")
 _IN_SHARDS = Flag("", "`clipscale shards make` packs a list (its --image-key, --caption-key) into shards first")
 _TENSORBOARD = Flag("", "<run.dir>/tensorboard and <run.dir>/metrics.jsonl are always written")
@@ -78,10 +77,10 @@ FLAGS: dict[str, Flag] = {
     "--lock-image": _LOCKED,
     "--lock-image-unlocked-groups": _LOCKED,
     "--lock-image-freeze-bn-stats": _LOCKED,
-    "--image-mean": _PREPROCESSING,
-    "--image-std": _PREPROCESSING,
-    "--image-interpolation": _PREPROCESSING,
-    "--image-resize-mode": _PREPROCESSING,
+    "--image-mean": Flag("model.preprocess.mean", "training and evaluation"),
+    "--image-std": Flag("model.preprocess.std", "training and evaluation"),
+    "--image-interpolation": Flag("model.preprocess.interpolation", "evaluation; training is bicubic, as theirs"),
+    "--image-resize-mode": Flag("model.preprocess.resize_mode", "evaluation; training crops"),
     "--aug-cfg": Flag("data.crop_scale, data.crop_ratio, data.augment", "scale, ratio; color_jitter, gray_scale_prob"),
     "--grad-checkpointing": Flag("gradcache.image_chunk, gradcache.text_chunk", "activations are those of a chunk"),
     "--local-loss": Flag("", "no rank ever holds the similarities of the whole batch"),

@@ -35,6 +35,23 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Preprocess:
+    """How a picture becomes what the image tower takes: open_clip's preprocess_cfg, by default that of most models."""
+
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)  # taken off red, green, blue (0 to 1)
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)  # by which they are then divided
+    resize_mode: Literal["shortest", "longest", "squash"] = "shortest"  # evaluation: the side that becomes S, or both
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # of evaluation's resize
+    fill_color: int = 0  # beside a picture whose longest side became S: this grey, 0 to 255
+
+    def __post_init__(self) -> None:
+        require(all(std > 0 for std in self.std), f"model.preprocess.std={list(self.std)} must be above 0")
+        require(
+            0 <= self.fill_color <= 255, f"model.preprocess.fill_color={self.fill_color} must lie between 0 and 255"
+        )
+
+
+@dataclass(frozen=True)
 class Model:
     """An open_clip model by its name, or one of one's own by `vision` and `text`: either, not both."""
 
@@ -53,6 +70,7 @@ class Model:
     init_towers: Literal["both", "image", "text"] = "both"  # what is taken of them; both: the logit scale too
     init_strict: bool = True  # what has no counterpart of its shape is an error; false: it is told, and stays fresh
     init_context: Literal["stretch", "cut"] = "stretch"  # the text's positions where lengths differ; or the first ones
+    preprocess: Preprocess = field(default_factory=Preprocess)
 
     def __post_init__(self) -> None:
         require(
@@ -202,7 +220,9 @@ class ZeroShot:
     every_steps: int = 0  # 0: at the end only
     urls: ShardUrls | None = None  # shards with .cls members: as in data.sources.<name>.urls
     folder: LocalPath | None = None  # an ImageFolder tree instead: a folder a class
-    classnames: LocalFile = "imagenet"  # 'imagenet', or a text file with one name a line: line number = label
+    classnames: LocalFile | None = (
+        None  # 'imagenet', or a text file, line i: label i; null: folders' names, or imagenet
+    )
     templates: LocalFile = "imagenet"  # 'imagenet', or a text file with one template a line: '{}' = class name
     batch: int = 256  # pictures at once, on each rank
 
@@ -239,6 +259,7 @@ class Eval:
     """What is evaluated while training."""
 
     on_error: Literal["report", "stop"] = "report"  # of an evaluation that fails: train on without its scores, or end
+    pixels: Literal["open_clip", "training"] = "open_clip"  # open_clip's to the digit, or as training decodes them
     zeroshot: ZeroShot = field(default_factory=ZeroShot)
     validation: Validation = field(default_factory=Validation)
 

@@ -11,7 +11,6 @@ import torch
 
 from clipscale.config import Config
 from clipscale.config.data import SourceSettings
-from clipscale.data.pixels.decode import Decoding
 from clipscale.data.source import open_source
 from clipscale.data.tokenize import Tokenize
 from clipscale.dist import World
@@ -19,6 +18,7 @@ from clipscale.errors import SharedError, reason
 from clipscale.eval.mode import evaluating
 from clipscale.eval.pictures import ShardPictures, batches
 from clipscale.eval.validation import evaluate_validation
+from clipscale.eval.view import View
 from clipscale.eval.zeroshot import check_task, evaluate_zeroshot, load_task
 from clipscale.schedule import is_due
 from clipscale.telemetry.faults import report_fault
@@ -65,8 +65,7 @@ class EvalSuite:
         self._task = load_task(zeroshot, config.data) if zeroshot.enabled else None
         if self._task is not None and (odd := world.lead(partial(check_task, self._task))):
             tell(odd)
-        self._reading = {"threads": config.data.threads, "decoding": Decoding.of(config.data)}
-
+        self._reading = {"threads": config.data.threads, "view": View.of(config, towers)}
         world.each(self._try_out)
 
     def due(self, step: int, last_step: int) -> list[str]:
@@ -115,7 +114,7 @@ class EvalSuite:
         sets = (self._pairs and ShardPictures(self._pairs), self._task and self._task.pictures)
         with evaluating(self.towers):
             for pictures in filter(None, sets):
-                for images, _, _ in batches(pictures, [0], batch=1, side=self.towers.image_size, **self._reading):
+                for images, _, _ in batches(pictures, [0], batch=1, **self._reading):
                     self.towers.image(images.to(self.towers.image.device))
             if self._task is not None:
                 caption = self._task.templates[0].replace("{}", self._task.classnames[0])
@@ -159,4 +158,13 @@ class EvalSuite:
             walk=self._walk,
             **self._reading,
         )
-        return {"zeroshot/top1": result.top1, "zeroshot/top5": result.top5, "zeroshot/bad_pictures": result.bad}
+        return {
+            "zeroshot/top1": result.top1,
+            "zeroshot/top5": result.top5,
+            "zeroshot/mean_per_class_recall": result.mean_per_class_recall,
+            "zeroshot/pictures": result.pictures,
+            "zeroshot/classes": len(result.per_class_top1),
+            "zeroshot/classes_seen": result.classes_seen,
+            "zeroshot/passed_over": result.passed,
+            "zeroshot/bad_pictures": result.bad,
+        }

@@ -33,7 +33,7 @@ from clipscale.data.shard.counts import read_counts
 from clipscale.data.shard.uids import UidList
 from clipscale.deterministic import prepare_cublas
 from clipscale.errors import UserError, require
-from clipscale.eval.classes import check_folder, class_names, class_templates
+from clipscale.eval.classes import class_templates, find_classes
 from clipscale.launch import check_ranks, launched, told_once
 from clipscale.open_clip_files import check_model
 from clipscale.preflight.prepare import prepare_files
@@ -159,13 +159,12 @@ def _check_source(source: SourceSettings, config: Config) -> None:
 
 
 def _check_zeroshot(zeroshot: ZeroShot, data: Data) -> None:
-    names = None if _drawn(zeroshot.classnames, data) else class_names(zeroshot)
+    if not _drawn(zeroshot.classnames or "", data):
+        find_classes(zeroshot)
     if not _drawn(zeroshot.templates, data):
         class_templates(zeroshot)
     if zeroshot.urls is not None:
         _expand(zeroshot.urls, data)
-    elif names is not None:
-        check_folder(zeroshot, names)
 
 
 def _expand(urls: str, data: Data) -> list[str]:

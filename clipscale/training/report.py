@@ -121,9 +121,8 @@ def evaluation_lines(row: dict[str, float], *, step: int, last_step: int) -> lis
         accuracy = in_batch_accuracy(row, "validation/", pairs=row["validation/pairs"])
         lines.append(f"validation: loss {row['validation/loss']:.4f}, {accuracy}{_bad(row, 'validation/')}")
     if "zeroshot/top1" in row:
-        lines.append(
-            f"zero-shot: top-1 {row['zeroshot/top1']:.4f}, top-5 {row['zeroshot/top5']:.4f}{_bad(row, 'zeroshot/')}"
-        )
+        scores = f"top-1 {row['zeroshot/top1']:.4f}, top-5 {row['zeroshot/top5']:.4f}"
+        lines.append(f"zero-shot: {scores}, {_seen(row, 'zeroshot/')}{_bad(row, 'zeroshot/')}")
     return [f"{_step(step, last_step)}  {line}" for line in lines]
 
 
@@ -159,6 +158,13 @@ def summary_lines(what: str, row: dict[str, Any], *, run_dir: str, pairs: int) -
 
 def _step(step: int, last_step: int) -> str:
     return f"step {step:>{len(str(last_step))}}/{last_step}"
+
+
+def _seen(row: dict[str, float], prefix: str) -> str:
+    """'10,000 pictures of 10 of 10 classes, 3 passed over'"""
+    classes = f"{row[f'{prefix}classes_seen']:,} of {counted(row[f'{prefix}classes'], 'class', 'classes')}"
+    passed = row[f"{prefix}passed_over"]
+    return f"{counted(row[f'{prefix}pictures'], 'picture')} of {classes}{f', {passed:,} passed over' if passed else ''}"
 
 
 def _bad(row: dict[str, float], prefix: str) -> str:
