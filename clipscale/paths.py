@@ -84,6 +84,11 @@ def path_option(text: str) -> str:
     return _option(local_path, text)
 
 
+def weights_option(text: str) -> str:
+    """`weights_path` for argparse."""
+    return _option(weights_path, text)
+
+
 def shards_option(text: str) -> str:
     """`shard_urls` for argparse."""
     return _option(shard_urls, text)

@@ -62,6 +62,7 @@ LAWS |= {
     **dict.fromkeys(ASSEMBLY, GROUND | STAGES | DATA),
     "guard": GROUND | STAGES | DATA | {"step", "checkpoint"},
     "weights": GROUND | {"towers", "checkpoint"},
+    "export": GROUND | {"towers", "weights", "fit_tokenizer"},
     "preflight": GROUND | DATA | {"checkpoint", "eval", "weights"},
     **dict.fromkeys(ENTRIES, GROUND | STAGES | DATA | ASSEMBLY | {"guard", "weights", "preflight"} | ENTRIES),
     "bench.common": GROUND,

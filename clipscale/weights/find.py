@@ -11,12 +11,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from safetensors import SafetensorError, safe_open
 
 from clipscale.checkpoint import find_checkpoint, load_config_of
-from clipscale.config import Model
+from clipscale.config import Model, Preprocess
 from clipscale.errors import UserError, reason, require
 from clipscale.open_clip_files import pretrained_tags
 from clipscale.words import did_you_mean
@@ -108,13 +108,36 @@ def _model_in(folder: Path) -> Model:
     """The model that a folder of open_clip's describes."""
     path = folder / CONFIG
     try:
-        fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
+        content = json.loads(path.read_text(encoding="utf-8"))
+        fields: dict[str, Any] = content["model_cfg"]
         vision, text = dict(fields["vision_cfg"]), dict(fields["text_cfg"])
-        width = fields["embed_dim"]
+        width, preprocess = fields["embed_dim"], preprocess_from(content.get("preprocess_cfg") or {})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{str(path)!r} describes no model of open_clip's: {type(error).__name__}: {error}") from error
     if text.get("hf_model_name"):
         text["hf_model_pretrained"] = False  # all of it lies here
     if text.get("hf_tokenizer_name") and (folder / _TOKENIZER).is_file():
         text["hf_tokenizer_name"] = str(folder)  # as open_clip reads a folder
-    return Model(embed_dim=width, vision=vision, text=text, quick_gelu=bool(fields.get("quick_gelu", False)))
+    return Model(
+        embed_dim=width,
+        vision=vision,
+        text=text,
+        quick_gelu=bool(fields.get("quick_gelu", False)),
+        preprocess=preprocess,
+    )
+
+
+def preprocess_from(fields: dict[str, Any]) -> Preprocess:
+    """open_clip's preprocess_cfg; what it does not say is as usual.
+
+    Raises:
+        UserError: a way to resize that there is none of here.
+    """
+    known = get_type_hints(Preprocess)
+    found = {name: value for name, value in fields.items() if name in known and value is not None}
+    for name, value in found.items():
+        if get_origin(known[name]) is Literal:
+            require(value in get_args(known[name]), f"{name}={value!r} is none of {', '.join(get_args(known[name]))}")
+        elif isinstance(value, list):
+            found[name] = tuple(value)
+    return Preprocess(**found)
