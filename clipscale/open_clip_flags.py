@@ -37,7 +37,7 @@ FLAGS: dict[str, Flag] = {
     "--csv-img-key": _IN_SHARDS,
     "--csv-caption-key": _IN_SHARDS,
     "--imagenet-val": Flag("eval.zeroshot.folder", "the same folder of class folders"),
-    "--imagenet-v2": Flag("eval.zeroshot.folder", "one set a run; `clipscale eval zeroshot` takes others afterwards"),
+    "--imagenet-v2": Flag("eval.zeroshot_sets.<name>.folder", "any number of sets, each with a name"),
     "--cache-dir": Flag("data.cache_dir", "of shards; that of tokenizers is Hugging Face's own HF_HOME"),
     "--logs": Flag("run.dir", "<logs>/<name> in one"),
     "--log-local": Flag("", "other ranks' lines begin with their rank, in the same log"),

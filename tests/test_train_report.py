@@ -36,6 +36,7 @@ VALIDATION = {
     "validation/image_accuracy": 0.75,
     "validation/text_accuracy": 0.5,
     "validation/pairs": 1024,
+    "validation/batch": 256,
     "validation/repeated_captions": 0,
     "validation/bad_pictures": 0,
 }
@@ -162,6 +163,18 @@ def test_an_evaluation_of_the_largest_run_has_120_columns_at_most(repeats):
     found |= {"zeroshot/pictures": 50_000, "zeroshot/passed_over": 3}
     for line in evaluation_lines(found, step=12_208, last_step=12_208):
         assert len(line) <= 120
+
+
+def test_sets_are_called_by_their_names():
+    row = {key.replace("zeroshot", "imagenet_v2"): value for key, value in ZEROSHOT.items()}
+    row |= {key.replace("validation", "flickr"): value for key, value in VALIDATION.items()} | {"a/failed": 1.0}
+    assert [line.split("  ", 1)[1].split(",")[0] for line in evaluation_lines(row, step=1, last_step=4)] == [
+        "flickr: loss 1.5000",
+        "zero-shot imagenet_v2: top-1 0.6100",
+    ]
+    assert summary_lines("done", ROW | row | {"seconds/loss": 0.1}, run_dir="a", pairs=8)[1].endswith(
+        "0.250, flickr loss 1.5000, a failed, zero-shot imagenet_v2 top-1 0.6100, top-5 0.9000"
+    )
 
 
 def test_ten_captions_in_all_have_no_in_batch_accuracy():

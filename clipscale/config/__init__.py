@@ -7,6 +7,7 @@
 """
 
 from clipscale.config.settings import (
+    EVALUATIONS,
     Checkpoint,
     Config,
     Eval,
@@ -23,6 +24,7 @@ from clipscale.config.settings import (
 )
 
 __all__ = [
+    "EVALUATIONS",
     "Checkpoint",
     "Config",
     "Eval",

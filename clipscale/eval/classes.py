@@ -24,7 +24,7 @@ from clipscale.files import why_unreadable
 from clipscale.open_clip_files import imagenet_classes, imagenet_templates
 from clipscale.words import counted
 
-IMAGENET = "imagenet"
+IMAGENET, KEY = "imagenet", "eval.zeroshot"
 _WORDNET_ID = re.compile(r"n\d{8}")
 _SHOWN = 3  # folders that a message names
 
@@ -38,8 +38,8 @@ class Classes:
     note: str = ""  # what to tell of how they were brought together
 
 
-def find_classes(config: ZeroShot) -> Classes:
-    """The names, and for a tree the label of each class folder.
+def find_classes(config: ZeroShot, key: str = KEY) -> Classes:
+    """The names, and for a tree the label of each class folder. `key`: where the settings stand, for messages.
 
     Folders that are numbers are labels. Others go by their names where those are class names, and else by their order,
     which is told. Without `classnames` a tree's folders are the names (ImageNet's, for its 1,000 folders), and shards
@@ -49,29 +49,29 @@ def find_classes(config: ZeroShot) -> Classes:
         UserError: a names file that is missing, empty or has a gap; folders and names that contradict each other.
     """
     if config.folder is None:
-        return Classes(_names(config.classnames or IMAGENET))
-    folders = class_folders(config.folder)
-    require(bool(folders), f"eval.zeroshot.folder {config.folder!r} has no class folders")
+        return Classes(_names(config.classnames or IMAGENET, key))
+    folders = class_folders(config.folder, key)
+    require(bool(folders), f"{key}.folder {config.folder!r} has no class folders")
     if config.classnames is None:
-        names = _names_of_folders(config.folder, folders)
-        return Classes(names, *_labels(config, folders, names)) if names else Classes(*_own_names(folders))
-    names = _names(config.classnames)
-    return Classes(names, *_labels(config, folders, names))
+        names = _names_of_folders(config.folder, folders, key)
+        return Classes(names, *_labels(config, folders, names, key)) if names else Classes(*_own_names(folders, key))
+    names = _names(config.classnames, key)
+    return Classes(names, *_labels(config, folders, names, key))
 
 
-def class_templates(config: ZeroShot) -> list[str]:
+def class_templates(config: ZeroShot, key: str = KEY) -> list[str]:
     """Raises UserError for a file that is missing, empty or has a gap, or a template that does not hold '{}' once."""
     if config.templates == IMAGENET:
         return imagenet_templates()
-    templates = _lines(config.templates, "eval.zeroshot.templates")
+    templates = _lines(config.templates, f"{key}.templates")
     odd = [template for template in templates if template.count("{}") != 1]
-    require(not odd, f"eval.zeroshot.templates: {odd[:1]} must hold '{{}}' once, where the class name goes")
+    require(not odd, f"{key}.templates: {odd[:1]} must hold '{{}}' once, where the class name goes")
     return templates
 
 
-def class_folders(root: str) -> list[str]:
+def class_folders(root: str, key: str = KEY) -> list[str]:
     """The folders of an ImageFolder tree, sorted by name; hidden ones are none."""
-    require(os.path.isdir(root), f"eval.zeroshot.folder {root!r} is not a folder")
+    require(os.path.isdir(root), f"{key}.folder {root!r} is not a folder")
     return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not hidden(entry.name))
 
 
@@ -80,7 +80,7 @@ def hidden(name: str) -> bool:
     return name.startswith(".")
 
 
-def check_labels(notes: Iterable[bytes], classes: int) -> str:
+def check_labels(notes: Iterable[bytes], classes: int, key: str = KEY) -> str:
     """What to tell of names above every label, which make the task another one; empty where there are none.
 
     Args:
@@ -90,16 +90,16 @@ def check_labels(notes: Iterable[bytes], classes: int) -> str:
     Raises:
         UserError: a label that is no number, or that has no name.
     """
-    highest = max((checked_label(note, classes) for note in notes), default=-1)
+    highest = max((checked_label(note, classes, key) for note in notes), default=-1)
     if highest in (-1, classes - 1):
         return ""
     return (
-        f"warning: eval.zeroshot.classnames has {classes} names, and no label of the pictures is above {highest}: "
+        f"warning: {key}.classnames has {classes} names, and no label of the pictures is above {highest}: "
         f"{classes - highest - 1} classes that none belongs to are answers too; set it to the list of this set"
     )
 
 
-def checked_label(note: bytes, classes: int) -> int:
+def checked_label(note: bytes, classes: int, key: str = KEY) -> int:
     """The label in a .cls member. Raises UserError for what is no number, or none of `classes`."""
     try:
         label = label_of(note)
@@ -107,7 +107,7 @@ def checked_label(note: bytes, classes: int) -> int:
         raise UserError(f"{error}: {note[:40]!r}; a .cls member holds the line number of a class name") from error
     require(
         label < classes,
-        f"label {label} has no class name: there are {classes} (0 to {classes - 1}); eval.zeroshot.classnames must be "
+        f"label {label} has no class name: there are {classes} (0 to {classes - 1}); {key}.classnames must be "
         "the list of this set",
     )
     return label
@@ -116,11 +116,11 @@ def checked_label(note: bytes, classes: int) -> int:
 # --- folders and names ------------------------------------------------------------------------------------------------
 
 
-def _names(classnames: str) -> list[str]:
-    return imagenet_classes() if classnames == IMAGENET else _lines(classnames, "eval.zeroshot.classnames")
+def _names(classnames: str, key: str) -> list[str]:
+    return imagenet_classes() if classnames == IMAGENET else _lines(classnames, f"{key}.classnames")
 
 
-def _names_of_folders(root: str, folders: list[str]) -> list[str]:
+def _names_of_folders(root: str, folders: list[str], key: str) -> list[str]:
     """ImageNet's names where the folders are ImageNet's, [] where they are names themselves."""
     ids = [name for name in folders if _WORDNET_ID.fullmatch(name)]
     numbers = [name for name in folders if _is_number(name)]
@@ -129,19 +129,19 @@ def _names_of_folders(root: str, folders: list[str]) -> list[str]:
     names = imagenet_classes()
     require(
         len(names) in (len(ids), len(numbers)) and len(folders) == len(names),
-        f"eval.zeroshot.folder {root!r} has {counted(len(folders), 'class folder')} ({_shown(folders)}), which are no "
-        "names and not ImageNet's 1,000; set eval.zeroshot.classnames to a file with their names",
+        f"{key}.folder {root!r} has {counted(len(folders), 'class folder')} ({_shown(folders)}), which are no "
+        f"names and not ImageNet's 1,000; set {key}.classnames to a file with their names",
     )
     return names
 
 
-def _own_names(folders: list[str]) -> tuple[list[str], dict[str, int], str]:
+def _own_names(folders: list[str], key: str) -> tuple[list[str], dict[str, int], str]:
     labels = {folder: label for label, folder in enumerate(folders)}
-    note = f"eval.zeroshot.classnames is not set: the {counted(len(folders), 'class folder')} are the names"
+    note = f"{key}.classnames is not set: the {counted(len(folders), 'class folder')} are the names"
     return [folder.replace("_", " ") for folder in folders], labels, f"{note} ({_shown(folders)})"
 
 
-def _labels(config: ZeroShot, folders: list[str], names: list[str]) -> tuple[dict[str, int], str]:
+def _labels(config: ZeroShot, folders: list[str], names: list[str], key: str) -> tuple[dict[str, int], str]:
     """(label of each folder, what to tell). By number, by name or by order; UserError where two of them disagree."""
     by_name = _by_name(folders, names)
     by_order = {folder: label for label, folder in enumerate(folders)}
@@ -150,15 +150,15 @@ def _labels(config: ZeroShot, folders: list[str], names: list[str]) -> tuple[dic
         above = [folder for folder in folders if labels[folder] >= len(names)]
         require(
             not above,
-            f"eval.zeroshot.folder {config.folder!r}: the folders are labels, and {_shown(above)} has no class name: "
-            f"there are {len(names)} (0 to {len(names) - 1}); eval.zeroshot.classnames must be the list of this set",
+            f"{key}.folder {config.folder!r}: the folders are labels, and {_shown(above)} has no class name: "
+            f"there are {len(names)} (0 to {len(names) - 1}); {key}.classnames must be the list of this set",
         )
     elif len(by_name) == len(folders):
         labels, note = by_name, ""
     else:
         require(
             len(folders) == len(names),
-            f"eval.zeroshot.folder {config.folder!r} has {len(folders)} class folders, eval.zeroshot.classnames="
+            f"{key}.folder {config.folder!r} has {len(folders)} class folders, {key}.classnames="
             f"{config.classnames or IMAGENET!r} names {len(names)}, and {_shown(sorted(set(folders) - set(by_name)))} "
             "is none of them; name each folder by its class or its label, or each line i after the i-th folder",
         )
@@ -169,15 +169,13 @@ def _labels(config: ZeroShot, folders: list[str], names: list[str]) -> tuple[dic
     other = next((folder for folder, label in by_name.items() if labels[folder] != label), None)
     require(
         other is None,
-        f"eval.zeroshot.folder {config.folder!r}: the folder {other!r} is label {labels.get(other)} by its "
+        f"{key}.folder {config.folder!r}: the folder {other!r} is label {labels.get(other)} by its "
         f"{'number' if _is_number(other or '') else 'place'}, and line {by_name.get(other)} (from 0) of "
-        f"eval.zeroshot.classnames by its name; bring the two in one order",
+        f"{key}.classnames by its name; bring the two in one order",
     )
     twice = [label for label, times in Counter(labels.values()).items() if times > 1]
     same = [folder for folder in folders if labels[folder] in twice[:1]]
-    require(
-        not twice, f"eval.zeroshot.folder {config.folder!r}: {_shown(same)} are one class, {names[(twice or [0])[0]]!r}"
-    )
+    require(not twice, f"{key}.folder {config.folder!r}: {_shown(same)} are one class, {names[(twice or [0])[0]]!r}")
     return labels, note
 
 

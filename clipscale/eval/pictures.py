@@ -21,7 +21,7 @@ import torch
 from clipscale.data.bad import BadSample
 from clipscale.data.source import Source
 from clipscale.errors import require
-from clipscale.eval.classes import hidden
+from clipscale.eval.classes import KEY, hidden
 from clipscale.eval.view import View
 
 FOLDER_SUFFIXES = ("jpg", "jpeg", "png", "ppm", "bmp", "pgm", "tif", "tiff", "webp")  # torchvision's IMG_EXTENSIONS
@@ -50,10 +50,12 @@ class ShardPictures:
     def read(self, i: int) -> tuple[bytes, bytes]:
         shard = int(np.searchsorted(self._cum, i, side="right")) - 1
         sample = self.source.read(shard, i - int(self._cum[shard]))
+        if self.source.need == "pairs":
+            return sample.image, self.source.caption(sample.note).encode()
         return sample.image, sample.note
 
     def notes(self) -> Iterator[bytes]:
-        """The captions or labels alone, of those samples that can be read."""
+        """The labels alone, or what captions are picked from, of those samples that can be read."""
         for shard, count in enumerate(self.source.counts.tolist()):
             for index in range(count):
                 with suppress(OSError):
@@ -65,9 +67,10 @@ class FolderPictures:
 
     Args:
         labels: class folder -> label.
+        key: where the settings stand, for messages.
     """
 
-    def __init__(self, root: str, labels: dict[str, int]) -> None:
+    def __init__(self, root: str, labels: dict[str, int], key: str = KEY) -> None:
         self.passed: Counter[str] = Counter(
             "hidden" if hidden(entry.name) else "beside the class folders"
             for entry in os.scandir(root)
@@ -80,7 +83,7 @@ class FolderPictures:
             self._files += [(path, label) for path in found]
             if not found:
                 self.empty.append(folder)
-        require(bool(self._files), f"eval.zeroshot.folder {root!r} holds no {'/'.join(FOLDER_SUFFIXES)} in its folders")
+        require(bool(self._files), f"{key}.folder {root!r} holds no {'/'.join(FOLDER_SUFFIXES)} in its folders")
 
     def __len__(self) -> int:
         return len(self._files)

@@ -31,6 +31,7 @@ class ValidationResult:
     image_accuracy: float  # share of pictures whose own caption is the nearest of the batch
     text_accuracy: float
     pairs: int
+    batch: int  # pairs in each loss, those left out included
     bad: int  # pairs left out: pictures that could not be decoded
     repeated_captions: int  # that stand in their batch behind an equal one: those pairs tie, and a tie is a miss
 
@@ -100,6 +101,7 @@ def evaluate_validation(
         image_accuracy=_mean(results, lambda result: result.image_accuracy),
         text_accuracy=_mean(results, lambda result: result.text_accuracy),
         pairs=pairs,
+        batch=size,
         bad=slots - pairs,
         repeated_captions=world.broadcast(repeats),
     )

@@ -35,6 +35,7 @@ class ZeroShotTask:
     pictures: EvalPictures  # their notes are labels: the number of a class name
     classnames: list[str]
     templates: list[str]  # '{}' stands for the class name
+    key: str = "eval.zeroshot"  # where its settings stand
     note: str = ""  # what to tell of names and class folders
 
 
@@ -58,18 +59,20 @@ class ZeroShotResult:
         return sum(top1 for top1 in self.per_class_top1 if not math.isnan(top1)) / self.classes_seen
 
 
-def load_task(config: ZeroShot, data: Data) -> ZeroShotTask:
-    """Open the pictures, names and templates that a config names.
+def load_task(config: ZeroShot, data: Data, *, name: str = "zeroshot", key: str = "eval.zeroshot") -> ZeroShotTask:
+    """Open the pictures, names and templates that a config names; `name` and `key` are for messages.
 
     Raises:
         UserError: a file that is missing or empty, or shards without labels.
     """
-    classes, templates = find_classes(config), class_templates(config)
+    classes, templates = find_classes(config, key), class_templates(config, key)
     if config.folder is not None:
-        return ZeroShotTask(FolderPictures(config.folder, classes.labels), classes.names, templates, classes.note)
-    require(config.urls is not None, "eval.zeroshot needs pictures: set eval.zeroshot.urls or eval.zeroshot.folder")
-    source = open_source("zeroshot", SourceSettings(config.urls), data, need="labelled", findings=True)
-    return ZeroShotTask(ShardPictures(source), classes.names, templates)
+        return ZeroShotTask(
+            FolderPictures(config.folder, classes.labels, key), classes.names, templates, key, classes.note
+        )
+    require(config.urls is not None, f"{key} needs pictures: set {key}.urls or {key}.folder")
+    source = open_source(name, SourceSettings(config.urls), data, need="labelled", findings=True)
+    return ZeroShotTask(ShardPictures(source), classes.names, templates, key)
 
 
 def check_task(task: ZeroShotTask) -> str:
@@ -83,7 +86,7 @@ def check_task(task: ZeroShotTask) -> str:
     pictures = task.pictures
     if isinstance(pictures, FolderPictures):
         return "; ".join(filter(None, [task.note, _empty_classes(pictures.empty, len(task.classnames))]))
-    return "" if pictures.source.remote else check_labels(pictures.notes(), len(task.classnames))
+    return "" if pictures.source.remote else check_labels(pictures.notes(), len(task.classnames), task.key)
 
 
 @torch.no_grad()
@@ -141,7 +144,8 @@ def evaluate_zeroshot(
             if not valid.any():
                 continue
             labels = torch.tensor(
-                [checked_label(note, classes) for note, ok in zip(notes, valid, strict=True) if ok], device=device
+                [checked_label(note, classes, task.key) for note, ok in zip(notes, valid, strict=True) if ok],
+                device=device,
             )
             similarity_MC = towers.image(images[valid].to(device)) @ classifier_CD.T
             ranked = similarity_MC.topk(min(5, classes), dim=1).indices == labels[:, None]
