@@ -20,6 +20,8 @@ from clipscale.config.load import config_from_yaml
 from clipscale.errors import UserError
 from clipscale.tell import tell
 
+_OF_THE_SNAPSHOT = ("version", "step", "position")  # in state.json, beside RunState's
+
 
 def load_config_of(path: Path) -> Config:
     """The resolved configuration that the checkpoint was written under."""
@@ -52,6 +54,13 @@ def load_model(path: Path) -> dict[str, Any]:
         UserError: as `load_checkpoint`.
     """
     return _read(path, "model", json.loads((path / "state.json").read_text())["version"], mapped=True)
+
+
+def load_state(path: Path) -> tuple[int, RunState]:
+    """A verified checkpoint's step and state, without its tensors."""
+    state = json.loads((path / "state.json").read_text())
+    step = state["step"]
+    return step, _run_state(path, {name: value for name, value in state.items() if name not in _OF_THE_SNAPSHOT})
 
 
 def _run_state(path: Path, found: dict[str, Any]) -> RunState:

@@ -7,6 +7,7 @@ import argparse
 from clipscale.export.check import FORMATS, check_export
 from clipscale.paths import path_option, weights_option
 from clipscale.tell import say
+from clipscale.weights.target import TARGETS, find_target
 
 EXAMPLES = """\
 examples:
@@ -21,8 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "weights",
         type=weights_option,
-        help="a run's folder (its newest checkpoint), a checkpoint's, an exported folder, a file, or NAME:TAG of "
-        "open_clip's",
+        help=f"{TARGETS}, to be exported",
     )
     parser.add_argument("settings", nargs="*", metavar="key=value", help="changes to its config, such as the model's")
     parser.add_argument("--format", choices=FORMATS, required=True, help="what is to open it")
@@ -30,8 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, words: list[str]) -> int:
-    from clipscale.weights.target import find_target
-
     check_export(arguments.format, arguments.output)
     found, config = find_target(arguments.weights, arguments.settings)
     from clipscale.export.export import export_model

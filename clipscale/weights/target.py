@@ -17,10 +17,16 @@ from clipscale.checkpoint import load_config_of
 from clipscale.config import Config, Model, Preprocess
 from clipscale.config.load import apply_overrides
 from clipscale.open_clip_files import check_model, known_models
+from clipscale.tell import tell
 from clipscale.weights.find import Found, find_weights
 
 if TYPE_CHECKING:
     from clipscale.towers import Towers
+
+TARGETS = (
+    "a run's folder (its newest checkpoint), a checkpoint's, an exported model's, a file of weights (with its "
+    "model.name=...), or NAME:TAG of open_clip's"
+)
 
 
 def find_target(text: str, words: list[str]) -> tuple[Found, Config]:
@@ -57,5 +63,12 @@ def open_towers(found: Found, model: Model, **placed: Any) -> Towers:
     if found.kind == "tag" and model.preprocess == Preprocess():
         model = replace(model, preprocess=facts_of(found, model.name).preprocess)
     towers = build_towers(model, **placed)
-    fill_towers(found, model, towers)
+    lines = fill_towers(found, model, towers)
+    if found.kind != "checkpoint" or _sizes(found.model) != _sizes(model):
+        for line in lines:
+            tell(line)
     return towers
+
+
+def _sizes(model: Model) -> tuple[Any, ...]:
+    return model.vision, model.text, model.image_size, model.context_length
