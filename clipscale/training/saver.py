@@ -88,14 +88,19 @@ class Saver:
             if self._settings.on_error == "stop":
                 raise
 
-    def finish(self, *, mirrored: bool = True) -> None:
-        """Until everything is on the disk, and in the mirror or given up. SharedError: the last one is not good, or
-        could not be written.
+    def finish(self, *, leaving: bool = False) -> str:
+        """Until everything is on the disk, and in the mirror or given up.
 
         Args:
-            mirrored: wait for the mirror too. A run that is told to leave has no time for it: its next start has.
+            leaving: the run goes on later: a state that is not good does not end it then, and the mirror can wait.
+
+        Returns:
+            Why the last state is not saved; "" where it is.
+
+        Raises:
+            SharedError: the last one is not good, or could not be written.
         """
-        self._world.lead(partial(self._finish, mirrored))
+        return self._world.lead(partial(self._finish, leaving))
 
     def settle(self) -> None:
         """Until what is being written is, or has failed; of this process alone."""
@@ -109,18 +114,20 @@ class Saver:
         if self._mirror is not None:
             self._mirror.close()
 
-    def _finish(self, mirrored: bool) -> None:
+    def _finish(self, leaving: bool) -> str:
         self._writer.wait()
         step, what = self._refused
-        if step > self._published:
+        refused = what if step > self._published else ""
+        if refused and not leaving:
             raise UserError(
-                f"{what}; the run has ended badly: lower optim.lr, and go back to a good one of "
+                f"{refused}; the run has ended badly: lower optim.lr, and go back to a good one of "
                 f"{Path(self._run_dir, 'checkpoints')} by resume=<its path>"
             )
         if self._failed:
             raise UserError("the last checkpoint could not be written; make room, and start again")
-        if self._mirror is not None and mirrored:
+        if self._mirror is not None and not leaving:
             self._mirror.wait()
+        return refused
 
     def _publish(self, snapshot: Snapshot) -> None:
         """In the thread of the writer, with a copy of the state."""
