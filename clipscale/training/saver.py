@@ -25,7 +25,7 @@ from torch import nn
 from clipscale.checkpoint import Snapshot, first_bad, save_checkpoint
 from clipscale.checkpoint.mirror import Mirror
 from clipscale.checkpoint.room import require_room
-from clipscale.checkpoint.staging import staged_bytes, state_after_a_step
+from clipscale.checkpoint.staging import state_bytes
 from clipscale.checkpoint.writer import CheckpointWriter
 from clipscale.config import Config
 from clipscale.dist import World
@@ -60,14 +60,14 @@ class Saver:
         Raises:
             SharedError: there is not so much memory, or the disk has no room for them.
         """
-        nbytes, keep = staged_bytes([model.state_dict(), state_after_a_step(optimizer)]), self._settings.keep
+        nbytes, keep = state_bytes(model, optimizer), self._settings.keep
         self._world.lead(partial(require_room, self._run_dir, nbytes, step=step, keep=keep, saves=saves))
         if self._settings.mirror is not None and self._world.is_main:
             self._mirror = Mirror(self._settings.mirror, self._run_dir, self._settings.keep)
             if found is not None:
                 self._mirror.offer(found)
         if self._settings.background:
-            tell(self._world.lead(partial(self._writer.prepare, model, optimizer, self._world.device)))
+            tell(self._world.lead(partial(self._writer.prepare, nbytes, self._world.device)))
 
     def save(self, snapshot: Snapshot, *, problem: str = "") -> None:
         """Have `snapshot` published, unless its tensors or the caller have something against it.
