@@ -168,9 +168,9 @@ def test_a_job_that_is_told_to_leave_goes_on_as_if_nothing_had_been(slurm, urls,
 
 @at_once
 def test_the_end_of_its_time_puts_a_job_back(slurm, urls, twin, folder):
-    words = ("run.leave_before_seconds=35", "train.samples=100_000")
-    job = Job(slurm, folder, urls, "--time=1", "--signal=B:USR1@5", words=words)
-    until(lambda: restarts(job) == 1, 150, f"it is not put back: {job.said()}")
+    words = ("run.leave_before_seconds=85", "train.samples=100_000")
+    job = Job(slurm, folder, urls, "--time=2", "--signal=B:USR1@5", words=words)
+    until(lambda: restarts(job) == 1, 240, f"it is not put back: {job.said()}")
     slurm.call("scancel", job.id)
     assert "the time limit" in job.said()
 
