@@ -18,7 +18,6 @@ class Flag(NamedTuple):
 _OWN_SCHEDULE = Flag("", "the learning rate follows a warm-up and a cosine to optim.final_lr")
 _LOCKED = Flag("", "both towers are trained")
 _ONE_LOSS = Flag("", "the loss is that of CLIP over the whole batch, in tiles")
-_PREPROCESSING = Flag("", "the model's own mean, deviation and bicubic resize are used")
 _NO_PRETRAINED = Flag("", "towers are trained from scratch; resume=<path> starts from a checkpoint of clipscale's")
 _IN_SHARDS = Flag("", "`clipscale shards make` packs a list (its --image-key, --caption-key) into shards first")
 _TENSORBOARD = Flag("", "<run.dir>/tensorboard and <run.dir>/metrics.jsonl are always written")
@@ -38,7 +37,7 @@ FLAGS: dict[str, Flag] = {
     "--csv-img-key": _IN_SHARDS,
     "--csv-caption-key": _IN_SHARDS,
     "--imagenet-val": Flag("eval.zeroshot.folder", "the same folder of class folders"),
-    "--imagenet-v2": Flag("eval.zeroshot.folder", "one set a run; `clipscale eval zeroshot` takes others afterwards"),
+    "--imagenet-v2": Flag("eval.zeroshot_sets.<name>.folder", "any number of sets, each with a name"),
     "--cache-dir": Flag("data.cache_dir", "of shards; that of tokenizers is Hugging Face's own HF_HOME"),
     "--logs": Flag("run.dir", "<logs>/<name> in one"),
     "--log-local": Flag("", "other ranks' lines begin with their rank, in the same log"),
@@ -76,10 +75,10 @@ FLAGS: dict[str, Flag] = {
     "--lock-image": _LOCKED,
     "--lock-image-unlocked-groups": _LOCKED,
     "--lock-image-freeze-bn-stats": _LOCKED,
-    "--image-mean": _PREPROCESSING,
-    "--image-std": _PREPROCESSING,
-    "--image-interpolation": _PREPROCESSING,
-    "--image-resize-mode": _PREPROCESSING,
+    "--image-mean": Flag("model.preprocess.mean", "training and evaluation"),
+    "--image-std": Flag("model.preprocess.std", "training and evaluation"),
+    "--image-interpolation": Flag("model.preprocess.interpolation", "evaluation; training is bicubic, as theirs"),
+    "--image-resize-mode": Flag("model.preprocess.resize_mode", "evaluation; training crops"),
     "--aug-cfg": Flag("data.crop_scale, data.crop_ratio, data.augment", "scale, ratio; color_jitter, gray_scale_prob"),
     "--grad-checkpointing": Flag("gradcache.image_chunk, gradcache.text_chunk", "activations are those of a chunk"),
     "--local-loss": Flag("", "no rank ever holds the similarities of the whole batch"),

@@ -58,11 +58,33 @@ def times_due(every_steps: int, done: int, last: int) -> int:
     return 1 + ((last - 1) // every_steps - done // every_steps if every_steps else 0)
 
 
+def evaluations_due(config: Config, step: int, last_step: int) -> list[str]:
+    """Names of the evaluations that come after `step` steps, in the order in which they are made.
+
+    What comes every so many samples comes at the first step that has seen them.
+    """
+    batch = config.train.global_batch
+    return [
+        name
+        for name, its in config.eval.evaluations().items()
+        if is_due(its.every_steps, step, last_step)
+        or (its.every_samples and step * batch // its.every_samples > (step - 1) * batch // its.every_samples)
+    ]
+
+
+def save_due(config: Config, step: int, last_step: int) -> bool:
+    """Whether a checkpoint comes after `step` steps: one is due, or the evaluation that tells the best one is."""
+    judge = (config.checkpoint.best or "").rpartition("/")[0]
+    return is_due(config.checkpoint.every_steps, step, last_step) or judge in evaluations_due(config, step, last_step)
+
+
 def others_left(config: Config, step: int, last_step: int) -> dict[str, int]:
     """How often what comes between the steps is still to come after `step` of them, by name."""
+    batch = config.train.global_batch
     every = {
-        "validation": config.eval.validation.every_steps,
-        "zeroshot": config.eval.zeroshot.every_steps,
-        "checkpoint": config.checkpoint.every_steps,
+        name: -(-its.every_samples // batch) if its.every_samples else its.every_steps
+        for name, its in config.eval.evaluations().items()
     }
-    return {name: times_due(steps, step, last_step) for name, steps in every.items()}
+    left = {name: times_due(steps, step, last_step) for name, steps in every.items()}
+    saves = times_due(config.checkpoint.every_steps, step, last_step)
+    return left | {"checkpoint": max(saves, left.get((config.checkpoint.best or "").rpartition("/")[0], 0))}

@@ -240,6 +240,25 @@ def test_eval_zeroshot_gives_what_training_gave(trained, capsys):
         assert capsys.readouterr().out.startswith(expected)
 
 
+def test_eval_zeroshot_writes_what_clip_benchmark_writes(trained, place, tmp_path, capsys):
+    assert main(["eval", "zeroshot", str(trained), "--json", str(tmp_path / "scores.json")]) == 0
+    out = capsys.readouterr().out
+    assert "  zeroshot/pictures 12  zeroshot/classes 3  zeroshot/classes_seen 3  zeroshot/passed_over 0  " in out
+    found, last = json.loads((tmp_path / "scores.json").read_text()), rows(trained)[-1]
+    assert found == {
+        "dataset": str(place / "test.tar"),
+        "model": "model.vision, model.text",
+        "pretrained": str(trained / "checkpoints" / "step-000000004"),
+        "task": "zeroshot_classification",
+        "metrics": {
+            "acc1": last["zeroshot/top1"],
+            "acc5": None,  # of three classes
+            "mean_per_class_recall": last["zeroshot/mean_per_class_recall"],
+        },
+        "language": "en",
+    }
+
+
 def test_eval_zeroshot_takes_other_pictures(trained, place, capsys):
     same = [f"eval.zeroshot.urls={place / 'test.tar'}", "eval.zeroshot.batch=5", "gradcache.text_chunk=1"]
     assert main(["eval", "zeroshot", str(trained), *same]) == 0

@@ -7,13 +7,17 @@ import pytest
 import yaml
 
 from clipscale.cli import main
-from clipscale.config import Config, flat
+from clipscale.config import Config, Eval, Validation, ZeroShot, flat
 from clipscale.config.data import Data, Shapes, SourceSettings
 from clipscale.config.help import _notes, find_settings, with_comments
 from clipscale.config.load import config_from_yaml, dump_config, load_config
 from clipscale.config.recipes import list_recipes
 
-WHOLE = Config(data=Data(sources={"<name>": SourceSettings("")}, shapes=Shapes()))
+WHOLE = Config(
+    data=Data(sources={"<name>": SourceSettings("")}, shapes=Shapes()),
+    eval=Eval(zeroshot_sets={"<name>": ZeroShot()}),
+)
+MORE = Config(eval=Eval(validation_sets={"<name>": Validation()}))  # a name is that of one set only
 
 
 def told(capsys, *words: str) -> str:
@@ -35,8 +39,9 @@ def settings() -> dict:
 
 
 def test_every_setting_is_there_with_its_default(settings, capsys):
-    leaves = flat(dataclasses.asdict(WHOLE))
-    assert set(settings) == {*leaves, "data.sources", "data.shapes"}
+    leaves = flat(dataclasses.asdict(WHOLE)) | flat(dataclasses.asdict(MORE)["eval"], ".eval")
+    leaves = {key: value for key, value in leaves.items() if value != {}}
+    assert set(settings) == {*leaves, "data.sources", "data.shapes", "eval.zeroshot_sets", "eval.validation_sets"}
     for key, value in leaves.items():
         if key != "data.sources.<name>.urls":
             shown = yaml.safe_load(settings[key].default)

@@ -122,7 +122,7 @@ def test_evaluations_that_are_due_are_left_to_the_next_start(tmp_path, urls, mon
     words = [f"eval.validation.urls={urls}", "eval.validation.every_steps=2", "eval.validation.batch=8"]
     with monkeypatch.context() as patch:
         at_step(patch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        patch.setattr("clipscale.eval.suite.EvalSuite.validation", lambda suite: pytest.fail("time is short"))
+        patch.setattr("clipscale.eval.suite.EvalSuite.run", lambda *_: pytest.fail("time is short"))
         with pytest.raises(Interrupted, match="SIGTERM"):
             train(tiny_config(tmp_path, urls, *words))
     assert [row["step"] for row in rows(tmp_path)] == [1]

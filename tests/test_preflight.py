@@ -39,7 +39,10 @@ WRONG = {  # words on top of a good training -> what the one line says
     "names": ([FOLDER, "eval.zeroshot.classnames=no.txt"], "eval.zeroshot.classnames='no.txt' cannot be read"),
     "templates": ([FOLDER, "eval.zeroshot.templates=no.txt"], "eval.zeroshot.templates='no.txt' cannot be read"),
     "folder": (["eval.zeroshot.folder=nowhere"], "eval.zeroshot.folder 'nowhere' is not a folder"),
-    "classes": ([FOLDER], "has 2 class folders, eval.zeroshot.classnames='imagenet' names 1000"),
+    "classes": (
+        [FOLDER, "eval.zeroshot.classnames=imagenet"],
+        "has 2 class folders, eval.zeroshot.classnames='imagenet' names 1000, and 'cat', 'dog' is none of them",
+    ),
     "replay": (["replay.dir=file/x"], "replay.dir='file/x' cannot be made"),
     "device": (["device=cuda"], "device=cuda, but "),
     "drop": (["data.sampling=resampled", "data.epoch_boundary=drop"], "data.sampling=resampled has no epochs"),
@@ -181,7 +184,7 @@ def test_a_checkpoint_is_evaluated_on_what_is_there(place, capsys):
     train(tiny_config(place, "good/*.tar"))
     for words, said in (
         ([], "no pictures to classify"),
-        ([FOLDER], "has 2 class folders"),
+        ([FOLDER, "eval.zeroshot.classnames=imagenet"], "has 2 class folders"),
         (["eval.zeroshot.urls=no.tar"], "'no.tar' is not a file"),
         ([FOLDER, "eval.zeroshot.templates=no.txt"], "cannot be read"),
         (["data.shapes={dir: shapes}", "eval.zeroshot.urls=shapes/*.tar"], "'shapes/*.tar': no file matches"),

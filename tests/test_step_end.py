@@ -46,16 +46,16 @@ class Failing:
     """Validation that fails the first `times` times it is asked for, as `error`."""
 
     def __init__(self, monkeypatch, error: BaseException, times: int) -> None:
-        real, self.asked, self.seen = EvalSuite.validation, 0, []
+        real, self.asked, self.seen = EvalSuite.run, 0, []
 
-        def validation(suite):
+        def run(suite, name):
             self.asked += 1
             self.seen.append(checkpoints(Path(suite.config.run.dir).parent))
             if self.asked <= times:
                 raise error
-            return real(suite)
+            return real(suite, name)
 
-        monkeypatch.setattr(EvalSuite, "validation", validation)
+        monkeypatch.setattr(EvalSuite, "run", run)
 
 
 @pytest.mark.parametrize("error", [SharedError("0.tar: it is gone"), RuntimeError("a bug")])
@@ -139,7 +139,7 @@ def test_what_an_evaluation_cannot_take_is_seen_before_the_first_step(config, tm
     def refuse(*_, **__):
         raise UserError("its pictures have four channels")
 
-    monkeypatch.setattr("clipscale.eval.suite.batches", refuse)
+    monkeypatch.setattr("clipscale.eval.evaluations.batches", refuse)
     with pytest.raises(UserError, match="its pictures have four channels"):
         train(config())
     assert not (tmp_path / "run").exists()

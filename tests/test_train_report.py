@@ -43,10 +43,19 @@ VALIDATION = {
     "validation/image_accuracy": 0.75,
     "validation/text_accuracy": 0.5,
     "validation/pairs": 1024,
+    "validation/batch": 256,
     "validation/repeated_captions": 0,
     "validation/bad_pictures": 0,
 }
-ZEROSHOT = {"zeroshot/top1": 0.61, "zeroshot/top5": 0.9, "zeroshot/bad_pictures": 0}
+ZEROSHOT = {
+    "zeroshot/top1": 0.61,
+    "zeroshot/top5": 0.9,
+    "zeroshot/pictures": 10_000,
+    "zeroshot/classes": 1000,
+    "zeroshot/classes_seen": 998,
+    "zeroshot/passed_over": 0,
+    "zeroshot/bad_pictures": 0,
+}
 HUGE = {
     "step": 987_654,
     "samples": 12_800_000_000,
@@ -147,19 +156,32 @@ def test_evaluations_have_lines_of_their_own():
     assert evaluation_lines({}, step=12, last_step=400) == []
     assert evaluation_lines(VALIDATION | ZEROSHOT, step=12, last_step=400) == [
         "step  12/400  validation: loss 1.5000, in-batch accuracy 0.750",
-        "step  12/400  zero-shot: top-1 0.6100, top-5 0.9000",
+        "step  12/400  zero-shot: top-1 0.6100, top-5 0.9000, 10,000 pictures of 998 of 1,000 classes",
     ]
-    bad = {"validation/bad_pictures": 1, "zeroshot/bad_pictures": 1200}
+    bad = {"validation/bad_pictures": 1, "zeroshot/passed_over": 3000, "zeroshot/bad_pictures": 1200}
     first, second = evaluation_lines(VALIDATION | ZEROSHOT | bad, step=12, last_step=400)
     assert first.endswith("0.750, 1 bad picture")
-    assert second.endswith("0.9000, 1,200 bad pictures")
+    assert second.endswith("1,000 classes, 3,000 passed over, 1,200 bad pictures")
 
 
 @pytest.mark.parametrize("repeats", [80, 1000])
 def test_an_evaluation_of_the_largest_run_has_120_columns_at_most(repeats):
     found = VALIDATION | ZEROSHOT | {"validation/repeated_captions": repeats, "validation/bad_pictures": 1200}
+    found |= {"zeroshot/pictures": 50_000, "zeroshot/passed_over": 3}
     for line in evaluation_lines(found, step=12_208, last_step=12_208):
         assert len(line) <= 120
+
+
+def test_sets_are_called_by_their_names():
+    row = {key.replace("zeroshot", "imagenet_v2"): value for key, value in ZEROSHOT.items()}
+    row |= {key.replace("validation", "flickr"): value for key, value in VALIDATION.items()} | {"a/failed": 1.0}
+    assert [line.split("  ", 1)[1].split(",")[0] for line in evaluation_lines(row, step=1, last_step=4)] == [
+        "flickr: loss 1.5000",
+        "zero-shot imagenet_v2: top-1 0.6100",
+    ]
+    assert summary_lines("done", ROW | row | {"seconds/loss": 0.1}, run_dir="a", pairs=8)[1].endswith(
+        "0.250, flickr loss 1.5000, a failed, zero-shot imagenet_v2 top-1 0.6100, top-5 0.9000"
+    )
 
 
 def test_ten_captions_in_all_have_no_in_batch_accuracy():

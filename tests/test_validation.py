@@ -22,6 +22,7 @@ from clipscale.data.tokenize import build_tokenizer
 from clipscale.dist import World
 from clipscale.errors import UserError
 from clipscale.eval.validation import ValidationResult, evaluate_validation
+from clipscale.eval.view import View
 from clipscale.towers import build_towers
 
 BATCH = 6
@@ -36,8 +37,8 @@ def evaluate(rank: int, size: int, urls: str, samples: int) -> ValidationResult:
         Validation(batch=BATCH, samples=samples),
         Loss(tile=4),
         chunk=4,
+        view=View(16, Decoding(max_pixels=10_000)),
         threads=1,
-        decoding=Decoding(max_pixels=10_000),
     )
 
 

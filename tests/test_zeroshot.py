@@ -21,6 +21,7 @@ from clipscale.data.pixels.decode import Decoding
 from clipscale.data.tokenize import build_tokenizer
 from clipscale.dist import World
 from clipscale.errors import UserError
+from clipscale.eval.view import View
 from clipscale.eval.zeroshot import ZeroShotResult, build_classifier, check_task, evaluate_zeroshot, load_task
 from clipscale.towers import Towers, build_towers
 
@@ -48,7 +49,7 @@ def places(tmp_path_factory) -> Path:
     samples = [(f"{i:04d}", {"png": picture(i, 16, 16, "PNG"), "cls": b"%d" % label}) for i, label in enumerate(LABELS)]
     write_shard(root / "0.tar", samples[:20])
     write_shard(root / "1.tar", samples[20:])
-    for label in range(len(NAMES)):
+    for label in range(len(NAMES)):  # folders that are called like no class, in the order of the names
         (root / "tree" / f"class-{label}").mkdir(parents=True)
     for (key, sample), label in zip(samples, LABELS, strict=True):
         (root / "tree" / f"class-{label}" / f"{key}.png").write_bytes(sample["png"])
@@ -63,7 +64,7 @@ def settings(places: Path, **changes) -> ZeroShot:
 
 
 def classify(towers: Towers, config: ZeroShot, world: World = ALONE, **changes) -> ZeroShotResult:
-    reading = {"batch": 8, "text_chunk": 5, "threads": 2, "decoding": Decoding(max_pixels=10_000)} | changes
+    reading = {"batch": 8, "text_chunk": 5, "threads": 2, "view": View(16, Decoding(max_pixels=10_000))} | changes
     return evaluate_zeroshot(towers, load_task(config, Data()), TOKENIZE, world, **reading)
 
 
@@ -154,7 +155,11 @@ def test_accuracies_equal_clip_benchmarks(towers, places, monkeypatch):
     assert result.top1 == pytest.approx(theirs["acc1"])
     assert result.top5 == pytest.approx(theirs["acc5"])
     recalls = [accuracy for accuracy in result.per_class_top1 if not math.isnan(accuracy)]
-    assert np.mean(recalls) == pytest.approx(theirs["mean_per_class_recall"])
+    assert (
+        np.mean(recalls)
+        == pytest.approx(result.mean_per_class_recall)
+        == pytest.approx(theirs["mean_per_class_recall"])
+    )
 
 
 def test_shards_and_a_folder_give_the_same_numbers(towers, places):
@@ -301,5 +306,41 @@ def test_names_and_labels_are_held_against_each_other_first(places, tmp_path, na
     assert bool(told) == bool(found)
 
 
-def test_a_folders_labels_are_its_folders(places):
-    assert check_task(load_task(settings(places, urls=None, folder=str(places / "tree")), Data())) == ""
+def test_folders_that_go_by_their_order_and_empty_ones_are_told(places):
+    assert check_task(load_task(settings(places, urls=None, folder=str(places / "tree")), Data())) == (
+        "class folders are taken in the order of their names, line by line: class-0 = red circle, class-1 = blue star, "
+        "class-2 = pink heart, ...; warning: no picture for 1 of 7 classes ('class-6')"
+    )
+
+
+@pytest.mark.parametrize("folders", ["numbers", "names", "names alone"])
+def test_a_tree_gives_the_same_whatever_its_folders_are_called(towers, places, tmp_path, folders):
+    """Sorted as text, numbers to ten and names in another order than their file's would all be other labels."""
+    more = [*NAMES, "a", "b", "c", "d"]  # 10 comes before 2
+    (tmp_path / "names.txt").write_text("\n".join(more))
+    called = {label: str(label) if folders == "numbers" else name for label, name in enumerate(more)}
+    for label in range(len(more)):
+        (tmp_path / "tree" / called[label]).mkdir(parents=True)
+        for path in (places / "tree" / f"class-{label}").glob("*"):
+            (tmp_path / "tree" / called[label] / path.name).symlink_to(path)
+    names = str(tmp_path / "names.txt")
+    tree = settings(places, urls=None, folder=str(tmp_path / "tree"), classnames=names)
+    if folders == "names alone":
+        tree = dataclasses.replace(tree, classnames=None)
+    shards = classify(towers, settings(places, classnames=names))
+    found = classify(towers, tree)
+    assert (found.top1, found.top5, found.pictures) == (shards.top1, shards.top5, 41)
+    assert found.classes_seen == shards.classes_seen == 6
+    assert found.mean_per_class_recall == pytest.approx(shards.mean_per_class_recall)
+
+
+def test_what_is_passed_over_is_counted(towers, places, tmp_path):
+    samples = [(f"{i}", {"png": picture(i, 16, 16, "PNG"), "cls": b"%d" % i}) for i in range(3)]
+    samples += [("gif", {"gif": picture(0, 16, 16, "GIF"), "cls": b"1"}), ("bare", {"png": b"x"})]
+    write_shard(tmp_path / "0.tar", samples)
+    assert classify(towers, settings(places, urls=str(tmp_path / "0.tar"))).passed == 2
+    (tmp_path / "tree").mkdir()
+    for label in range(len(NAMES)):
+        (tmp_path / "tree" / f"class-{label}").symlink_to(places / "tree" / f"class-{label}")
+    (tmp_path / "tree" / "list.txt").touch()
+    assert classify(towers, settings(places, urls=None, folder=str(tmp_path / "tree"))).passed == 1

@@ -16,7 +16,7 @@ from clipscale.telemetry.growing import FULL
 from clipscale.words import counted, short
 
 
-def require_room(run_dir: str, nbytes: int, *, step: int, keep: int, saves: int) -> None:
+def require_room(run_dir: str, nbytes: int, *, step: int, keep: int, saves: int, best: bool = False) -> None:
     """Raise UserError unless the disk has room for what the run's next saves add to it.
 
     A new checkpoint is written before the oldest one goes, so `keep` + 1 of them stand there for a moment.
@@ -25,14 +25,16 @@ def require_room(run_dir: str, nbytes: int, *, step: int, keep: int, saves: int)
         nbytes: of one checkpoint.
         step: the run's last one; checkpoints of later steps do not count among those that go.
         saves: how many are still to come.
+        best: the best one stays too.
     """
     there = sum(found <= step for found, _ in candidates(Path(run_dir, "checkpoints")))
-    more = min(saves, max(1, keep + 1 - there))
+    more = min(saves, max(1, keep + 1 + best - there))
     free = free_bytes(run_dir) + _left_over(run_dir)
     require(
         more * nbytes <= free,
         f"run.dir={run_dir!r}: {counted(more, 'checkpoint')} of {short(nbytes)}B will come to the {there} there "
-        f"(checkpoint.keep={keep}, and one more while it is written): {short(more * nbytes)}B needed "
+        f"(checkpoint.keep={keep}{', the best one' if best else ''}, and one more while it is written): "
+        f"{short(more * nbytes)}B needed "
         f"({more * nbytes:,} bytes), {short(free)}B free ({free:,} bytes); make room, lower checkpoint.keep, or set "
         "another run.dir",
     )

@@ -72,7 +72,7 @@ class CheckpointWriter:
         if self._staging is None:
             self._publish(snapshot)
             return
-        self._count_wait(snapshot.step, self._join())
+        self._count_wait(snapshot.step, self.join())
         failure, self._failure = self._failure, None
         staged = self._staging.take(snapshot)
         self._thread = threading.Thread(target=self._work, args=(staged,), name="checkpoint")
@@ -80,9 +80,17 @@ class CheckpointWriter:
         if failure is not None:
             raise failure
 
+    def join(self) -> float:
+        """Until nothing is being written; seconds that it took. A failure stays for the next `save` or `wait`."""
+        begin = time.perf_counter()
+        if self._thread is None or not self._thread.is_alive():
+            return 0.0
+        self._thread.join()
+        return time.perf_counter() - begin
+
     def wait(self) -> None:
         """Until everything that was saved is published. Raises why it could not be."""
-        self._join()
+        self.join()
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
@@ -99,14 +107,6 @@ class CheckpointWriter:
             self._publish(snapshot)
         except Exception as error:  # whatever it is: it is the main thread's to raise
             self._failure = error
-
-    def _join(self) -> float:
-        """Seconds that it took."""
-        begin = time.perf_counter()
-        if self._thread is None or not self._thread.is_alive():
-            return 0.0
-        self._thread.join()
-        return time.perf_counter() - begin
 
     def _count_wait(self, step: int, seconds: float) -> None:
         if not seconds:

@@ -1,40 +1,100 @@
-"""`clipscale eval zeroshot`: a checkpoint, and changes to its own config."""
+"""`clipscale eval zeroshot` and `validation`: a checkpoint, and changes to its own config."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import sys
+from typing import Any
 
 from clipscale.cli import add_command, rank
+from clipscale.config import Config, ZeroShot
+from clipscale.errors import require
+from clipscale.files import write_file
 from clipscale.paths import path_option
 
 EXAMPLES = """\
 examples:
   clipscale eval zeroshot runs/quickstart
-  clipscale eval zeroshot runs/b32/checkpoints/step-000010000 eval.zeroshot.folder=imagenet/val
+  clipscale eval zeroshot runs/b32/checkpoints/step-000010000 eval.zeroshot.folder=imagenet/val --json b32.json
   clipscale eval zeroshot runs/b32 eval.zeroshot.urls='cifar/test-*.tar' \\
       eval.zeroshot.classnames=cifar/classnames.txt eval.zeroshot.templates=configs/templates/photo.txt
+  clipscale eval zeroshot runs/b32 eval.zeroshot_sets.v2.folder=imagenetv2 eval.zeroshot_sets.r.folder=imagenet-r
+  clipscale eval validation runs/b32 eval.validation.urls='held-out/*.tar' eval.validation.caption=json:caption
 """
 LEFT = "nothing was written"
+KINDS = {
+    "zeroshot": "zero-shot classification, top-1 and top-5, of every set that the config names",
+    "validation": "contrastive loss and in-batch accuracy on held-out pairs",
+}
+TASK = "zeroshot_classification"  # as CLIP_benchmark calls it
+DATASET = "{dataset}"  # in the name of a file, as in CLIP_benchmark's --output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
-    zeroshot = add_command(kinds, "zeroshot", "zero-shot classification, top-1 and top-5", EXAMPLES)
-    zeroshot.add_argument(
-        "checkpoint", type=path_option, help="a run's folder (its newest checkpoint) or a checkpoint's"
-    )
-    zeroshot.add_argument("settings", nargs="*", metavar="key=value", help="changes to the checkpoint's own config")
+    for kind, what in KINDS.items():
+        its_parser = add_command(kinds, kind, what, EXAMPLES)
+        its_parser.add_argument(
+            "checkpoint", type=path_option, help="a run's folder (its newest checkpoint) or a checkpoint's"
+        )
+        its_parser.add_argument(
+            "settings", nargs="*", metavar="key=value", help="changes to the checkpoint's own config"
+        )
+        if kind == "zeroshot":
+            its_parser.add_argument(
+                "--json",
+                type=path_option,
+                metavar="FILE",
+                help=f"write the scores there too, in CLIP_benchmark's form; {DATASET} in FILE is the set's name",
+            )
 
 
 def run(arguments: argparse.Namespace, words: list[str]) -> int:
     from clipscale.preflight.checks import check_evaluation
 
-    found, config = check_evaluation(arguments.checkpoint, arguments.settings)
+    found, config, names = check_evaluation(arguments.checkpoint, arguments.kind, arguments.settings)
+    file = arguments.json if arguments.kind == "zeroshot" else None
+    require(
+        file is None or len(names) == 1 or DATASET in file,
+        f"--json {file}: {len(names)} sets ({', '.join(names)}) want a file each; put {DATASET} into its name",
+    )
     from clipscale.evaluate import evaluate_found
 
-    result = evaluate_found(found, config)
+    result, failed = evaluate_found(found, config, names)
     if rank() == 0:
-        print(
-            "  ".join(f"{name} {value:.4f}" if "/top" in name else f"{name} {value}" for name, value in result.items())
-        )
-    return 0
+        for name in names:
+            if name in failed:
+                print(f"clipscale: error: {name}: {failed[name]}", file=sys.stderr)
+                continue
+            scores = {key: value for key, value in result.items() if key.startswith(f"{name}/")}
+            print("  ".join([f"step {result['step']}", *map(_shown, scores, scores.values())]))
+            if file is not None:
+                form = benchmark_form(name, scores, config, str(found))
+                write_file(file.replace(DATASET, name), json.dumps(form, indent=2) + "\n")
+    return 2 if failed else 0
+
+
+def benchmark_form(name: str, scores: dict[str, float], config: Config, checkpoint: str) -> dict[str, Any]:
+    """The scores of a set as CLIP_benchmark writes them, so that `clip_benchmark build` takes ours beside theirs.
+
+    Below five classes it has no top-5: NaN there, null here, for JSON has no NaN.
+    """
+    its = config.eval.evaluations()[name]
+    assert isinstance(its, ZeroShot)
+    return {
+        "dataset": name if name in config.eval.zeroshot_sets else its.folder or its.urls,
+        "model": config.model.name or "model.vision, model.text",
+        "pretrained": checkpoint,
+        "task": TASK,
+        "metrics": {
+            "acc1": scores[f"{name}/top1"],
+            "acc5": scores[f"{name}/top5"] if scores[f"{name}/classes"] >= 5 else None,
+            "mean_per_class_recall": scores[f"{name}/mean_per_class_recall"],
+        },
+        "language": "en",
+    }
+
+
+def _shown(name: str, value: float) -> str:
+    return f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}"

@@ -7,6 +7,7 @@
 """
 
 from clipscale.config.settings import (
+    EVALUATIONS,
     Checkpoint,
     Config,
     Eval,
@@ -14,6 +15,7 @@ from clipscale.config.settings import (
     Loss,
     Model,
     Optim,
+    Preprocess,
     Run,
     Train,
     Validation,
@@ -22,6 +24,7 @@ from clipscale.config.settings import (
 )
 
 __all__ = [
+    "EVALUATIONS",
     "Checkpoint",
     "Config",
     "Eval",
@@ -29,6 +32,7 @@ __all__ = [
     "Loss",
     "Model",
     "Optim",
+    "Preprocess",
     "Run",
     "Train",
     "Validation",

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from clipscale.config.data import Data, Replay
+from clipscale.config.data import Data, Replay, SourceSettings
 from clipscale.errors import require
 from clipscale.paths import LocalFile, LocalPath, ShardUrls
 
@@ -35,6 +36,23 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Preprocess:
+    """How a picture becomes what the image tower takes: open_clip's preprocess_cfg, by default that of most models."""
+
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)  # taken off red, green, blue (0 to 1)
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)  # by which they are then divided
+    resize_mode: Literal["shortest", "longest", "squash"] = "shortest"  # evaluation: the side that becomes S, or both
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # of evaluation's resize
+    fill_color: int = 0  # beside a picture whose longest side became S: this grey, 0 to 255
+
+    def __post_init__(self) -> None:
+        require(all(std > 0 for std in self.std), f"model.preprocess.std={list(self.std)} must be above 0")
+        require(
+            0 <= self.fill_color <= 255, f"model.preprocess.fill_color={self.fill_color} must lie between 0 and 255"
+        )
+
+
+@dataclass(frozen=True)
 class Model:
     """An open_clip model by its name, or one of one's own by `vision` and `text`: either, not both."""
 
@@ -45,6 +63,7 @@ class Model:
     quick_gelu: bool = False  # x * sigmoid(1.702 x) as the activation, as OpenAI's own models have it
     logit_scale_init: float = 1 / 0.07  # what similarities are multiplied by at the start; it is learned
     logit_scale_max: float = 100.0  # it is held at or below this
+    preprocess: Preprocess = field(default_factory=Preprocess)
 
     def __post_init__(self) -> None:
         require(
@@ -170,6 +189,7 @@ class Checkpoint:
     every_steps: int = 500  # also written at the end
     every_minutes: float = 30.0  # and after so long without one; a run's first comes earlier; 0: never by time
     keep: int = 2  # newest ones that stay on disk
+    best: str | None = None  # a score (zeroshot/top1): the checkpoint with the best one stays too, as <run.dir>/best
     background: bool = True  # written while steps go on, from a copy in host memory; false: steps wait for the disk
     mirror: str | None = None  # a URL (s3://bucket/runs/a) they are copied to, and fetched from if run.dir has none
     on_error: Literal["stop", "report"] = "stop"  # of one that cannot be written: end, or train on to the next
@@ -189,15 +209,17 @@ class ZeroShot:
     """Labelled pictures (shards with .cls, or an ImageFolder tree), class names and templates."""
 
     every_steps: int = 0  # 0: at the end only
+    every_samples: int = 0  # instead of every_steps: after so many samples, counted as steps x train.global_batch
     urls: ShardUrls | None = None  # shards with .cls members: as in data.sources.<name>.urls
     folder: LocalPath | None = None  # an ImageFolder tree instead: a folder a class
-    classnames: LocalFile = "imagenet"  # 'imagenet', or a text file with one name a line: line number = label
+    classnames: LocalFile | None = (
+        None  # 'imagenet', or a text file, line i: label i; null: folders' names, or imagenet
+    )
     templates: LocalFile = "imagenet"  # 'imagenet', or a text file with one template a line: '{}' = class name
     batch: int = 256  # pictures at once, on each rank
 
     def __post_init__(self) -> None:
-        require(self.every_steps >= 0, f"eval.zeroshot.every_steps={self.every_steps} must not be negative")
-        require(self.batch >= 1, f"eval.zeroshot.batch={self.batch} must be at least 1")
+        _check_evaluation("eval.zeroshot", self.every_steps, self.every_samples, batch=self.batch)
         require(
             self.urls is None or self.folder is None,
             "eval.zeroshot.urls and eval.zeroshot.folder are both set; set one of them to null",
@@ -213,14 +235,41 @@ class Validation:
     """Contrastive loss and in-batch accuracy on held-out shards."""
 
     every_steps: int = 0  # 0: at the end only
+    every_samples: int = 0  # instead of every_steps: after so many samples, counted as steps x train.global_batch
     urls: ShardUrls | None = None  # as in data.sources.<name>.urls; null: no validation
+    caption: str | None = (
+        None  # as in data.sources.<name>.caption; null: as the sources have it if they agree, else txt
+    )
     samples: int = 4096  # at most so many pairs of the shards, in their order
     batch: int = 1024  # pairs per loss, over all ranks: loss and accuracy depend on it
 
     def __post_init__(self) -> None:
-        require(self.every_steps >= 0, f"eval.validation.every_steps={self.every_steps} must not be negative")
-        require(self.batch >= 1, f"eval.validation.batch={self.batch} must be at least 1")
-        require(self.samples >= 1, f"eval.validation.samples={self.samples} must be at least 1")
+        _check_evaluation(
+            "eval.validation", self.every_steps, self.every_samples, batch=self.batch, samples=self.samples
+        )
+        require(
+            self.caption not in ("", "json:"),
+            f"eval.validation.caption={self.caption!r} must be a member's suffix, such as txt, or json:<field>",
+        )
+
+    @property
+    def enabled(self) -> bool:
+        return self.urls is not None
+
+
+def _check_evaluation(key: str, every_steps: int, every_samples: int, **at_least_one: int) -> None:
+    require(every_steps >= 0, f"{key}.every_steps={every_steps} must not be negative")
+    require(every_samples >= 0, f"{key}.every_samples={every_samples} must not be negative")
+    require(
+        not every_steps or not every_samples,
+        f"{key}.every_steps={every_steps} and {key}.every_samples={every_samples} are both set; set one of them to 0",
+    )
+    for name, value in at_least_one.items():
+        require(value >= 1, f"{key}.{name}={value} must be at least 1")
+
+
+EVALUATIONS = {"validation": Validation, "zeroshot": ZeroShot}
+"""The kinds, as `clipscale eval` and `eval` call them; in the order in which they are made."""
 
 
 @dataclass(frozen=True)
@@ -228,8 +277,32 @@ class Eval:
     """What is evaluated while training."""
 
     on_error: Literal["report", "stop"] = "report"  # of an evaluation that fails: train on without its scores, or end
+    pixels: Literal["open_clip", "training"] = "open_clip"  # open_clip's to the digit, or as training decodes them
     zeroshot: ZeroShot = field(default_factory=ZeroShot)
     validation: Validation = field(default_factory=Validation)
+    zeroshot_sets: dict[str, ZeroShot] = field(default_factory=dict)  # more, each with a name, that of its scores
+    validation_sets: dict[str, Validation] = field(default_factory=dict)  # as above
+
+    def __post_init__(self) -> None:
+        names = [*self.validation_sets, *self.zeroshot_sets]
+        for name in names:
+            require(
+                re.fullmatch(r"[^/\s]+", name) is not None and name not in (*EVALUATIONS, "seconds"),
+                f"eval: {name!r} cannot be the name of a set: a word without '/', other than "
+                f"{', '.join(EVALUATIONS)} and seconds, which are columns already",
+            )
+            require(names.count(name) == 1, f"eval: {name!r} is the name of two sets; rename one of them")
+
+    def evaluations(self) -> dict[str, ZeroShot | Validation]:
+        """All that are asked for, by name, in the order in which they are made."""
+        named = {"validation": self.validation, "zeroshot": self.zeroshot, **self.validation_sets, **self.zeroshot_sets}
+        return {name: settings for name, settings in named.items() if settings.enabled}
+
+    def key(self, name: str) -> str:
+        """Where the settings of an evaluation stand: 'eval.zeroshot', 'eval.zeroshot_sets.imagenet_v2'."""
+        if name in EVALUATIONS:
+            return f"eval.{name}"
+        return f"eval.{'zeroshot' if name in self.zeroshot_sets else 'validation'}_sets.{name}"
 
 
 @dataclass(frozen=True)
@@ -257,6 +330,12 @@ class Config:
         )
         for key, value in flat(dataclasses.asdict(self)).items():
             require(not isinstance(value, float) or math.isfinite(value), f"{key}={value} must be a finite number")
+
+    def held_out(self, validation: Validation) -> SourceSettings:
+        """The shards of a validation, with its own caption or the rule of the sources that are trained on."""
+        rules = {(source.caption, source.captions) for source in self.data.sources.values() if source.weight > 0}
+        caption, captions = rules.pop() if len(rules) == 1 else ("txt", "whole")
+        return SourceSettings(validation.urls, caption=validation.caption or caption, captions=captions)
 
     @property
     def warmup_samples(self) -> int:

@@ -1,16 +1,20 @@
-"""Class names, templates and class folders of a zero-shot evaluation: all that is known without a picture or a model.
+"""Class names, templates and class folders of a zero-shot evaluation, and whether they fit each other.
 
-names, templates = class_names(config.eval.zeroshot), class_templates(config.eval.zeroshot)
-check_folder(config.eval.zeroshot, names)  # as many class folders as names
-note = check_labels([b"3", b"0"], classes=10)  # what to tell of names that no label reaches
+    classes = find_classes(config.eval.zeroshot)        # Classes(names=["dog", "cat"], labels={"cat": 1, "dog": 0})
+    templates = class_templates(config.eval.zeroshot)   # ["a photo of a {}."]
+    note = check_labels([b"3", b"0"], classes=10)       # what to tell of names that no label reaches
 
-No torch import: the command line looks at these before it loads anything.
+All that is known without a picture or a model, and without torch: the command line looks at these before it loads
+anything.
 """
 
 from __future__ import annotations
 
 import os
+import re
+from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from clipscale.config import ZeroShot
@@ -18,42 +22,65 @@ from clipscale.data.shard.labels import LabelError, label_of
 from clipscale.errors import UserError, require
 from clipscale.files import why_unreadable
 from clipscale.open_clip_files import imagenet_classes, imagenet_templates
+from clipscale.words import counted
+
+IMAGENET, KEY = "imagenet", "eval.zeroshot"
+_WORDNET_ID = re.compile(r"n\d{8}")
+_SHOWN = 3  # folders that a message names
 
 
-def class_names(config: ZeroShot) -> list[str]:
-    """Raises UserError for a file that is missing, empty or has a gap."""
-    if config.classnames == "imagenet":
-        return imagenet_classes()
-    return _lines(config.classnames, "eval.zeroshot.classnames")
+@dataclass(frozen=True)
+class Classes:
+    """Names in the order of their labels, and which class each folder of a tree is."""
+
+    names: list[str]
+    labels: dict[str, int] = field(default_factory=dict)  # class folder -> label; none for shards
+    note: str = ""  # what to tell of how they were brought together
 
 
-def class_templates(config: ZeroShot) -> list[str]:
-    """Raises UserError as `class_names`, or for a template that does not hold '{}' once."""
-    if config.templates == "imagenet":
+def find_classes(config: ZeroShot, key: str = KEY) -> Classes:
+    """The names, and for a tree the label of each class folder. `key`: where the settings stand, for messages.
+
+    Folders that are numbers are labels. Others go by their names where those are class names, and else by their order,
+    which is told. Without `classnames` a tree's folders are the names (ImageNet's, for its 1,000 folders), and shards
+    have ImageNet's.
+
+    Raises:
+        UserError: a names file that is missing, empty or has a gap; folders and names that contradict each other.
+    """
+    if config.folder is None:
+        return Classes(_names(config.classnames or IMAGENET, key))
+    folders = class_folders(config.folder, key)
+    require(bool(folders), f"{key}.folder {config.folder!r} has no class folders")
+    if config.classnames is None:
+        names = _names_of_folders(config.folder, folders, key)
+        return Classes(names, *_labels(config, folders, names, key)) if names else Classes(*_own_names(folders, key))
+    names = _names(config.classnames, key)
+    return Classes(names, *_labels(config, folders, names, key))
+
+
+def class_templates(config: ZeroShot, key: str = KEY) -> list[str]:
+    """Raises UserError for a file that is missing, empty or has a gap, or a template that does not hold '{}' once."""
+    if config.templates == IMAGENET:
         return imagenet_templates()
-    templates = _lines(config.templates, "eval.zeroshot.templates")
+    templates = _lines(config.templates, f"{key}.templates")
     odd = [template for template in templates if template.count("{}") != 1]
-    require(not odd, f"eval.zeroshot.templates: {odd[:1]} must hold '{{}}' once, where the class name goes")
+    require(not odd, f"{key}.templates: {odd[:1]} must hold '{{}}' once, where the class name goes")
     return templates
 
 
-def class_folders(root: str) -> list[str]:
-    """The folders of an ImageFolder tree in the order of their names: folder i has label i."""
-    require(os.path.isdir(root), f"eval.zeroshot.folder {root!r} is not a folder")
-    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+def class_folders(root: str, key: str = KEY) -> list[str]:
+    """The folders of an ImageFolder tree, sorted by name; hidden ones are none."""
+    require(os.path.isdir(root), f"{key}.folder {root!r} is not a folder")
+    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not hidden(entry.name))
 
 
-def check_folder(config: ZeroShot, names: list[str]) -> None:
-    """Raise UserError unless `folder` has a folder for each name."""
-    classes = len(class_folders(config.folder))
-    require(
-        classes == len(names),
-        f"eval.zeroshot.folder {config.folder!r} has {classes} class folders, eval.zeroshot.classnames="
-        f"{config.classnames!r} names {len(names)}; line i names the i-th folder by name",
-    )
+def hidden(name: str) -> bool:
+    """Files and folders that systems and notebooks leave behind: ._1.jpg, .ipynb_checkpoints."""
+    return name.startswith(".")
 
 
-def check_labels(notes: Iterable[bytes], classes: int) -> str:
+def check_labels(notes: Iterable[bytes], classes: int, key: str = KEY) -> str:
     """What to tell of names above every label, which make the task another one; empty where there are none.
 
     Args:
@@ -63,16 +90,16 @@ def check_labels(notes: Iterable[bytes], classes: int) -> str:
     Raises:
         UserError: a label that is no number, or that has no name.
     """
-    highest = max((checked_label(note, classes) for note in notes), default=-1)
+    highest = max((checked_label(note, classes, key) for note in notes), default=-1)
     if highest in (-1, classes - 1):
         return ""
     return (
-        f"warning: eval.zeroshot.classnames has {classes} names, and no label of the pictures is above {highest}: "
+        f"warning: {key}.classnames has {classes} names, and no label of the pictures is above {highest}: "
         f"{classes - highest - 1} classes that none belongs to are answers too; set it to the list of this set"
     )
 
 
-def checked_label(note: bytes, classes: int) -> int:
+def checked_label(note: bytes, classes: int, key: str = KEY) -> int:
     """The label in a .cls member. Raises UserError for what is no number, or none of `classes`."""
     try:
         label = label_of(note)
@@ -80,10 +107,102 @@ def checked_label(note: bytes, classes: int) -> int:
         raise UserError(f"{error}: {note[:40]!r}; a .cls member holds the line number of a class name") from error
     require(
         label < classes,
-        f"label {label} has no class name: there are {classes} (0 to {classes - 1}); eval.zeroshot.classnames must be "
+        f"label {label} has no class name: there are {classes} (0 to {classes - 1}); {key}.classnames must be "
         "the list of this set",
     )
     return label
+
+
+# --- folders and names ------------------------------------------------------------------------------------------------
+
+
+def _names(classnames: str, key: str) -> list[str]:
+    return imagenet_classes() if classnames == IMAGENET else _lines(classnames, f"{key}.classnames")
+
+
+def _names_of_folders(root: str, folders: list[str], key: str) -> list[str]:
+    """ImageNet's names where the folders are ImageNet's, [] where they are names themselves."""
+    ids = [name for name in folders if _WORDNET_ID.fullmatch(name)]
+    numbers = [name for name in folders if _is_number(name)]
+    if not ids and len(numbers) < len(folders):
+        return []
+    names = imagenet_classes()
+    require(
+        len(names) in (len(ids), len(numbers)) and len(folders) == len(names),
+        f"{key}.folder {root!r} has {counted(len(folders), 'class folder')} ({_shown(folders)}), which are no "
+        f"names and not ImageNet's 1,000; set {key}.classnames to a file with their names",
+    )
+    return names
+
+
+def _own_names(folders: list[str], key: str) -> tuple[list[str], dict[str, int], str]:
+    labels = {folder: label for label, folder in enumerate(folders)}
+    note = f"{key}.classnames is not set: the {counted(len(folders), 'class folder')} are the names"
+    return [folder.replace("_", " ") for folder in folders], labels, f"{note} ({_shown(folders)})"
+
+
+def _labels(config: ZeroShot, folders: list[str], names: list[str], key: str) -> tuple[dict[str, int], str]:
+    """(label of each folder, what to tell). By number, by name or by order; UserError where two of them disagree."""
+    by_name = _by_name(folders, names)
+    by_order = {folder: label for label, folder in enumerate(folders)}
+    if all(map(_is_number, folders)):
+        labels, note = {folder: int(folder) for folder in folders}, ""
+        above = [folder for folder in folders if labels[folder] >= len(names)]
+        require(
+            not above,
+            f"{key}.folder {config.folder!r}: the folders are labels, and {_shown(above)} has no class name: "
+            f"there are {len(names)} (0 to {len(names) - 1}); {key}.classnames must be the list of this set",
+        )
+    elif len(by_name) == len(folders):
+        labels, note = by_name, ""
+    else:
+        require(
+            len(folders) == len(names),
+            f"{key}.folder {config.folder!r} has {len(folders)} class folders, {key}.classnames="
+            f"{config.classnames or IMAGENET!r} names {len(names)}, and {_shown(sorted(set(folders) - set(by_name)))} "
+            "is none of them; name each folder by its class or its label, or each line i after the i-th folder",
+        )
+        labels = by_order
+        pairs = ", ".join(f"{folder} = {names[label]}" for folder, label in list(by_order.items())[:_SHOWN])
+        known = names == imagenet_classes() and all(map(_WORDNET_ID.fullmatch, folders))
+        note = "" if known else f"class folders are taken in the order of their names, line by line: {pairs}, ..."
+    other = next((folder for folder, label in by_name.items() if labels[folder] != label), None)
+    require(
+        other is None,
+        f"{key}.folder {config.folder!r}: the folder {other!r} is label {labels.get(other)} by its "
+        f"{'number' if _is_number(other or '') else 'place'}, and line {by_name.get(other)} (from 0) of "
+        f"{key}.classnames by its name; bring the two in one order",
+    )
+    twice = [label for label, times in Counter(labels.values()).items() if times > 1]
+    same = [folder for folder in folders if labels[folder] in twice[:1]]
+    require(not twice, f"{key}.folder {config.folder!r}: {_shown(same)} are one class, {names[(twice or [0])[0]]!r}")
+    return labels, note
+
+
+def _by_name(folders: list[str], names: list[str]) -> dict[str, int]:
+    """The label of each folder that is called like a class: exactly, or but for case, blanks, '_' and '-'."""
+    exact = {name: label for label, name in reversed([*enumerate(names)])}
+    alike: dict[str, list[int]] = {}
+    for label, name in enumerate(names):
+        alike.setdefault(_plain(name), []).append(label)
+    found = {}
+    for folder in folders:
+        near = alike.get(_plain(folder), [])
+        if folder in exact or len(near) == 1:
+            found[folder] = exact.get(folder, near[0])
+    return found
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]+", " ", name).strip().casefold()
+
+
+def _is_number(name: str) -> bool:
+    return name.isascii() and name.isdigit()
+
+
+def _shown(folders: list[str]) -> str:
+    return ", ".join(map(repr, folders[:_SHOWN])) + (", ..." if len(folders) > _SHOWN else "")
 
 
 def _lines(path: str, setting: str) -> list[str]:

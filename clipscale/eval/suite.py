@@ -1,4 +1,9 @@
-"""The evaluations that a config asks for, ready to run at any step; shared by training and by `clipscale eval`."""
+"""The evaluations that a config asks for, ready to run at any step; shared by training and by `clipscale eval`.
+
+suite = EvalSuite(config, towers, chunks, tokenize, world)
+for name in suite.due(step, last_step):         # ["validation", "zeroshot"]
+    row |= suite.scores(name, step=step)        # {"zeroshot/top1": 0.31, ...}
+"""
 
 from __future__ import annotations
 
@@ -7,20 +12,12 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import TypeVar
 
-import torch
-
 from clipscale.config import Config
-from clipscale.config.data import SourceSettings
-from clipscale.data.pixels.decode import Decoding
-from clipscale.data.source import open_source
 from clipscale.data.tokenize import Tokenize
 from clipscale.dist import World
 from clipscale.errors import SharedError, reason
-from clipscale.eval.mode import evaluating
-from clipscale.eval.pictures import ShardPictures, batches
-from clipscale.eval.validation import evaluate_validation
-from clipscale.eval.zeroshot import check_task, evaluate_zeroshot, load_task
-from clipscale.schedule import is_due
+from clipscale.eval.evaluations import Evaluation, Setup, open_evaluation
+from clipscale.schedule import evaluations_due
 from clipscale.telemetry.faults import report_fault
 from clipscale.telemetry.parts import UNTIMED, Parts
 from clipscale.tell import tell
@@ -40,9 +37,10 @@ class EvalSuite:
         chunks: pictures, and captions, that go through their tower at once.
         parts: each batch begins the part "evaluation" anew, as a sign of life.
         told: whether this rank is to leave; asked before each batch.
+        names: these evaluations alone, and one that cannot be opened is noted in `failed`; None: all, and it is raised.
 
     Raises:
-        UserError: shards, class names or templates that cannot be used.
+        SharedError: shards, class names or templates that cannot be used.
     """
 
     def __init__(
@@ -54,30 +52,50 @@ class EvalSuite:
         world: World,
         parts: Parts = UNTIMED,
         told: Callable[[], bool] = lambda: False,
+        names: Iterable[str] | None = None,
     ) -> None:
-        self._image_chunk, self._text_chunk = chunks
         self._parts, self._told = parts, told
-        self.config, self.towers, self.tokenize, self.world = config, towers, tokenize, world
-        validation, zeroshot = config.eval.validation, config.eval.zeroshot
-        self._pairs = None
-        if validation.urls:
-            self._pairs = open_source("validation", SourceSettings(validation.urls), config.data, need="pairs")
-        self._task = load_task(zeroshot, config.data) if zeroshot.enabled else None
-        if self._task is not None and (odd := world.lead(partial(check_task, self._task))):
-            tell(odd)
-        self._reading = {"threads": config.data.threads, "decoding": Decoding.of(config.data)}
-
-        world.each(self._try_out)
+        self.config, self.world, self.failed = config, world, {}
+        self._setup = Setup(config, towers, chunks, tokenize, world, self._walk)
+        self._evaluations: dict[str, Evaluation] = {}
+        for name in config.eval.evaluations() if names is None else names:
+            try:
+                self._evaluations[name] = self._open(name)
+            except SharedError as error:
+                if names is None:
+                    raise
+                self.failed[name] = error
 
     def due(self, step: int, last_step: int) -> list[str]:
         """Names of the evaluations that come after this step."""
-        settings = self.config.eval
-        sets = (("validation", self._pairs, settings.validation), ("zeroshot", self._task, settings.zeroshot))
-        return [name for name, there, its in sets if there is not None and is_due(its.every_steps, step, last_step)]
+        return evaluations_due(self.config, step, last_step)
 
     def run(self, name: str) -> dict[str, float]:
-        """Metrics of the evaluation of this name. Collective."""
-        return {"validation": self.validation, "zeroshot": self.zeroshot}[name]()
+        """Metrics of the evaluation of this name, as columns of a row. Collective."""
+        return {f"{name}/{column}": value for column, value in self._evaluations[name].run().items()}
+
+    def run_all(self) -> dict[str, float]:
+        """Metrics of all of them; one that cannot be made is noted in `failed` and costs its own. Collective.
+
+        Raises:
+            SharedError: none of them can be made.
+        """
+        found = {}
+        for name in self._evaluations:
+            try:
+                found |= self.run(name)
+            except SharedError as error:
+                self.failed[name] = error
+        if not found:
+            raise next(iter(self.failed.values()))
+        return found
+
+    def _open(self, name: str) -> Evaluation:
+        evaluation = self.world.each(partial(open_evaluation, name, self._setup), patient=True)
+        if note := self.world.lead(evaluation.check):
+            tell(note)
+        self.world.each(evaluation.try_out)
+        return evaluation
 
     def scores(self, name: str, *, step: int) -> dict[str, float]:
         """As `run`, of a model that trains: what fails costs its own scores, by `eval.on_error`. Collective.
@@ -107,56 +125,3 @@ class EvalSuite:
             if self._told():
                 raise CutShort
             yield batch
-
-    @torch.no_grad()
-    def _try_out(self) -> None:
-        """A picture of each set and a class's caption go through the towers now: what can be seen at once must not end
-        an evaluation a day later."""
-        sets = (self._pairs and ShardPictures(self._pairs), self._task and self._task.pictures)
-        with evaluating(self.towers):
-            for pictures in filter(None, sets):
-                for images, _, _ in batches(pictures, [0], batch=1, side=self.towers.image_size, **self._reading):
-                    self.towers.image(images.to(self.towers.image.device))
-            if self._task is not None:
-                caption = self._task.templates[0].replace("{}", self._task.classnames[0])
-                self.towers.text(self.tokenize([caption]).to(self.towers.text.device))
-
-    def validation(self) -> dict[str, float]:
-        """Metrics of the held-out pairs; none without `eval.validation.urls`. Collective."""
-        if self._pairs is None:
-            return {}
-        result = evaluate_validation(
-            self.towers,
-            self._pairs,
-            self.tokenize,
-            self.world,
-            self.config.eval.validation,
-            self.config.loss,
-            chunk=self._image_chunk,
-            walk=self._walk,
-            **self._reading,
-        )
-        return {
-            "validation/loss": result.loss,
-            "validation/image_accuracy": result.image_accuracy,
-            "validation/text_accuracy": result.text_accuracy,
-            "validation/pairs": result.pairs,
-            "validation/repeated_captions": result.repeated_captions,
-            "validation/bad_pictures": result.bad,
-        }
-
-    def zeroshot(self) -> dict[str, float]:
-        """Metrics of the labelled pictures; none without `eval.zeroshot.urls` or `.folder`. Collective."""
-        if self._task is None:
-            return {}
-        result = evaluate_zeroshot(
-            self.towers,
-            self._task,
-            self.tokenize,
-            self.world,
-            batch=self.config.eval.zeroshot.batch,
-            text_chunk=self._text_chunk,
-            walk=self._walk,
-            **self._reading,
-        )
-        return {"zeroshot/top1": result.top1, "zeroshot/top5": result.top5, "zeroshot/bad_pictures": result.bad}

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from clipscale.config import Loss, Validation
 from clipscale.data.order.repeats import count_repeats
-from clipscale.data.pixels.decode import Decoding
 from clipscale.data.source import Source
 from clipscale.data.tokenize import Tokenize, caption_hashes
 from clipscale.dist import World
 from clipscale.errors import SharedError
 from clipscale.eval.mode import evaluating
 from clipscale.eval.pictures import ShardPictures, batches
+from clipscale.eval.view import View
 from clipscale.loss import ContrastiveGrads, contrastive_grads
 from clipscale.towers import Towers
 from clipscale.words import counted
@@ -31,6 +31,7 @@ class ValidationResult:
     image_accuracy: float  # share of pictures whose own caption is the nearest of the batch
     text_accuracy: float
     pairs: int
+    batch: int  # pairs in each loss, those left out included
     bad: int  # pairs left out: pictures that could not be decoded
     repeated_captions: int  # that stand in their batch behind an equal one: those pairs tie, and a tie is a miss
 
@@ -45,8 +46,8 @@ def evaluate_validation(
     loss: Loss,
     *,
     chunk: int,
+    view: View,
     threads: int,
-    decoding: Decoding,
     walk: Callable[[Iterable], Iterator] = iter,
 ) -> ValidationResult:
     """Collective; the same result on every rank. Puts the model in eval mode for the time.
@@ -64,7 +65,7 @@ def evaluate_validation(
         """This rank's share of the batch from `start` on: [n, D] twice, and the captions' hashes [n]."""
         mine = range(start + world.rank, start + size, world.size)
         images, texts, hashes = [_nothing(towers)], [_nothing(towers)], [torch.zeros(0, dtype=torch.int64)]
-        found = batches(pictures, mine, batch=chunk, side=towers.image_size, threads=threads, decoding=decoding)
+        found = batches(pictures, mine, batch=chunk, view=view, threads=threads)
         for pixels, captions, valid in walk(found):
             if valid.any():
                 tokens = tokenize([text.decode() for text, ok in zip(captions, valid, strict=True) if ok])
@@ -100,6 +101,7 @@ def evaluate_validation(
         image_accuracy=_mean(results, lambda result: result.image_accuracy),
         text_accuracy=_mean(results, lambda result: result.text_accuracy),
         pairs=pairs,
+        batch=size,
         bad=slots - pairs,
         repeated_captions=world.broadcast(repeats),
     )

@@ -8,6 +8,7 @@ Shapes: C classes, K templates, M pictures at once, D width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -17,14 +18,14 @@ from torch import Tensor
 
 from clipscale.config import ZeroShot
 from clipscale.config.data import Data, SourceSettings
-from clipscale.data.pixels.decode import Decoding
 from clipscale.data.source import open_source
 from clipscale.data.tokenize import Tokenize
 from clipscale.dist import World
 from clipscale.errors import SharedError, require
-from clipscale.eval.classes import check_folder, check_labels, checked_label, class_names, class_templates
+from clipscale.eval.classes import check_labels, checked_label, class_templates, find_classes
 from clipscale.eval.mode import evaluating
 from clipscale.eval.pictures import EvalPictures, FolderPictures, ShardPictures, batches
+from clipscale.eval.view import View
 from clipscale.towers import Towers
 from clipscale.words import counted
 
@@ -34,6 +35,8 @@ class ZeroShotTask:
     pictures: EvalPictures  # their notes are labels: the number of a class name
     classnames: list[str]
     templates: list[str]  # '{}' stands for the class name
+    key: str = "eval.zeroshot"  # where its settings stand
+    note: str = ""  # what to tell of names and class folders
 
 
 @dataclass(frozen=True)
@@ -43,21 +46,33 @@ class ZeroShotResult:
     pictures: int  # counted, over all ranks
     bad: int  # pictures that could not be decoded: left out
     per_class_top1: list[float]  # [C]; nan for a class without pictures
+    passed: int = 0  # what else was found and is no labelled picture: other formats, hidden files, no label
+
+    @property
+    def classes_seen(self) -> int:
+        """Classes with a picture."""
+        return sum(not math.isnan(top1) for top1 in self.per_class_top1)
+
+    @property
+    def mean_per_class_recall(self) -> float:
+        """Mean of top-1 over the classes seen: the balanced accuracy."""
+        return sum(top1 for top1 in self.per_class_top1 if not math.isnan(top1)) / self.classes_seen
 
 
-def load_task(config: ZeroShot, data: Data) -> ZeroShotTask:
-    """Open the pictures, names and templates that a config names.
+def load_task(config: ZeroShot, data: Data, *, name: str = "zeroshot", key: str = "eval.zeroshot") -> ZeroShotTask:
+    """Open the pictures, names and templates that a config names; `name` and `key` are for messages.
 
     Raises:
         UserError: a file that is missing or empty, or shards without labels.
     """
-    names, templates = class_names(config), class_templates(config)
+    classes, templates = find_classes(config, key), class_templates(config, key)
     if config.folder is not None:
-        check_folder(config, names)
-        return ZeroShotTask(FolderPictures(config.folder), names, templates)
-    require(config.urls is not None, "eval.zeroshot needs pictures: set eval.zeroshot.urls or eval.zeroshot.folder")
-    source = open_source("zeroshot", SourceSettings(config.urls), data, need="labelled", findings=True)
-    return ZeroShotTask(ShardPictures(source), names, templates)
+        return ZeroShotTask(
+            FolderPictures(config.folder, classes.labels, key), classes.names, templates, key, classes.note
+        )
+    require(config.urls is not None, f"{key} needs pictures: set {key}.urls or {key}.folder")
+    source = open_source(name, SourceSettings(config.urls), data, need="labelled", findings=True)
+    return ZeroShotTask(ShardPictures(source), classes.names, templates, key)
 
 
 def check_task(task: ZeroShotTask) -> str:
@@ -69,9 +84,9 @@ def check_task(task: ZeroShotTask) -> str:
         UserError: a label without a name.
     """
     pictures = task.pictures
-    if not isinstance(pictures, ShardPictures) or pictures.source.remote:
-        return ""
-    return check_labels(pictures.notes(), len(task.classnames))
+    if isinstance(pictures, FolderPictures):
+        return "; ".join(filter(None, [task.note, _empty_classes(pictures.empty, len(task.classnames))]))
+    return "" if pictures.source.remote else check_labels(pictures.notes(), len(task.classnames), task.key)
 
 
 @torch.no_grad()
@@ -101,8 +116,8 @@ def evaluate_zeroshot(
     *,
     batch: int,
     text_chunk: int,
+    view: View,
     threads: int,
-    decoding: Decoding,
     walk: Callable[[Iterable], Iterator] = iter,
 ) -> ZeroShotResult:
     """Classify every picture, each rank its share. Collective; the same result on every rank.
@@ -123,13 +138,14 @@ def evaluate_zeroshot(
         classifier_CD = build_classifier(towers, task, tokenize, text_chunk, walk)
         hits1, hits5, seen = (torch.zeros(classes, device=device) for _ in range(3))
         bad = 0
-        found = batches(task.pictures, mine, batch=batch, side=towers.image_size, threads=threads, decoding=decoding)
+        found = batches(task.pictures, mine, batch=batch, view=view, threads=threads)
         for images, notes, valid in walk(found):
             bad += int((~valid).sum())
             if not valid.any():
                 continue
             labels = torch.tensor(
-                [checked_label(note, classes) for note, ok in zip(notes, valid, strict=True) if ok], device=device
+                [checked_label(note, classes, task.key) for note, ok in zip(notes, valid, strict=True) if ok],
+                device=device,
             )
             similarity_MC = towers.image(images[valid].to(device)) @ classifier_CD.T
             ranked = similarity_MC.topk(min(5, classes), dim=1).indices == labels[:, None]
@@ -145,4 +161,12 @@ def evaluate_zeroshot(
     if not pictures:
         raise SharedError(f"zero-shot evaluation: none of the {counted(bad, 'picture')} can be decoded")
     top1, top5 = (counts[:2].sum(1) / pictures).tolist()
-    return ZeroShotResult(top1, top5, int(pictures), bad, (counts[0] / counts[2]).tolist())
+    passed = task.pictures.passed.total()
+    return ZeroShotResult(top1, top5, int(pictures), bad, (counts[0] / counts[2]).tolist(), passed)
+
+
+def _empty_classes(folders: list[str], classes: int) -> str:
+    if not folders:
+        return ""
+    more = ", ..." if len(folders) > 1 else ""
+    return f"warning: no picture for {len(folders)} of {counted(classes, 'class', 'classes')} ({folders[0]!r}{more})"

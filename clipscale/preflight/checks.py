@@ -3,7 +3,7 @@
     notes = check_training(config)                     # what to tell at the run's beginning; or a UserError
     train(config, notes)
 
-    found, config = check_evaluation("runs/a", ["eval.zeroshot.folder=imagenet/val"])
+    found, config, names = check_evaluation("runs/a", "zeroshot", ["eval.zeroshot.folder=imagenet/val"])
 
 Settings by themselves were checked when they were loaded (config/). Here is what takes a look outside: at files,
 folders and open_clip's models. Where one process trains, shards are indexed here too, so that their number is known.
@@ -24,7 +24,7 @@ from clipscale.checkpoint import (
     saved_state,
 )
 from clipscale.checkpoint.mirror import fetch_from_mirror
-from clipscale.config import Config, ZeroShot
+from clipscale.config import EVALUATIONS, Config, ZeroShot
 from clipscale.config.data import Data, SourceSettings
 from clipscale.config.load import apply_overrides
 from clipscale.data.fetch.urls import expand_urls, is_local
@@ -33,11 +33,22 @@ from clipscale.data.shard.counts import read_counts
 from clipscale.data.shard.uids import UidList
 from clipscale.deterministic import prepare_cublas
 from clipscale.errors import UserError, require
-from clipscale.eval.classes import check_folder, class_names, class_templates
+from clipscale.eval.classes import class_templates, find_classes
 from clipscale.launch import check_ranks, launched, told_once
 from clipscale.open_clip_files import check_model
 from clipscale.preflight.prepare import prepare_files
 from clipscale.preflight.sense import odd_pairs
+
+JUDGED_BY = {
+    "validation": ("loss", "image_accuracy", "text_accuracy"),
+    "zeroshot": ("top1", "top5", "mean_per_class_recall"),
+}
+"""Scores that tell a better checkpoint from a worse one."""
+_NOTHING_TO_DO = {
+    "validation": "no pairs to evaluate: add eval.validation.urls=...",
+    "zeroshot": "no pictures to classify: add eval.zeroshot.urls=... (or eval.zeroshot.folder=...), "
+    "eval.zeroshot.classnames=... and eval.zeroshot.templates=...",
+}
 
 
 def check_training(config: Config) -> list[str]:
@@ -70,25 +81,31 @@ def check_training(config: Config) -> list[str]:
         return notes + odd_pairs(config) + (prepare_files(config, saved.get("order")) if place.size == 1 else [])
 
 
-def check_evaluation(path: str, words: list[str]) -> tuple[Path, Config]:
-    """The checkpoint's folder, verified, and its config with `words` on top.
+def check_evaluation(path: str, kind: str, words: list[str]) -> tuple[Path, Config, list[str]]:
+    """The checkpoint's folder, verified, its config with `words` on top, and the names of its evaluations of this kind.
+
+    What one of several lacks is told when it is opened, and keeps no other from being made.
 
     Raises:
-        UserError: no checkpoint there, a damaged one, or settings, classes or pictures that cannot be used. On a node's
-            further ranks a SharedError.
+        UserError: no checkpoint there, a damaged one, or settings, classes or pictures that cannot be used, of every
+            evaluation that is asked for. On a node's further ranks a SharedError.
     """
     with told_once():
         found = find_checkpoint(path)
         config = apply_overrides(load_config_of(found), words)
-        require(
-            config.eval.zeroshot.enabled,
-            "no pictures to classify: add eval.zeroshot.urls=... (or eval.zeroshot.folder=...), "
-            "eval.zeroshot.classnames=... and eval.zeroshot.templates=...",
-        )
+        names = [name for name, its in config.eval.evaluations().items() if isinstance(its, EVALUATIONS[kind])]
+        require(bool(names), _NOTHING_TO_DO[kind])
         check_model(config.model)
         _check_device(config.device)
-        _check_zeroshot(config.eval.zeroshot, replace(config.data, shapes=None))  # only a training draws them
-        return found, config
+        problems = []
+        for name in names:
+            try:
+                _check_evaluation(name, config, replace(config.data, shapes=None))  # only a training draws them
+            except UserError as error:
+                problems.append(error)
+        if len(problems) == len(names):
+            raise problems[0]
+        return found, config, names
 
 
 def _check_device(device: str) -> None:
@@ -134,10 +151,9 @@ def _check_data(config: Config) -> None:
         _check_folder("data.shapes.dir", data.shapes.dir)
     if config.replay.dir is not None:
         _check_folder("replay.dir", config.replay.dir)
-    if config.eval.validation.urls is not None:
-        _expand(config.eval.validation.urls, data)
-    if config.eval.zeroshot.enabled:
-        _check_zeroshot(config.eval.zeroshot, data)
+    for name in config.eval.evaluations():
+        _check_evaluation(name, config, data)
+    _check_best(config)
 
 
 def _check_source(source: SourceSettings, config: Config) -> None:
@@ -148,14 +164,31 @@ def _check_source(source: SourceSettings, config: Config) -> None:
         UidList.open(source.select.uids)
 
 
-def _check_zeroshot(zeroshot: ZeroShot, data: Data) -> None:
-    names = None if _drawn(zeroshot.classnames, data) else class_names(zeroshot)
-    if not _drawn(zeroshot.templates, data):
-        class_templates(zeroshot)
-    if zeroshot.urls is not None:
-        _expand(zeroshot.urls, data)
-    elif names is not None:
-        check_folder(zeroshot, names)
+def _check_evaluation(name: str, config: Config, data: Data) -> None:
+    its, key = config.eval.evaluations()[name], config.eval.key(name)
+    if isinstance(its, ZeroShot):
+        if not _drawn(its.classnames or "", data):
+            find_classes(its, key)
+        if not _drawn(its.templates, data):
+            class_templates(its, key)
+    if its.urls is not None:
+        _expand(its.urls, data)
+
+
+def _check_best(config: Config) -> None:
+    """Raise UserError unless checkpoint.best is a score of an evaluation that the run makes."""
+    scores = [
+        f"{name}/{score}"
+        for name, its in config.eval.evaluations().items()
+        for kind, judged in JUDGED_BY.items()
+        if isinstance(its, EVALUATIONS[kind])
+        for score in judged
+    ]
+    require(
+        config.checkpoint.best is None or config.checkpoint.best in scores,
+        f"checkpoint.best={config.checkpoint.best!r} is no score of this run's evaluations; "
+        + (f"they have {', '.join(scores)}" if scores else "there are none: set eval.zeroshot or eval.validation"),
+    )
 
 
 def _expand(urls: str, data: Data) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from clipscale.config import Config
+from clipscale.config import Config, Validation
 from clipscale.config.data import SourceSettings
 from clipscale.data.pipeline import check_layout
 from clipscale.data.shapes.make import make_shapes
@@ -30,7 +30,7 @@ def prepare_files(config: Config, recorded: dict[str, Any] | None) -> list[str]:
     Raises:
         UserError: a shard that cannot be read, no usable sample, or a batch that is larger than the data.
     """
-    data, evaluation = config.data, config.eval
+    data = config.data
     if data.shapes is not None:
         shapes = dataclasses.asdict(data.shapes)
         with progress_bar("drawing the shapes set") as progress:
@@ -43,10 +43,9 @@ def prepare_files(config: Config, recorded: dict[str, Any] | None) -> list[str]:
     ]
     if recorded is None:
         check_layout(opened, data, seed=config.seed, global_batch=config.train.global_batch)
-    for name, kind, need in (
-        ("validation", evaluation.validation, "pairs"),
-        ("zeroshot", evaluation.zeroshot, "labelled"),
-    ):
-        if kind.urls is not None:
-            opened.append(open_source(name, SourceSettings(kind.urls), data, need=need, track=track))
+    for name, its in config.eval.evaluations().items():
+        if isinstance(its, Validation):
+            opened.append(open_source(name, config.held_out(its), data, need="pairs", track=track))
+        elif its.urls is not None:
+            opened.append(open_source(name, SourceSettings(its.urls), data, need="labelled", track=track))
     return [line for source in opened for line in source.changes()]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from clipscale.config import Checkpoint, Config, Model, Run
+from clipscale.config import Checkpoint, Config, Model, Run, Validation
 from clipscale.schedule import learning_rate, total_steps
 from clipscale.words import counted
 
@@ -75,7 +75,7 @@ def _unused(config: Config) -> Iterator[str]:
     evaluation = config.eval
     for kind, is_on, pictures in (
         ("zeroshot", evaluation.zeroshot.enabled, "urls or eval.zeroshot.folder"),
-        ("validation", evaluation.validation.urls is not None, "urls"),
+        ("validation", evaluation.validation.enabled, "urls"),
     ):
         every = getattr(evaluation, kind).every_steps
         if every and not is_on:
@@ -83,9 +83,10 @@ def _unused(config: Config) -> Iterator[str]:
 
 
 def _evaluations(config: Config) -> Iterator[str]:
-    validation = config.eval.validation
-    if validation.urls is not None and validation.samples < validation.batch:
-        yield (
-            f"eval.validation.samples={validation.samples:,} is less than eval.validation.batch={validation.batch:,}: "
-            f"loss and accuracy are those of one batch of {validation.samples:,}"
-        )
+    for name, its in config.eval.evaluations().items():
+        if isinstance(its, Validation) and its.samples < its.batch:
+            key = config.eval.key(name)
+            yield (
+                f"{key}.samples={its.samples:,} is less than {key}.batch={its.batch:,}: "
+                f"loss and accuracy are those of one batch of {its.samples:,}"
+            )

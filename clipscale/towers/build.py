@@ -18,12 +18,11 @@ from functools import partial
 
 import open_clip
 import torch
-from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.hf_model import HFTextEncoder
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from torch import nn
 
-from clipscale.config import Model
+from clipscale.config import Model, Preprocess
 from clipscale.counter import fold
 from clipscale.deterministic import naming_who_is_not
 from clipscale.errors import UserError, require
@@ -45,6 +44,7 @@ class Towers:
     vocabulary: int  # token ids that the text tower knows: 0 to this, exclusively
     tokenizer: TokenizerChoice  # the one whose ids the text tower is for
     logit_scale_max: float
+    preprocess: Preprocess  # its mean and std are in `image` already
 
     @property
     def context_length(self) -> int:
@@ -125,7 +125,7 @@ def build_towers(
         image=Tower(
             "image",
             model.visual,
-            normalise_pixels(OPENAI_DATASET_MEAN, OPENAI_DATASET_STD),
+            normalise_pixels(config.preprocess.mean, config.preprocess.std),
             autocast,
             draw_key=fold(seed, "draws", "image"),
         ),
@@ -137,6 +137,7 @@ def build_towers(
         vocabulary=_vocabulary(model.text),
         tokenizer=_tokenizer(config, settings["text_cfg"]),
         logit_scale_max=config.logit_scale_max,
+        preprocess=config.preprocess,
     )
     _try_out(towers, what)
     return towers

@@ -117,13 +117,12 @@ def _largest_parts(row: dict[str, Any]) -> str:
 def evaluation_lines(row: dict[str, float], *, step: int, last_step: int) -> list[str]:
     """One for each evaluation in `row`, which are the metrics of all that were made at this step."""
     lines = []
-    if "validation/loss" in row:
-        accuracy = in_batch_accuracy(row, "validation/", pairs=row["validation/pairs"])
-        lines.append(f"validation: loss {row['validation/loss']:.4f}, {accuracy}{_bad(row, 'validation/')}")
-    if "zeroshot/top1" in row:
-        lines.append(
-            f"zero-shot: top-1 {row['zeroshot/top1']:.4f}, top-5 {row['zeroshot/top5']:.4f}{_bad(row, 'zeroshot/')}"
-        )
+    for name in _evaluated(row, "image_accuracy"):
+        accuracy = in_batch_accuracy(row, f"{name}/", pairs=row[f"{name}/pairs"])
+        lines.append(f"{name}: loss {row[f'{name}/loss']:.4f}, {accuracy}{_bad(row, f'{name}/')}")
+    for name in _evaluated(row, "top1"):
+        scores = f"top-1 {row[f'{name}/top1']:.4f}, top-5 {row[f'{name}/top5']:.4f}"
+        lines.append(f"{_title(name)}: {scores}, {_seen(row, f'{name}/')}{_bad(row, f'{name}/')}")
     return [f"{_step(step, last_step)}  {line}" for line in lines]
 
 
@@ -151,11 +150,10 @@ def summary_lines(what: str, row: dict[str, Any], *, run_dir: str, pairs: int) -
     """`what` happened, what was learned by the last `row` (a step of so many pairs), and where things lie."""
     folder = Path(run_dir)
     scores = [f"loss {row['loss']:.4f}", in_batch_accuracy(row, pairs=pairs)]
-    if "validation/loss" in row:
-        scores.append(f"validation loss {row['validation/loss']:.4f}")
-    scores += [f"{name} failed" for name in ("validation", "zeroshot") if f"{name}/failed" in row]
-    if "zeroshot/top1" in row:
-        scores.append(f"zero-shot top-1 {row['zeroshot/top1']:.4f}, top-5 {row['zeroshot/top5']:.4f}")
+    scores += [f"{name} loss {row[f'{name}/loss']:.4f}" for name in _evaluated(row, "image_accuracy")]
+    scores += [f"{name} failed" for name in _evaluated(row, "failed")]
+    for name in _evaluated(row, "top1"):
+        scores.append(f"{_title(name)} top-1 {row[f'{name}/top1']:.4f}, top-5 {row[f'{name}/top5']:.4f}")
     masked = f", {row['masked_samples']:,} masked" if row["masked_samples"] else ""
     return [
         f"{what}; {counted(row['samples'], 'sample')} seen{masked}",
@@ -167,6 +165,22 @@ def summary_lines(what: str, row: dict[str, Any], *, run_dir: str, pairs: int) -
 
 def _step(step: int, last_step: int) -> str:
     return f"step {step:>{len(str(last_step))}}/{last_step}"
+
+
+def _evaluated(row: dict[str, float], column: str) -> list[str]:
+    """Names of the evaluations that have this column in the row."""
+    return [key.removesuffix(f"/{column}") for key in row if key.endswith(f"/{column}")]
+
+
+def _title(name: str) -> str:
+    return "zero-shot" if name == "zeroshot" else f"zero-shot {name}"
+
+
+def _seen(row: dict[str, float], prefix: str) -> str:
+    """'10,000 pictures of 10 of 10 classes, 3 passed over'"""
+    classes = f"{row[f'{prefix}classes_seen']:,} of {counted(row[f'{prefix}classes'], 'class', 'classes')}"
+    passed = row[f"{prefix}passed_over"]
+    return f"{counted(row[f'{prefix}pictures'], 'picture')} of {classes}{f', {passed:,} passed over' if passed else ''}"
 
 
 def _bad(row: dict[str, float], prefix: str) -> str:

@@ -4,6 +4,7 @@ setting's to say.
     saver = Saver(config, world)
     saver.prepare(model, optimizer, step=0, saves=7)     # before the first step
     saver.save(snapshot)                          # under way
+    saver.judge(scores, step=500)                 # that one is the best so far: it stays
     saver.failing                                 # one could not be written, and that is to end the run: save at once
     saver.finish()                                # until the last one is on the disk
     saver.close()
@@ -23,6 +24,7 @@ import torch
 from torch import nn
 
 from clipscale.checkpoint import Snapshot, first_bad, save_checkpoint
+from clipscale.checkpoint.best import is_better, keep_best
 from clipscale.checkpoint.mirror import Mirror
 from clipscale.checkpoint.room import require_room
 from clipscale.checkpoint.staging import state_bytes
@@ -60,8 +62,9 @@ class Saver:
         Raises:
             SharedError: there is not so much memory, or the disk has no room for them.
         """
-        nbytes, keep = state_bytes(model, optimizer), self._settings.keep
-        self._world.lead(partial(require_room, self._run_dir, nbytes, step=step, keep=keep, saves=saves))
+        nbytes = state_bytes(model, optimizer)
+        keep, best = self._settings.keep, self._settings.best is not None
+        self._world.lead(partial(require_room, self._run_dir, nbytes, step=step, keep=keep, saves=saves, best=best))
         if self._settings.mirror is not None and self._world.is_main:
             self._mirror = Mirror(self._settings.mirror, self._run_dir, self._settings.keep)
             if found is not None:
@@ -87,6 +90,22 @@ class Saver:
         except SharedError:
             if self._settings.on_error == "stop":
                 raise
+
+    def judge(self, scores: dict[str, float], *, step: int) -> None:
+        """Keep the checkpoint of `step` as the best one, where these scores say so. What fails is told, and costs no
+        more."""
+        metric, run_dir = self._settings.best, self._run_dir
+        if not self._world.is_main or metric not in scores:
+            return
+        if not is_better(run_dir, metric, value := scores[metric], step=step):
+            return
+        self._writer.join()
+        try:
+            keep_best(run_dir, metric, value, step=step)
+            tell(f"step {step}: the best {metric} so far, {value:.4f}: kept as {Path(run_dir, 'best')}")
+        except OSError as error:
+            what = f"step {step} cannot be kept as the best one: {reason(error)}"
+            report_fault("checkpoint", what, action="the run goes on", step=step)
 
     def finish(self, *, leaving: bool = False) -> str:
         """Until everything is on the disk, and in the mirror or given up.

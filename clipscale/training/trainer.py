@@ -17,16 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from clipscale.checkpoint import (
-    RunFolder,
-    RunState,
-    SaveClock,
-    Snapshot,
-    Start,
-    begin_start,
-    find_start,
-    load_start,
-)
+from clipscale.checkpoint import RunFolder, RunState, SaveClock, Snapshot, Start, begin_start, find_start, load_start
 from clipscale.config import Config
 from clipscale.config.load import dump_config
 from clipscale.data.load.loader import StepBatch
@@ -50,7 +41,7 @@ from clipscale.resilience.injection import injected
 from clipscale.resilience.leaving import TIME_LIMIT, Leaving, mark, unmark
 from clipscale.resilience.watchdog import Watchdog, rank_is_lost
 from clipscale.resilience.wishes import LEAVE, SAVE, Wishes
-from clipscale.schedule import is_due, learning_rate, others_left, rate_jump, total_steps
+from clipscale.schedule import is_due, learning_rate, others_left, rate_jump, save_due, total_steps
 from clipscale.step.planning import plan_line, plan_record, plan_step
 from clipscale.step.shortage import shortage_explained
 from clipscale.telemetry.faults import record_fault
@@ -205,7 +196,7 @@ class Trainer:
                 begin = time.perf_counter()
                 self.last_row = self._timed_step(pace)
                 wishes = self._wishes.agreed()
-                saves = bool(wishes) or self._due(config.checkpoint.every_steps)
+                saves = bool(wishes) or save_due(config, self.steps_done, self.last_step)
                 if (every := config.train.check_ranks_every_steps) and (saves or self._due(every)):
                     compare_ranks(self.towers.model, self.world, step=self.steps_done)
                 if saves:
@@ -295,6 +286,7 @@ class Trainer:
         for name in self.evaluations.due(self.steps_done, self.last_step):
             with pace.other(name), self.parts.part("evaluation"):
                 scores |= self.evaluations.scores(name, step=self.steps_done)
+        self.saver.judge(scores, step=self.steps_done)
         row = self.last_row = self.last_row | scores | pace.spent(self.parts.take())
         left = others_left(self.config, self.steps_done, self.last_step)
         eta_seconds = pace.eta_seconds(self.last_step - self.steps_done, left)

@@ -1,7 +1,7 @@
 """Bytes of one picture -> uint8 [3, S, S], or a `BadSample` that names the cause.
 
     image_3SS = load_picture(data, draws, Decoding.of(config.data), side=224)      # a random crop: what training sees
-    image_3SS = load_picture(data, None, Decoding.of(config.data), side=224)       # the middle: what evaluation sees
+    image_3SS = load_picture(data, None, Decoding.of(config.data), side=224)       # the middle of it, decoded alike
     pixels_HW3 = decode(data, max_pixels=50_000_000)                               # the whole picture
     height, width, kind = picture_size(data)                                       # its header only: 3 us
 
@@ -124,7 +124,7 @@ def picture_size(data: bytes) -> tuple[int, int, str]:
 # --- decoding ---------------------------------------------------------------------------------------------------------
 
 
-def _refusing(function: Callable) -> Callable:
+def refusing(function: Callable) -> Callable:
     """Whatever a decoder raises on hostile bytes (ValueError, OSError, SyntaxError, struct.error, ...) -> BadSample."""
 
     @wraps(function)
@@ -141,7 +141,7 @@ def _refusing(function: Callable) -> Callable:
     return guarded
 
 
-@_refusing
+@refusing
 def _read_header(data: bytes, max_pixels: int | None) -> _Header:
     kind, colorspace = sniff(data), ""
     if kind == "JPEG":
@@ -159,7 +159,7 @@ def _read_header(data: bytes, max_pixels: int | None) -> _Header:
     return _Header(kind, height, width, colorspace)
 
 
-@_refusing
+@refusing
 def _decode(data: bytes, header: _Header, reduction: int, layout: str) -> np.ndarray:
     """uint8 [H, W, 3] or, of a JPEG and with layout RGBX, [H, W, 4], whose last channel means nothing."""
     if header.kind == "JPEG":
@@ -255,7 +255,7 @@ def random_crop(height: int, width: int, draws: np.ndarray, scale: Sequence[floa
 
 
 def center_square(height: int, width: int) -> Box:
-    """The largest square in the middle: what evaluation looks at (short side to S, then the middle S x S)."""
+    """The largest square in the middle."""
     side = min(height, width)
     return (height - side) // 2, (width - side) // 2, side, side
 

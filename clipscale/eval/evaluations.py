@@ -1,0 +1,159 @@
+"""The kinds of evaluation behind one door: opened once, then made at any step. suite.py has the list of them.
+
+    setup = Setup(config, towers, ...)
+    evaluation = open_evaluation("zeroshot", setup)         # its files; wrong ones end here
+    if note := evaluation.check():                          # by one rank: labels against names
+        tell(note)
+    evaluation.try_out()                                    # one picture, one caption
+    scores = evaluation.run()                               # {"top1": 0.31, ...}; collective
+
+Which towers are evaluated is the setup's to say: other weights are another setup.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from clipscale.config import Config, Validation, ZeroShot
+from clipscale.data.source import open_source
+from clipscale.data.tokenize import Tokenize
+from clipscale.dist import World
+from clipscale.eval.mode import evaluating
+from clipscale.eval.pictures import EvalPictures, ShardPictures, batches
+from clipscale.eval.validation import evaluate_validation
+from clipscale.eval.view import View
+from clipscale.eval.zeroshot import check_task, evaluate_zeroshot, load_task
+from clipscale.towers import Towers
+from clipscale.words import counted
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the evaluations have in common."""
+
+    config: Config
+    towers: Towers
+    chunks: tuple[int, int]  # pictures, and captions, that go through their tower at once
+    tokenize: Tokenize
+    world: World
+    walk: Callable[[Iterable], Iterator]  # passes on each batch of pictures, and each chunk of captions
+
+    @property
+    def view(self) -> View:
+        return View.of(self.config, self.towers)
+
+    def try_picture(self, pictures: EvalPictures) -> None:
+        """The first picture goes through its tower."""
+        with evaluating(self.towers), torch.no_grad():
+            for images, _, _ in batches(pictures, [0], batch=1, view=self.view, threads=1):
+                self.towers.image(images.to(self.towers.image.device))
+
+    def try_caption(self, caption: str) -> None:
+        with evaluating(self.towers), torch.no_grad():
+            self.towers.text(self.tokenize([caption]).to(self.towers.text.device))
+
+
+_FEW_PAIRS = 1000  # of a validation: below it its scores say little without their number
+
+
+class Evaluation(Protocol):
+    def check(self) -> str:
+        """What to tell before anything is evaluated, or "". Raises UserError for labels that cannot be."""
+
+    def try_out(self) -> None:
+        """What can be seen at once must not end an evaluation a day later."""
+
+    def run(self) -> dict[str, float]:
+        """Scores, and what they are of. Collective; the same on every rank."""
+
+
+def open_evaluation(name: str, setup: Setup) -> Evaluation:
+    """Raises UserError for shards, class names or templates that cannot be used."""
+    settings = setup.config.eval.evaluations()[name]
+    return (_ZeroShot if isinstance(settings, ZeroShot) else _Validation)(name, settings, setup)
+
+
+class _ZeroShot:
+    def __init__(self, name: str, settings: ZeroShot, setup: Setup) -> None:
+        self._settings, self._setup = settings, setup
+        self._task = load_task(settings, setup.config.data, name=name, key=setup.config.eval.key(name))
+
+    def check(self) -> str:
+        return check_task(self._task)
+
+    def try_out(self) -> None:
+        self._setup.try_picture(self._task.pictures)
+        self._setup.try_caption(self._task.templates[0].replace("{}", self._task.classnames[0]))
+
+    def run(self) -> dict[str, float]:
+        setup = self._setup
+        result = evaluate_zeroshot(
+            setup.towers,
+            self._task,
+            setup.tokenize,
+            setup.world,
+            batch=self._settings.batch,
+            text_chunk=setup.chunks[1],
+            view=setup.view,
+            threads=setup.config.data.threads,
+            walk=setup.walk,
+        )
+        return {
+            "top1": result.top1,
+            "top5": result.top5,
+            "mean_per_class_recall": result.mean_per_class_recall,
+            "pictures": result.pictures,
+            "classes": len(result.per_class_top1),
+            "classes_seen": result.classes_seen,
+            "passed_over": result.passed,
+            "bad_pictures": result.bad,
+        }
+
+
+class _Validation:
+    def __init__(self, name: str, settings: Validation, setup: Setup) -> None:
+        self._settings, self._setup = settings, setup
+        config = setup.config
+        self._source = open_source(name, config.held_out(settings), config.data, need="pairs")
+
+    def check(self) -> str:
+        pairs = min(self._settings.samples, self._source.samples)
+        if pairs >= _FEW_PAIRS:
+            return ""
+        size = min(self._settings.batch, pairs)
+        return (
+            f"{self._source.name}: {counted(pairs, 'pair')} in batches of {size:,}: loss and accuracy depend on both "
+            f"(by chance the loss is {math.log(size):.2f})"
+        )
+
+    def try_out(self) -> None:
+        self._setup.try_picture(ShardPictures(self._source))
+
+    def run(self) -> dict[str, float]:
+        setup = self._setup
+        result = evaluate_validation(
+            setup.towers,
+            self._source,
+            setup.tokenize,
+            setup.world,
+            self._settings,
+            setup.config.loss,
+            chunk=setup.chunks[0],
+            view=setup.view,
+            threads=setup.config.data.threads,
+            walk=setup.walk,
+        )
+        return {
+            "loss": result.loss,
+            "image_accuracy": result.image_accuracy,
+            "text_accuracy": result.text_accuracy,
+            "pairs": result.pairs,
+            "batch": result.batch,
+            "repeated_captions": result.repeated_captions,
+            "bad_pictures": result.bad,
+        }
