@@ -14,13 +14,17 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from shards import write_pairs
+from spawn import run_ranks
 from tiny import MODEL, tiny_config
 
-from clipscale.config import Model
+from clipscale.config import Config, Model
+from clipscale.dist import World
 from clipscale.errors import UserError
 from clipscale.files import read_rows
 from clipscale.open_clip_files import pretrained_tags
+from clipscale.telemetry.parts import Parts
 from clipscale.towers import Tower, Towers, build_towers
+from clipscale.training.learner import Learner
 from clipscale.training.trainer import train
 from clipscale.weights.start import begin_from
 
@@ -304,3 +308,26 @@ def test_a_run_begins_with_the_weights_of_another_and_resumes_without_it(urls, t
     with pytest.raises(UserError, match=r"^model\.init: no weights: '.*first' is no file and no folder$"):
         train(tiny_config(tmp_path, urls, *words, f"run.dir={tmp_path / 'new'}"))
     assert not (tmp_path / "new").exists()
+
+
+def begin_on(rank: int, size: int, config: Config) -> dict[str, torch.Tensor]:
+    """The weights of a rank's towers, which were built with a seed of its own."""
+    towers, device = build_towers(config.model, seed=rank), torch.device("cpu")
+    Learner(config, towers, World(rank, size, rank, device), Parts(device)).begin(None)
+    return towers.model.state_dict()
+
+
+def test_every_rank_begins_with_them(files, theirs, tmp_path):
+    config = tiny_config(tmp_path, "x.tar", f"model.init={files / 'apart.pt'}")
+    for state in run_ranks(begin_on, 2, config):
+        assert torch.equal(state["visual.proj"], theirs.visual.proj)
+        assert torch.equal(state["text.positional_embedding"], theirs.positional_embedding)
+
+
+def test_what_is_refused_is_refused_on_every_rank(files, tmp_path):
+    config = tiny_config(tmp_path, "x.tar", f"model.init={files / 'apart.pt'}", "model.text.layers=2")
+    with pytest.raises(
+        RuntimeError, match=r"SharedError: model\.init: the weights do not fit the model: missing: "
+    ) as no:
+        run_ranks(begin_on, 2, config)
+    assert str(no.value).count("SharedError: model.init: the weights do not fit") >= 2
