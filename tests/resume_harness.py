@@ -2,6 +2,7 @@
 
     python resume_harness.py FOLDER 1 2 5    # kills at these steps; prints one JSON object: what each experiment found
     python resume_harness.py FOLDER staged@4 # in the save of step 4, once it is staged and training has gone on
+    python resume_harness.py FOLDER 3 --kills-only    # and nothing else: no mirror, no other ranks, no full disk
 
 Forking after the imports makes a training cost a second instead of eight; it is safe because this process never
 computes anything itself.
@@ -29,6 +30,7 @@ from clipscale.training.learner import Learner
 from clipscale.training.saver import Saver
 from clipscale.training.trainer import Trainer, train
 
+KILLS_ONLY = "--kills-only"
 LIMIT_BYTES = 1_000_000  # of a file
 RUNNING: set[Trainer] = set()  # of this process
 OF_THE_FOLDER = ("losses", "grad_norms", "steps", "skipped")  # what is lost with a run's folder
@@ -225,55 +227,68 @@ def full_disk(folder: Path, urls: str, wanted: dict, settings: dict) -> dict:
     return found
 
 
-def main(folder: Path, kills: list[int | str]) -> None:
+def main(folder: Path, kills: list[int | str], *, kills_only: bool) -> None:
     urls = write_pairs(folder / "data", shards=5, per_shard=SAMPLES // 5, size=20, broken={11})
-    report: dict = {"same_world": {}, "other_world": {}}
-
     twin = setup(folder / "twin", urls)
     run(twin)
     wanted = outcome(twin)
-    report["masked"], report["steps"], report["keys"] = wanted["masked"], wanted["steps"], len(wanted["slots"])
-    report["distinct_keys"] = len({key for step in wanted["slots"].values() for key in step.values()})
-    for kill_at in kills:
-        config = setup(folder / f"kill-{kill_at}", urls)
-        run(config, kill_at=kill_at)
-        run(config)
-        found = outcome(config)
-        report["same_world"][kill_at] = {key: bitwise_equal(found[key], wanted[key]) for key in wanted}
+    report = {"same_world": {kill_at: killed(folder, urls, wanted, kill_at) for kill_at in kills}}
+    if not kills_only:
+        report["masked"], report["steps"], report["keys"] = wanted["masked"], wanted["steps"], len(wanted["slots"])
+        report["distinct_keys"] = len({key for step in wanted["slots"].values() for key in step.values()})
+        report |= from_the_mirror(folder, urls, wanted) | with_plain_sgd(folder, urls)
+    print(json.dumps(report))
 
+
+def killed(folder: Path, urls: str, wanted: dict, kill_at: int | str) -> dict:
+    config = setup(folder / f"kill-{kill_at}", urls)
+    run(config, kill_at=kill_at)
+    run(config)
+    found = outcome(config)
+    return {key: bitwise_equal(found[key], wanted[key]) for key in wanted}
+
+
+def from_the_mirror(folder: Path, urls: str, wanted: dict) -> dict:
     mirrored = setup(folder / "mirrored", urls, mirror=(folder / "mirrored" / "mirror").as_uri())
     run(mirrored, kill_at=13)
     shutil.rmtree(mirrored.parent / "run")
     run(mirrored)
     found = outcome(mirrored)
-    report["mirror"] = {key: bitwise_equal(found[key], wanted[key]) for key in wanted if key not in OF_THE_FOLDER}
-    report["fetched"] = "was fetched from file://" in mirrored.with_name("log").read_text()
+    return {
+        "mirror": {key: bitwise_equal(found[key], wanted[key]) for key in wanted if key not in OF_THE_FOLDER},
+        "fetched": "was fetched from file://" in mirrored.with_name("log").read_text(),
+    }
 
+
+def with_plain_sgd(folder: Path, urls: str) -> dict:
+    """What is equal to rounding only: other numbers of ranks, a full disk; and a run that must not be equal."""
     plain = {"kind": "sgd"}  # patches are dropped by position, on any ranks
     steady = setup(folder / "steady", urls, **plain)
     run(steady)
-    wanted = outcome(steady)
+    wanted, other_world = outcome(steady), {}
     for name, before, after in (("1 to 2", 1, 2), ("2 to 1", 2, 1)):
         config = setup(folder / name.replace(" ", "-"), urls, **plain)
         run(config, world=before, kill_at=7)
         run(config, world=after)
         found = outcome(config)
-        report["other_world"][name] = {
+        other_world[name] = {
             "same_samples": found["slots"] == wanted["slots"] and found["consistent"],
             "loss_error": max(abs(a - b) for a, b in zip(found["losses"], wanted["losses"], strict=True)),
             "masked": found["masked"] == wanted["masked"],
         }
-    report["full_disk"] = full_disk(folder, urls, wanted, plain)
     other = setup(folder / "other-seed", urls, **plain)
     other.write_text(other.read_text().replace("seed: 5", "seed: 6"))
     run(other)
     found = outcome(other)
-    report["control"] = {
+    control = {
         "same_samples": found["slots"] == wanted["slots"],
         "same_tensors": bitwise_equal(found["tensors"], wanted["tensors"]),
     }
-    print(json.dumps(report))
+    disk = full_disk(folder, urls, wanted, plain)
+    return {"other_world": other_world, "control": control, "full_disk": disk}
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), [int(word) if word.isdigit() else word for word in sys.argv[2:]])
+    words = sys.argv[2:]
+    numbers = [int(word) if word.isdigit() else word for word in words if word != KILLS_ONLY]
+    main(Path(sys.argv[1]), numbers, kills_only=KILLS_ONLY in words)

@@ -82,6 +82,7 @@ def test_a_wrong_shard_path_as_a_command():
     assert "'nowhere/0.tar' is not a file (and 3 more of 4); check the path" in the_error(err)
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_one_line_and_130_and_the_run_goes_on_later(good, capsys):
     arguments = train(good, "train.samples=800_000", "checkpoint.every_steps=2")
     process = command(arguments)

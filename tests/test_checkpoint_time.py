@@ -13,6 +13,7 @@ from tiny import tiny_config
 from torch import nn
 
 from clipscale.checkpoint import RunState, Snapshot, save_checkpoint
+from clipscale.checkpoint.staging import state_bytes
 from clipscale.checkpoint.writer import CheckpointWriter
 
 SAVES, STEPS, BYTES = 5, 10, 192_192_000  # of the weights and moments of sixteen layers of 1000 x 1000
@@ -66,7 +67,7 @@ def measure(folder: Path) -> tuple[list[float], list[float], float]:
 
     blocked, ratios = [], []
     with closing(CheckpointWriter(lambda snapshot: save_checkpoint(str(folder / "run"), snapshot, keep=1))) as writer:
-        writer.prepare(model, optimizer, torch.device("cpu"))
+        writer.prepare(state_bytes(model, optimizer), torch.device("cpu"))
         for _ in range(STEPS):
             step()
         for _ in range(SAVES):

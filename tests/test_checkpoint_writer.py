@@ -13,7 +13,7 @@ from torch import nn
 
 from clipscale.checkpoint import RunState, Snapshot, load_checkpoint, newest_checkpoint, save_checkpoint
 from clipscale.checkpoint import writer as writer_module
-from clipscale.checkpoint.staging import Staging, staged_bytes, state_after_a_step
+from clipscale.checkpoint.staging import Staging, staged_bytes, state_bytes
 from clipscale.checkpoint.writer import CheckpointWriter
 from clipscale.config import Optim
 from clipscale.errors import UserError
@@ -54,7 +54,7 @@ def disk() -> Disk:
 def writer(disk):
     with closing(CheckpointWriter(disk)) as writer:
         model = nn.Linear(10, 10)
-        writer.prepare(model, torch.optim.SGD(model.parameters()), CPU)
+        writer.prepare(state_bytes(model, torch.optim.SGD(model.parameters())), CPU)
         yield writer
         disk.go_on.set()
 
@@ -175,15 +175,17 @@ OPTIMIZERS: dict[str, Callable] = {
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_the_memory_of_the_first_save_is_known_before_the_first_step(kind, told):
-    model = nn.Sequential(nn.Conv2d(3, 4, 2), nn.Flatten(), nn.Linear(4, 2)).to(memory_format=torch.channels_last)
+    model = nn.Sequential(nn.Conv2d(3, 4, 2), nn.Flatten(), nn.Linear(4, 4), nn.Linear(4, 4)).to(
+        memory_format=torch.channels_last
+    )
     optimizer = OPTIMIZERS[kind](model)
-    staging = Staging(staged_bytes([model.state_dict(), state_after_a_step(optimizer)]), CPU)
+    staging = Staging(state_bytes(model, optimizer), CPU)
     assert not optimizer.state
     model(torch.rand(5, 3, 2, 2)).sum().backward()
     optimizer.step()
     snapshot = Snapshot(1, 8, model.state_dict(), optimizer.state_dict(), RunState(), None)
     assert staged_bytes([snapshot.model, snapshot.optimizer]) == staging.nbytes
-    assert staged_bytes([snapshot.model, state_after_a_step(optimizer)]) == staging.nbytes  # after a resume
+    assert state_bytes(model, optimizer) == staging.nbytes  # after a resume
     taken = staging.take(snapshot)
     assert not told
     weight = taken.model["0.weight"]
@@ -217,7 +219,7 @@ def test_memory_that_is_not_there_is_refused_before_the_first_step(writer, monke
     monkeypatch.setattr(writer_module, "host_memory", lambda: SimpleNamespace(left=300))
     model = nn.Linear(10, 10)
     with pytest.raises(UserError, match=r"needs 512B of host memory .* 300B are left; .*checkpoint\.background=false"):
-        writer.prepare(model, torch.optim.SGD(model.parameters()), CPU)
+        writer.prepare(state_bytes(model, torch.optim.SGD(model.parameters())), CPU)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

@@ -87,6 +87,7 @@ def test_a_run_without_a_warm_up_that_learns_nothing_is_told_so():
     assert any("without a warm-up" in line for line in diagnose(rows(loss=8.0), bare))
 
 
+@pytest.mark.slow
 def test_real_rows_of_a_learning_rate_far_too_high_and_of_a_good_one(tmp_path):
     urls = write_pairs(tmp_path / "data", 4, 8, size=16)
     found = {}

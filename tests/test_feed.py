@@ -12,13 +12,13 @@ import torch
 from shards import picture, write_pairs, write_shard
 from tiny import tiny_config
 
-from clipscale import feed
 from clipscale.config.data import Replay
 from clipscale.data.load.shape import StepShape
 from clipscale.data.load.workers import LoaderError
 from clipscale.data.tokenize import caption_hashes
 from clipscale.dist import World
 from clipscale.errors import UserError
+from clipscale.training import feed
 from clipscale.training.feed import _require_equal, plan_replay
 from clipscale.training.trainer import Trainer, train
 

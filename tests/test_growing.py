@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from clipscale import growing
+from clipscale.telemetry import growing
 from clipscale.telemetry.faults import recording
 from clipscale.telemetry.growing import GrowingFile, append_whole
 from clipscale.telemetry.runlog import RunLog

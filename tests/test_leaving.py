@@ -21,6 +21,7 @@ from clipscale.cli import main
 from clipscale.dist import World
 from clipscale.errors import Interrupted, SharedError
 from clipscale.eval.suite import CutShort, EvalSuite
+from clipscale.guard.divergence import Guard
 from clipscale.loss import contrastive_grads
 from clipscale.loss.link import Alone, Link
 from clipscale.resilience.leaving import Leaving, job_end
@@ -98,6 +99,15 @@ def test_a_signal_saves_by_the_end_of_the_next_step(
     assert main(["train", config]) == 0
     assert marker(tmp_path) is None
     assert_equal(tmp_path, twin)
+
+
+def test_a_state_that_is_not_good_is_no_reason_to_stay(tmp_path, urls, monkeypatch, capsys):
+    """It would be the end of a run that is at its end."""
+    monkeypatch.setattr(Guard, "problem", lambda self: "the run shows collapse, for 1 step")
+    at_step(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    assert main(["train", write_config(tmp_path, urls)]) == 75
+    assert "whose state is not saved (step 3: no checkpoint is written: the run shows" in capsys.readouterr().err
+    assert marker(tmp_path)["step"] == 3
 
 
 def test_a_signal_behind_the_last_step_changes_nothing(tmp_path, urls, twin, monkeypatch):
@@ -220,7 +230,7 @@ def test_another_signal_counts_after_a_while_and_ends_it_at_once(monkeypatch):
 def test_another_signal_while_it_leaves_is_that_signals_own_end(when):
     code = f"""
 import os, signal
-from clipscale import leaving
+from clipscale.resilience import leaving
 from clipscale.errors import Interrupted
 leaving._AGAIN_SECONDS = 0.0
 with leaving.Leaving(0).{when}:

@@ -262,7 +262,7 @@ def test_a_run_that_is_told_to_leave_does_not_wait_for_its_mirror(line, url, tmp
         saver.prepare(model, optimizer, None, step=0, saves=1)
         line.open.clear()
         saver.save(Snapshot(1, 8, model.state_dict(), optimizer.state_dict(), RunState(), config))
-        saver.finish(mirrored=False)
+        saver.finish(leaving=True)
         assert line.entered.wait(60)
         assert remote(url) == {}
         line.open.set()

@@ -97,7 +97,7 @@ def one_rank() -> dict:
     return every_case(0, 1)
 
 
-@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_agree_with_one_process(size, one_rank):
     for found_by_case in run_ranks(every_case, size):
         for case, wanted in one_rank.items():

@@ -13,9 +13,9 @@ import pytest
 TESTS = Path(__file__).parent
 
 
-# Before, at and behind a checkpoint, around the end of an epoch, the last step; and in a save that is in flight.
-KILLS = (1, 2, 5, 6, 20, "staged@4", "written@10")
-OTHER_KILLS = (3, 4, *range(7, 20), "staged@2", "written@2", "published@10", "written@20", "published@20")
+# Before the first checkpoint, at the end of an epoch, in the last step; and in a save that is in flight.
+KILLS = (1, 5, 20, "staged@4", "written@10")
+OTHER_KILLS = (2, 3, 4, *range(6, 20), "staged@2", "written@2", "published@10", "written@20", "published@20")
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +26,12 @@ def report(tmp_path_factory) -> dict:
 
 @pytest.fixture(scope="module")
 def further_report(tmp_path_factory) -> dict:
-    return experiments(tmp_path_factory.mktemp("resume"), OTHER_KILLS)
+    return experiments(tmp_path_factory.mktemp("resume"), (*OTHER_KILLS, "--kills-only"))
 
 
-def experiments(folder: Path, kills: tuple[int | str, ...]) -> dict:
+def experiments(folder: Path, words: tuple[int | str, ...]) -> dict:
     done = subprocess.run(
-        [sys.executable, str(TESTS / "resume_harness.py"), str(folder), *map(str, kills)],
+        [sys.executable, str(TESTS / "resume_harness.py"), str(folder), *map(str, words)],
         capture_output=True,
         text=True,
         timeout=500,

@@ -325,8 +325,9 @@ def test_who_knows_more_can_refuse_a_checkpoint(tmp_path):
         saver.save(Snapshot(3, 24, {}, {}, RunState(), config), problem="the loss has collapsed")
         with pytest.raises(SharedError, match="the loss has collapsed; the run has ended badly"):
             saver.finish()
+        assert saver.finish(leaving=True) == "step 3: no checkpoint is written: the loss has collapsed"
         saver.save(Snapshot(4, 32, {}, {}, RunState(), config))
-        saver.finish()
+        assert saver.finish() == saver.finish(leaving=True) == ""
     assert [fault["what"] for fault in found] == ["step 3: no checkpoint is written: the loss has collapsed"]
     assert steps(tmp_path / "run" / "checkpoints") == [4]
 

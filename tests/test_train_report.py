@@ -11,7 +11,14 @@ from tiny import tiny_config
 from clipscale.checkpoint import RunState, Snapshot
 from clipscale.dist import World
 from clipscale.progress import time_left
-from clipscale.training.report import evaluation_lines, in_batch_accuracy, start_lines, step_line, summary_lines
+from clipscale.training.report import (
+    evaluation_lines,
+    in_batch_accuracy,
+    left_line,
+    start_lines,
+    step_line,
+    summary_lines,
+)
 
 ROW = {
     "step": 12,
@@ -203,6 +210,15 @@ def test_a_resume_tells_from_where_and_what_has_changed(tmp_path):
         "changed since the checkpoint: seed: 0 -> 3",
         "changed since the checkpoint: train.samples: 32 -> 48",
     ]
+
+
+def test_what_is_left_before_its_end():
+    saved = "SIGTERM: left after step 7, which is saved; the same command goes on from there"
+    assert left_line("SIGTERM", step=7, refused="") == saved
+    refused = (
+        "SIGTERM: left after step 7, whose state is not saved (why): the same command goes on from the last good one"
+    )
+    assert left_line("SIGTERM", step=7, refused="why") == refused
 
 
 def test_a_summary():

@@ -1,7 +1,7 @@
 """Checkpoints written while training goes on: a step waits for a copy in host memory, a thread does the rest.
 
     writer = CheckpointWriter(publish)               # publish(snapshot) writes, syncs, hashes and renames
-    tell(writer.prepare(model, optimizer, device))
+    tell(writer.prepare(state_bytes(model, optimizer), device))
     writer.save(snapshot)                            # as long as the copy takes; then the thread publishes it
     writer.wait()                                    # until it is published: at the end, and before leaving
     writer.close()
@@ -18,10 +18,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 from clipscale.checkpoint.snapshot import Snapshot
-from clipscale.checkpoint.staging import Staging, staged_bytes, state_after_a_step
+from clipscale.checkpoint.staging import Staging
 from clipscale.data.load.replay_plan import host_memory
 from clipscale.errors import reason, require
 from clipscale.telemetry.faults import report_fault
@@ -45,20 +44,24 @@ class CheckpointWriter:
         self._failure: Exception | None = None
         self._waits, self._waited_seconds = 0, 0.0
 
-    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> str:
+    def prepare(self, nbytes: int, device: torch.device) -> str:
         """Allocate the staging memory, so that checkpoints are written in the background; what to tell of it.
+
+        Args:
+            nbytes: of a state (staging.py).
+            device: where it is.
 
         Raises:
             UserError: this node has not so much memory left.
         """
-        needed, left = staged_bytes([model.state_dict(), state_after_a_step(optimizer)]), host_memory().left
+        left = host_memory().left
         require(
-            needed <= left,
-            f"checkpoint.background=true needs {short(needed)}B of host memory for a copy of the state, and "
+            nbytes <= left,
+            f"checkpoint.background=true needs {short(nbytes)}B of host memory for a copy of the state, and "
             f"{short(left)}B are left; free memory, or set checkpoint.background=false (steps then wait for the disk)",
         )
-        self._staging = Staging(needed, device)
-        return f"checkpoints are written in the background, from a copy in {short(needed)}B of host memory"
+        self._staging = Staging(nbytes, device)
+        return f"checkpoints are written in the background, from a copy in {short(nbytes)}B of host memory"
 
     def save(self, snapshot: Snapshot) -> None:
         """Stage a snapshot and have it published. Waits for the one before, if that is still being written.

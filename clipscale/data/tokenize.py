@@ -13,6 +13,7 @@ Shapes: N captions, L tokens.
 from __future__ import annotations
 
 import threading
+from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -43,7 +44,7 @@ class Tokenizer:
         """`clips_own`: what is chosen is known to be CLIP's own, and needs no more of open_clip than one file."""
         self.name, self._choice = choice.name, choice
         self._longest = _CHARACTERS_PER_TOKEN * choice.context_length
-        tokenizer = _load_clips_own(choice) if clips_own else _load(choice)
+        tokenizer = _load_clips_own(choice.context_length) if clips_own else _load(choice)
         simple = isinstance(tokenizer, module_of("tokenizer").SimpleTokenizer) and tokenizer.reduction_fn is None
         self._encode = _Bpe(tokenizer, choice.context_length) if simple else _OneAtATime(tokenizer)
         self._clips_own = simple and self._encode.lower and tokenizer.vocab_size == CLIP_TOKENS
@@ -71,13 +72,15 @@ def build_tokenizer(model_name: str | None, context_length: int) -> Tokenizer:
     return Tokenizer(TokenizerChoice(context_length, model=model_name))
 
 
-def _load_clips_own(choice: TokenizerChoice) -> Any:
-    return module_of("tokenizer").SimpleTokenizer(context_length=choice.context_length)
+@cache
+def _load_clips_own(context_length: int) -> Any:
+    """Takes a fifth of a second."""
+    return module_of("tokenizer").SimpleTokenizer(context_length=context_length)
 
 
 def _load(choice: TokenizerChoice) -> Any:
     if choice.model is None and choice.hugging_face is None:
-        return _load_clips_own(choice)
+        return _load_clips_own(choice.context_length)
     import open_clip
     from open_clip.tokenizer import HFTokenizer
 

@@ -4,6 +4,7 @@
     step_row(7, 56, result, {"lr": 1e-3, ...}, masked=0)         # {'step': 7, 'samples': 56, 'loss': 2.0801, ...}
     step_line(row, last_step=400, eta_seconds=95)                # 'step   1/400  samples 8  loss 2.0801  ...'
     evaluation_lines(row, step=400, last_step=400)               # ['step 400/400  zero-shot: top-1 0.6100, ...']
+    left_line("SIGTERM", step=7, refused="")                     # 'SIGTERM: left after step 7, which is saved; ...'
     summary_lines("trained 400 steps in 9:31", row, ...)         # three: what happened, was learned, lies where
 
 A row is one of metrics.jsonl (trainer.py, `Trainer.step` and `Trainer.run`).
@@ -138,6 +139,14 @@ def in_batch_accuracy(row: dict[str, float], prefix: str = "", *, pairs: int) ->
         return figure
     share = f"{repeats / pairs:.1%} of captions repeat"
     return f"no in-batch accuracy ({share}: ties)" if repeats >= pairs / 2 else f"{figure} ({share}: misses)"
+
+
+def left_line(why: str, *, step: int, refused: str) -> str:
+    """Of a run that is told to leave. `refused`: why the state after its last step is no checkpoint; "" where it is."""
+    state = "which is saved; the same command goes on from there"
+    if refused:
+        state = f"whose state is not saved ({refused}): the same command goes on from the last good one"
+    return f"{why}: left after step {step}, {state}"
 
 
 def summary_lines(what: str, row: dict[str, Any], *, run_dir: str, pairs: int) -> list[str]:

@@ -27,7 +27,7 @@ from clipscale.checkpoint import Snapshot, first_bad, save_checkpoint
 from clipscale.checkpoint.best import is_better, keep_best
 from clipscale.checkpoint.mirror import Mirror
 from clipscale.checkpoint.room import require_room
-from clipscale.checkpoint.staging import staged_bytes, state_after_a_step
+from clipscale.checkpoint.staging import state_bytes
 from clipscale.checkpoint.writer import CheckpointWriter
 from clipscale.config import Config
 from clipscale.dist import World
@@ -62,7 +62,7 @@ class Saver:
         Raises:
             SharedError: there is not so much memory, or the disk has no room for them.
         """
-        nbytes = staged_bytes([model.state_dict(), state_after_a_step(optimizer)])
+        nbytes = state_bytes(model, optimizer)
         keep, best = self._settings.keep, self._settings.best is not None
         self._world.lead(partial(require_room, self._run_dir, nbytes, step=step, keep=keep, saves=saves, best=best))
         if self._settings.mirror is not None and self._world.is_main:
@@ -70,7 +70,7 @@ class Saver:
             if found is not None:
                 self._mirror.offer(found)
         if self._settings.background:
-            tell(self._world.lead(partial(self._writer.prepare, model, optimizer, self._world.device)))
+            tell(self._world.lead(partial(self._writer.prepare, nbytes, self._world.device)))
 
     def save(self, snapshot: Snapshot, *, problem: str = "") -> None:
         """Have `snapshot` published, unless its tensors or the caller have something against it.
@@ -107,14 +107,19 @@ class Saver:
             what = f"step {step} cannot be kept as the best one: {reason(error)}"
             report_fault("checkpoint", what, action="the run goes on", step=step)
 
-    def finish(self, *, mirrored: bool = True) -> None:
-        """Until everything is on the disk, and in the mirror or given up. SharedError: the last one is not good, or
-        could not be written.
+    def finish(self, *, leaving: bool = False) -> str:
+        """Until everything is on the disk, and in the mirror or given up.
 
         Args:
-            mirrored: wait for the mirror too. A run that is told to leave has no time for it: its next start has.
+            leaving: the run goes on later: a state that is not good does not end it then, and the mirror can wait.
+
+        Returns:
+            Why the last state is not saved; "" where it is.
+
+        Raises:
+            SharedError: the last one is not good, or could not be written.
         """
-        self._world.lead(partial(self._finish, mirrored))
+        return self._world.lead(partial(self._finish, leaving))
 
     def settle(self) -> None:
         """Until what is being written is, or has failed; of this process alone."""
@@ -128,18 +133,20 @@ class Saver:
         if self._mirror is not None:
             self._mirror.close()
 
-    def _finish(self, mirrored: bool) -> None:
+    def _finish(self, leaving: bool) -> str:
         self._writer.wait()
         step, what = self._refused
-        if step > self._published:
+        refused = what if step > self._published else ""
+        if refused and not leaving:
             raise UserError(
-                f"{what}; the run has ended badly: lower optim.lr, and go back to a good one of "
+                f"{refused}; the run has ended badly: lower optim.lr, and go back to a good one of "
                 f"{Path(self._run_dir, 'checkpoints')} by resume=<its path>"
             )
         if self._failed:
             raise UserError("the last checkpoint could not be written; make room, and start again")
-        if self._mirror is not None and mirrored:
+        if self._mirror is not None and not leaving:
             self._mirror.wait()
+        return refused
 
     def _publish(self, snapshot: Snapshot) -> None:
         """In the thread of the writer, with a copy of the state."""

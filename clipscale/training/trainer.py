@@ -52,7 +52,7 @@ from clipscale.tell import tell
 from clipscale.towers import autocast_dtype, build_towers, try_backward
 from clipscale.training.feed import Feed, Skips
 from clipscale.training.learner import Learner
-from clipscale.training.report import evaluation_lines, start_lines, step_line, step_row, summary_lines
+from clipscale.training.report import evaluation_lines, left_line, start_lines, step_line, step_row, summary_lines
 from clipscale.training.saver import Saver
 from clipscale.words import counted
 
@@ -266,12 +266,12 @@ class Trainer:
         """The step is done and saved; its evaluations are made up for at the next start, which finds no row of it."""
         if not self.evaluations.due(self.steps_done, self.last_step):
             self._finish_row(pace)
-        self.saver.finish(mirrored=False)
+        refused = self.saver.finish(leaving=True)
         whys = self.world.gather(self._leaving.why(step_seconds=self._step_seconds))
         self.left = next(filter(None, whys), TIME_LIMIT)
         if self.world.is_main:
             mark(self.config.run.dir, step=self.steps_done, why=self.left)
-        line = f"{self.left}: left after step {self.steps_done}, which is saved; the same command goes on from there"
+        line = left_line(self.left, step=self.steps_done, refused=refused)
         tell(line)
         return [line]
 

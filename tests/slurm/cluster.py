@@ -130,17 +130,14 @@ class Cluster:
 
     # --- jobs ---------------------------------------------------------------------------------------------------------
 
-    def call(self, *command: str) -> str:
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60, check=False)
+    def call(self, *command: str, **environment: str) -> str:
+        env = self.environment | environment
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
 
     def submit(self, script: Path, *words: str, options: tuple[str, ...] = (), **environment: str) -> str:
-        before, self.environment = self.environment, self.environment | environment
-        try:
-            return self.call("sbatch", "--parsable", *options, str(script), *words)
-        finally:
-            self.environment = before
+        return self.call("sbatch", "--parsable", *options, str(script), *words, **environment)
 
     def fact(self, job: str, name: str) -> str:
         match = re.search(rf"\b{name}=(\S+)", self.call("scontrol", "show", "job", "--oneliner", job))

@@ -1,7 +1,7 @@
 """slurm/*.sbatch in a real Slurm: what is put back into the queue goes on where it was, and nothing else is put back.
 
 Each job trains a tiny model on two nodes, a rank each; a step takes a little longer than it must, so that what is done
-to the job falls into its middle.
+to the job falls into its middle. What does not get in one another's way happens at once, in threads.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -112,62 +113,123 @@ def restarts(job: Job) -> int:
     return int(job.slurm.fact(job.id, "Restarts"))
 
 
-@pytest.mark.parametrize("how", ["signal", "preempted"])
-def test_a_job_that_is_told_to_leave_goes_on_as_if_nothing_had_been(slurm, urls, twin, tmp_path, how):
-    whole = ["--exclusive"] if how == "preempted" else []
-    job = Job(slurm, tmp_path / "job", urls, *whole)
-    job.until_step(5)
-    if how == "signal":
-        slurm.call("scancel", "--batch", "--signal=USR1", job.id)
-    else:
-        options = ("--partition=high", "--nodes=2", "--ntasks-per-node=1", "--exclusive", "--output=/dev/null")
-        slurm.call("sbatch", "--parsable", *options, "--wrap", "sleep 3")
-    until(lambda: restarts(job) == 1, 120, "it is not put back")
-    slurm.wait(job.id, "COMPLETED")
+def high_priority(slurm: Cluster) -> None:
+    """A job that takes both nodes whole, and whoever is there has to go."""
+    options = ("--partition=high", "--nodes=2", "--ntasks-per-node=1", "--exclusive", "--output=/dev/null")
+    slurm.call("sbatch", "--parsable", *options, "--wrap", "sleep 3")
+
+
+def assert_went_on(job: Job, twin: Job) -> None:
+    """Put back once, without a step lost."""
+    until(lambda: restarts(job) == 1, 120, f"it is not put back: {job.said()}")
+    job.slurm.wait(job.id, "COMPLETED")
     assert restarts(job) == 1
     job.assert_equals(twin)
-    attempts = (job.folder / "run" / "attempts.jsonl").read_text().splitlines()
+    attempts = (job.run / "attempts.jsonl").read_text().splitlines()
     first, second = map(json.loads, attempts)
     assert (first["restart"], second["restart"]) == (0, 1)
     assert second["step"] >= 5, "no step was lost"
-    assert not (job.folder / "run" / "metrics.superseded.jsonl").exists()
+    assert not (job.run / "metrics.superseded.jsonl").exists()
 
 
-def test_the_end_of_its_time_puts_a_job_back(slurm, urls, tmp_path):
-    words = ("run.leave_before_seconds=35", "train.samples=100_000")
-    job = Job(slurm, tmp_path / "job", urls, "--time=1", "--signal=B:USR1@5", words=words)
-    until(lambda: restarts(job) == 1, 150, f"it is not put back: {job.said()}")
+# --- at once ----------------------------------------------------------------------------------------------------------
+
+Scenario = Callable[[Cluster, str, Job, Path], None]
+AT_ONCE: list[Scenario] = []
+
+
+def at_once(scenario: Scenario) -> Callable[[dict[str, Future]], None]:
+    """A test of how it went; all of them begin with the first."""
+    AT_ONCE.append(scenario)
+
+    def test(together: dict[str, Future]) -> None:
+        together[scenario.__name__].result()
+
+    return test
+
+
+@pytest.fixture(scope="module")
+def together(slurm, urls, twin, tmp_path_factory) -> Iterator[dict[str, Future]]:
+    with ThreadPoolExecutor(len(AT_ONCE)) as pool:
+        folders = [tmp_path_factory.mktemp("job") for _ in AT_ONCE]
+        yield {
+            scenario.__name__: pool.submit(scenario, slurm, urls, twin, folder)
+            for scenario, folder in zip(AT_ONCE, folders, strict=True)
+        }
+
+
+@at_once
+def test_a_job_that_is_told_to_leave_goes_on_as_if_nothing_had_been(slurm, urls, twin, folder):
+    job = Job(slurm, folder, urls)
+    job.until_step(5)
+    slurm.call("scancel", "--batch", "--signal=USR1", job.id)
+    assert_went_on(job, twin)
+
+
+@at_once
+def test_the_end_of_its_time_puts_a_job_back(slurm, urls, twin, folder):
+    words = ("run.leave_before_seconds=85", "train.samples=100_000")
+    job = Job(slurm, folder, urls, "--time=2", "--signal=B:USR1@5", words=words)
+    until(lambda: restarts(job) == 1, 240, f"it is not put back: {job.said()}")
     slurm.call("scancel", job.id)
     assert "the time limit" in job.said()
 
 
-def test_a_job_that_is_cancelled_saves_and_does_not_come_back(slurm, urls, tmp_path):
-    job = Job(slurm, tmp_path / "job", urls, words=("train.samples=100_000",))
+@at_once
+def test_a_job_that_is_cancelled_saves_and_does_not_come_back(slurm, urls, twin, folder):
+    job = Job(slurm, folder, urls, words=("train.samples=100_000",))
     job.until_step(5)
     slurm.call("scancel", job.id)
     slurm.wait(job.id, "CANCELLED")
-    until(lambda: (job.folder / "run" / "interrupted.json").exists(), 30, f"it did not save: {job.said()}")
-    marker = json.loads((job.folder / "run" / "interrupted.json").read_text())
-    assert load_checkpoint(find_checkpoint(str(job.folder / "run"))).step == marker["step"] >= 5
+    until((job.run / "interrupted.json").exists, 30, f"it did not save: {job.said()}")
+    marker = json.loads((job.run / "interrupted.json").read_text())
+    assert load_checkpoint(find_checkpoint(str(job.run))).step == marker["step"] >= 5
     assert restarts(job) == 0
 
 
-def test_what_a_person_must_mend_does_not_come_back(slurm, urls, tmp_path):
-    job = Job(slurm, tmp_path / "job", urls, words=("train.global_batch=7",))
+@at_once
+def test_what_a_person_must_mend_does_not_come_back(slurm, urls, twin, folder):
+    job = Job(slurm, folder, urls, words=("train.global_batch=7",))
     slurm.wait(job.id, "FAILED")
     assert restarts(job) == 0
     assert "train.global_batch=7 is not divisible by the 2 ranks" in job.said()
 
 
-def test_a_job_that_lost_a_rank_comes_back(slurm, urls, twin, tmp_path):
-    job = Job(slurm, tmp_path / "job", urls, words=("checkpoint.every_steps=3",))
+@at_once
+def test_a_job_that_lost_a_rank_comes_back(slurm, urls, twin, folder):
+    job = Job(slurm, folder, urls, words=("checkpoint.every_steps=3",))
     job.until_step(5)
-    beats = partial(read_beats, tmp_path / "job" / "run")
-    until(lambda: len(beats()) == 2, 60, "rank 1 tells nothing")
-    os.kill(beats()[1].pid, signal.SIGKILL)
+    until(lambda: len(read_beats(job.run)) == 2, 60, "rank 1 tells nothing")
+    os.kill(read_beats(job.run)[1].pid, signal.SIGKILL)
     until(lambda: restarts(job) == 1, 120, f"it is not put back: {job.said()}")
     slurm.wait(job.id, "COMPLETED")
     job.assert_equals(twin)
+
+
+@at_once
+def test_a_task_of_an_array_comes_back_alone_also_under_torchrun(slurm, urls, twin, folder):
+    """And not by one of its failures: torchrun leaves with 1 whatever its ranks say."""
+    words = (f"run.dir={folder}/run/$SLURM_ARRAY_TASK_ID",)
+    launch = {"LAUNCH": "torchrun", "RANKS_PER_NODE": "1", "MAX_RESTARTS": "0"}
+    job = Job(slurm, folder, urls, "--array=0-1", words=words, **launch)
+    first, second = job.task(0), job.task(1)
+    first.until_step(3)
+    slurm.call("scancel", "--batch", "--signal=USR1", first.id)
+    until(lambda: restarts(first) == 1, 120, f"it is not put back: {job.said()}")
+    for task in (first, second):
+        slurm.wait(task.id, "COMPLETED")
+        task.assert_equals(twin)
+    assert (restarts(first), restarts(second)) == (1, 0)
+
+
+# --- with both nodes to itself ----------------------------------------------------------------------------------------
+
+
+def test_a_job_that_is_preempted_goes_on_as_if_nothing_had_been(slurm, urls, twin, tmp_path):
+    job = Job(slurm, tmp_path / "job", urls, "--exclusive")
+    job.until_step(5)
+    high_priority(slurm)
+    assert_went_on(job, twin)
 
 
 def test_a_job_that_lost_a_node_comes_back_and_is_evaluated_afterwards(slurm, urls, twin, tmp_path):
@@ -196,8 +258,7 @@ def test_preemption_of_jobs_that_hear_no_signal_of_their_own(slurm, urls, twin, 
     sharp = Job(slurm, tmp_path / "sharp", urls, "--partition=sharp", words=words, script=plain)
     for job in (graceful, sharp):
         job.until_step(2)
-    options = ("--partition=high", "--nodes=2", "--ntasks-per-node=1", "--exclusive", "--output=/dev/null")
-    slurm.call("sbatch", "--parsable", *options, "--wrap", "sleep 3")
+    high_priority(slurm)
     for job in (graceful, sharp):
         until(lambda job=job: restarts(job) == 1, 120, f"it is not put back: {job.said()}")
     for job in (graceful, sharp):
@@ -206,18 +267,3 @@ def test_preemption_of_jobs_that_hear_no_signal_of_their_own(slurm, urls, twin, 
         job.assert_equals(twin)
     assert "back into the queue: SIGTERM" in graceful.said()
     assert "back into the queue" not in sharp.said(), "Slurm had done it"
-
-
-def test_a_task_of_an_array_comes_back_alone_also_under_torchrun(slurm, urls, twin, tmp_path):
-    """And not by one of its failures: torchrun leaves with 1 whatever its ranks say."""
-    words = (f"run.dir={tmp_path}/job/run/$SLURM_ARRAY_TASK_ID",)
-    launch = {"LAUNCH": "torchrun", "RANKS_PER_NODE": "1", "MAX_RESTARTS": "0"}
-    job = Job(slurm, tmp_path / "job", urls, "--array=0-1", words=words, **launch)
-    first, second = job.task(0), job.task(1)
-    first.until_step(3)
-    slurm.call("scancel", "--batch", "--signal=USR1", first.id)
-    until(lambda: restarts(first) == 1, 120, f"it is not put back: {job.said()}")
-    for task in (first, second):
-        slurm.wait(task.id, "COMPLETED")
-        task.assert_equals(twin)
-    assert (restarts(first), restarts(second)) == (1, 0)
