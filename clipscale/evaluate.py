@@ -1,13 +1,11 @@
-"""Evaluation apart from training: a checkpoint -> the scores of its evaluations of one kind.
+"""Evaluation apart from training: a checkpoint, or any weights -> the scores of its evaluations of one kind.
 
 evaluate_checkpoint("runs/a", "zeroshot", ["eval.zeroshot.folder=imagenet/val"])  # {'step': 3125, 'zeroshot/top1': ...}
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from clipscale.checkpoint import load_checkpoint
+from clipscale.checkpoint import load_state
 from clipscale.config import Config
 from clipscale.dist import start_world
 from clipscale.errors import UserError
@@ -15,19 +13,21 @@ from clipscale.eval.suite import EvalSuite
 from clipscale.fit_tokenizer import fitting_tokenizer
 from clipscale.preflight.checks import check_evaluation
 from clipscale.step.planning import chunks_of
-from clipscale.towers import autocast_dtype, build_towers
+from clipscale.towers import autocast_dtype
+from clipscale.weights.find import Found
+from clipscale.weights.target import open_towers
 
 
 def evaluate_checkpoint(path: str, kind: str, words: list[str]) -> dict[str, float]:
-    """Scores of a checkpoint (or of a run's newest one), under its own config with `words` on top.
+    """Scores of a checkpoint (or of a run's newest one), or of other weights, under its own config with `words` on top.
 
     Args:
-        path: a checkpoint's folder or a run's.
-        kind: "zeroshot" or "validation".
-        words: `key.path=value` changes to the config stored in the checkpoint.
+        path: whatever `weights.target.find_target` takes.
+        kind: "zeroshot", "retrieval" or "validation".
+        words: `key.path=value` changes to the config stored in the checkpoint, or to the default one.
 
     Raises:
-        UserError: no checkpoint there, a damaged one, or an evaluation that cannot be made.
+        UserError: no weights there, a damaged checkpoint, or an evaluation that cannot be made.
     """
     scores, failed = evaluate_found(*check_evaluation(path, kind, words))
     if failed:
@@ -35,17 +35,19 @@ def evaluate_checkpoint(path: str, kind: str, words: list[str]) -> dict[str, flo
     return scores
 
 
-def evaluate_found(found: Path, config: Config, names: list[str]) -> tuple[dict[str, float], dict[str, UserError]]:
+def evaluate_found(found: Found, config: Config, names: list[str]) -> tuple[dict[str, float], dict[str, UserError]]:
     """The same of what `check_evaluation` has let pass; and which of several evaluations cannot be made, and why.
 
     Raises:
         UserError: none of them can be made.
     """
     with start_world(config.device) as world:
-        snapshot = load_checkpoint(found)
         autocast = autocast_dtype(config.train.precision, world.device)  # as in training, so that the numbers agree
-        towers = build_towers(config.model, device=world.device, autocast=autocast)
-        towers.model.load_state_dict(snapshot.model)
+        towers = open_towers(found, config.model, device=world.device, autocast=autocast)
+        step, plan = {}, None
+        if found.kind == "checkpoint":
+            step["step"], state = load_state(found.path)
+            plan = state.plan
         tokenize = fitting_tokenizer(towers)
-        suite = EvalSuite(config, towers, chunks_of(config, snapshot.state.plan), tokenize, world, names=names)
-        return {"step": snapshot.step, **suite.run_all()}, suite.failed
+        suite = EvalSuite(config, towers, chunks_of(config, plan), tokenize, world, names=names)
+        return {**step, **suite.run_all()}, suite.failed

@@ -2,6 +2,8 @@
 
 check_model(config.model)  # raises UserError for a name, a field or a combination that cannot be built
 model_settings("ViT-B-32")  # {"embed_dim": 512, "vision_cfg": {...}, "text_cfg": {...}}
+model_fields(config.model)  # the same of a model by name or of one's own, its changes of size among them
+pretrained_tags("ViT-B-32")  # ["openai", "laion400m_e31", ...]
 imagenet_classes(), imagenet_templates()  # 1,000 names, 80 templates with '{}' for the name
 module_of("tokenizer").SimpleTokenizer()  # without the rest of open_clip
 """
@@ -69,6 +71,43 @@ def model_settings(name: str) -> dict[str, Any] | None:
     if _loaded() is not None:
         return _loaded().get_model_config(name)
     return _read(_shipped()[name]) if name in _shipped() else None
+
+
+def model_fields(model: Model) -> dict[str, Any]:
+    """`embed_dim`, `vision_cfg`, `text_cfg` and `quick_gelu` of a model that `check_model` lets pass, as open_clip's
+    JSON has them; to be changed at will."""
+    if model.vision is None:
+        settings = model_settings(model.name)
+        fields = {key: settings[key] for key in sorted(_MODEL_PARTS)}
+        fields["quick_gelu"] = settings.get("quick_gelu", False)
+    else:
+        text = dict(model.text)
+        if text.get("hf_model_name"):  # another tokenizer would give ids of another vocabulary
+            text["hf_tokenizer_name"] = text.get("hf_tokenizer_name") or text["hf_model_name"]
+        fields = {"embed_dim": model.embed_dim, "vision_cfg": dict(model.vision), "text_cfg": text}
+        fields["quick_gelu"] = model.quick_gelu
+    if model.image_size is not None:
+        fields["vision_cfg"]["image_size"] = model.image_size
+    if model.context_length is not None:
+        fields["text_cfg"]["context_length"] = model.context_length
+    return fields
+
+
+def pretrained_tags(name: str) -> list[str]:
+    """Tags of the weights that open_clip can fetch for its model of this name, read from its source."""
+    tree = ast.parse((_folder() / "pretrained.py").read_text(encoding="utf-8"))
+    assigned = {
+        target.id: node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    models = assigned["_PRETRAINED"]
+    found = dict(zip((key.value for key in models.keys), models.values, strict=True))
+    tags = found.get(name.removesuffix("-quickgelu"))  # one of those has the tags of the other
+    tags = assigned[tags.id] if isinstance(tags, ast.Name) else tags
+    return [tag.arg for tag in tags.keywords] if tags is not None else []
 
 
 def known_models() -> list[str]:

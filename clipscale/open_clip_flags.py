@@ -18,7 +18,7 @@ class Flag(NamedTuple):
 _OWN_SCHEDULE = Flag("", "the learning rate follows a warm-up and a cosine to optim.final_lr")
 _LOCKED = Flag("", "both towers are trained")
 _ONE_LOSS = Flag("", "the loss is that of CLIP over the whole batch, in tiles")
-_NO_PRETRAINED = Flag("", "towers are trained from scratch; resume=<path> starts from a checkpoint of clipscale's")
+_PRETRAINED = Flag("model.init", "a tag, a file, a folder, or a run of clipscale's")
 _IN_SHARDS = Flag("", "`clipscale shards make` packs a list (its --image-key, --caption-key) into shards first")
 _TENSORBOARD = Flag("", "<run.dir>/tensorboard and <run.dir>/metrics.jsonl are always written")
 _RANKS = Flag("", "torchrun and srun say which ranks there are; gloo on CPUs, nccl on GPUs")
@@ -70,8 +70,10 @@ FLAGS: dict[str, Flag] = {
     ),
     "--precision": Flag("train.precision", "amp is fp16, amp_bf16 is bf16; weights stay float32; loss.precision apart"),
     "--model": Flag("model.name", "the same names; model.vision and model.text describe one of your own"),
-    "--pretrained": _NO_PRETRAINED,
-    "--pretrained-image": _NO_PRETRAINED,
+    "--pretrained": _PRETRAINED,
+    "--pretrained-image": Flag(
+        "model.init, model.init_towers", "weights of a timm backbone from a file; model.init_towers=image"
+    ),
     "--lock-image": _LOCKED,
     "--lock-image-unlocked-groups": _LOCKED,
     "--lock-image-freeze-bn-stats": _LOCKED,
@@ -83,8 +85,8 @@ FLAGS: dict[str, Flag] = {
     "--grad-checkpointing": Flag("gradcache.image_chunk, gradcache.text_chunk", "activations are those of a chunk"),
     "--local-loss": Flag("", "no rank ever holds the similarities of the whole batch"),
     "--gather-with-grad": Flag("", "the gradient is always that of the whole batch, on any number of ranks"),
-    "--force-context-length": Flag("model.text", "context_length of a model of your own"),
-    "--force-image-size": Flag("model.vision", "image_size of a model of your own"),
+    "--force-context-length": Flag("model.context_length", "of any model"),
+    "--force-image-size": Flag("model.image_size", "of any model"),
     "--force-quick-gelu": Flag("model.quick_gelu", "of a model of your own; a name with -quickgelu has it"),
     "--force-patch-dropout": Flag("model.vision", "patch_dropout of a model of your own"),
     "--force-custom-text": Flag("model.text", "towers are always separate"),

@@ -40,6 +40,15 @@ def local_path(text: str) -> str:
     return path
 
 
+def weights_path(text: str) -> str:
+    """`local_path` of what may be a tag of open_clip's; without `local-dir:`, which open_clip writes before folders.
+
+    Raises:
+        UserError: as `local_path`.
+    """
+    return local_path(text.removeprefix("local-dir:"))
+
+
 def shard_urls(text: str) -> str:
     """The patterns of `text`, joined by '::', with variables and `~` filled in where they are local; URLs stay.
 
@@ -66,12 +75,18 @@ class PathKind(NamedTuple):
 
 LocalPath = Annotated[str, PathKind(local_path)]
 LocalFile = Annotated[str, PathKind(local_path, beside_yaml=True)]
+WeightsPath = Annotated[str, PathKind(weights_path)]
 ShardUrls = Annotated[str, PathKind(shard_urls)]
 
 
 def path_option(text: str) -> str:
     """`local_path` for argparse."""
     return _option(local_path, text)
+
+
+def weights_option(text: str) -> str:
+    """`weights_path` for argparse."""
+    return _option(weights_path, text)
 
 
 def shards_option(text: str) -> str:

@@ -49,6 +49,7 @@ COMPONENTS = {
     "peers": Component("peers of the loss benchmark", lambda: _installed(*_PEERS)),
     "clip_benchmark": Component("CLIP_benchmark", lambda: _installed("clip_benchmark")),
     "transformers": Component("transformers", lambda: _installed("transformers")),
+    "onnx": Component("onnx, onnxscript and onnxruntime", lambda: _installed("onnx", "onnxscript", "onnxruntime")),
     "openssl": Component("openssl command", lambda: shutil.which("openssl") is not None),
     "git": Component("git checkout", lambda: shutil.which("git") is not None and (_ROOT / ".git").exists()),
 }

@@ -15,13 +15,16 @@ import torch
 from shards import write_pairs
 from tiny import MODEL, tiny_config
 
-from clipscale.config import Model
+from clipscale.config import Config, Model
 from clipscale.data import tokenize as tokenize_module
 from clipscale.errors import UserError
+from clipscale.export.export import export_model
 from clipscale.fit_tokenizer import fitting_tokenizer
 from clipscale.open_clip_files import TokenizerChoice
 from clipscale.towers import Towers, build_towers
 from clipscale.training.trainer import train
+from clipscale.weights.find import Found
+from clipscale.weights.target import find_target
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
 WORDS = ["number", "of", "shard", *(f"{i}" for i in range(10)), "a", "photo", "cat"]
@@ -94,6 +97,17 @@ def test_a_named_tower_of_514_positions_takes_open_clips_77(parts, monkeypatch):
     theirs = open_clip.get_tokenizer("mine")(["a photo of a cat"])
     assert theirs.shape == (1, towers.context_length) == (1, 77)
     assert torch.equal(fitting_tokenizer(towers)(["a photo of a cat"]), theirs)
+
+
+@pytest.mark.needs("transformers")
+def test_an_exported_tower_brings_its_tokenizer(parts, tmp_path):
+    model = dataclasses.replace(MODEL, text=described(parts))
+    torch.save(build_towers(model).model.state_dict(), tmp_path / "a.pt")
+    export_model(Found("file", tmp_path / "a.pt"), Config(model=model), "open_clip", str(tmp_path / "out"))
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'out'}")
+    assert tokenizer(["a photo of"]).tolist() == [[0, 17, 18, 5, 2, *[1] * (LENGTH - 5)]]
+    config = find_target(str(tmp_path / "out"), [])[1]
+    assert config.model.text["hf_tokenizer_name"] == str(tmp_path / "out")
 
 
 @pytest.mark.needs("transformers")

@@ -17,7 +17,7 @@ from clipscale.config.help import find_settings
 from clipscale.config.load import apply_overrides, config_from_yaml, dump_config, load_config
 from clipscale.config.read import _inner, _kind, read_file, read_word
 from clipscale.errors import UserError
-from clipscale.paths import PathKind, local_path, path_option, shard_urls, shards_option
+from clipscale.paths import PathKind, local_path, path_option, shard_urls, shards_option, weights_option
 from clipscale.shardkit.commands import cifar10, describe, make, run_script, shapes
 from clipscale.shardkit.commands.options import path as whole_path
 from clipscale.shardkit.commands.options import positive
@@ -163,7 +163,7 @@ def test_every_path_setting_is_expanded_and_checked(key, kind):
     assert value_of(read_file(yaml_of(key, "${SCRATCH}/a")), key) == "/scratch/me/a"
     with pytest.raises(UserError, match=rf"^{re.escape(key)}: '\$NOT_SET/a': the variable NOT_SET is not set$"):
         read_word(f"{key}=$NOT_SET/a")
-    if kind.read is local_path:
+    if kind.read is not shard_urls:
         with pytest.raises(UserError, match=rf"^{re.escape(key)}: a URL \(s3:\.\.\.\)"):
             read_word(f"{key}=s3://b/q")
         with pytest.raises(UserError, match=rf"^{re.escape(key)}: a URL \(gs:\.\.\.\)"):
@@ -245,7 +245,7 @@ def test_every_option_that_sounds_like_a_path_is_read_as_one():
     paths = [(name, action) for name, word, action in words if sounds.search(word) and action.type not in NUMBERS]
     assert len(paths) >= 25
     for name, action in paths:
-        assert action.type in (path_option, shards_option, whole_path), (name, action.dest)
+        assert action.type in (path_option, shards_option, weights_option, whole_path), (name, action.dest)
 
 
 @pytest.mark.parametrize("output", ["s3://b/q", "gs://b/q", "hf://b/q", "$NOT_SET/q"])

@@ -21,6 +21,7 @@ from clipscale.preflight.checks import check_training
 from clipscale.training.trainer import train
 
 COUNTED = ["data.sources.mine.urls=http://127.0.0.1:9/0.tar", "data.sources.mine.counts=counts.json"]
+NAMED = ["model.vision=null", "model.text=null", "model.name=ViT-B-32"]
 FOLDER = "eval.zeroshot.folder=tree"
 WRONG = {  # words on top of a good training -> what the one line says
     "shard": (["data.sources.mine.urls=good/{0000..0003}.tar"], "'good/0002.tar' is not a file (and 1 more of 4)"),
@@ -30,6 +31,8 @@ WRONG = {  # words on top of a good training -> what the one line says
     "model": (["model.vision=null", "model.text=null", "model.name=ViT-B-3"], "did you mean ViT-B-32"),
     "vision": (["model.vision.widht=3"], "did you mean model.vision.width?"),
     "text": (["model.text.haeds=3"], "did you mean model.text.heads?"),
+    "init": (["model.init=nowhere.pt"], "model.init: no weights: 'nowhere.pt' is no file and no folder"),
+    "tag": ([*NAMED, "model.init=opnai"], "is no file, no folder and no tag of ViT-B-32; did you mean openai?"),
     "resume": (["resume=nowhere"], "'nowhere' is neither a checkpoint nor the folder of a run"),
     "run.dir": (["run.dir=file/run"], "run.dir='file/run' cannot be made: "),
     "uids": (["data.sources.mine.select.uids=no.txt"], "uids 'no.txt' cannot be read"),
@@ -83,7 +86,7 @@ def test_what_is_wrong_is_told_first_and_nothing_is_left(place, capsys, monkeypa
 
 def test_these_errors_come_without_torch(place):
     """Training, evaluation and indexing; in a process of its own, for this one has torch."""
-    cases = ("shard", "batch", "model", "text", "resume", "uids", "counts", "names", "folder", "device")
+    cases = ("shard", "batch", "model", "text", "init", "tag", "resume", "uids", "counts", "names", "folder", "device")
     Path("words.json").write_text(json.dumps([WRONG[case][0] for case in cases]))
     write_config(place, "good/{0000..0001}.tar")
     checkpoint = Path("run/checkpoints/step-000000004")

@@ -17,7 +17,7 @@ from clipscale.checkpoint.due import SaveClock
 from clipscale.checkpoint.find import find_checkpoint, newest_checkpoint, verify
 from clipscale.checkpoint.folder import RunFolder, refuse_held
 from clipscale.checkpoint.judge import first_bad
-from clipscale.checkpoint.load import load_checkpoint, load_config_of
+from clipscale.checkpoint.load import load_checkpoint, load_config_of, load_model, load_state
 from clipscale.checkpoint.retention import set_aside
 from clipscale.checkpoint.save import save_checkpoint
 from clipscale.checkpoint.snapshot import VERSION, RunState, Snapshot
@@ -36,7 +36,9 @@ __all__ = [
     "first_bad",
     "load_checkpoint",
     "load_config_of",
+    "load_model",
     "load_start",
+    "load_state",
     "newest_checkpoint",
     "refuse_held",
     "save_checkpoint",

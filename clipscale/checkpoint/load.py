@@ -20,6 +20,8 @@ from clipscale.config.load import config_from_yaml
 from clipscale.errors import UserError
 from clipscale.tell import tell
 
+_OF_THE_SNAPSHOT = ("version", "step", "position")  # in state.json, beside RunState's
+
 
 def load_config_of(path: Path) -> Config:
     """The resolved configuration that the checkpoint was written under."""
@@ -35,17 +37,30 @@ def load_checkpoint(path: Path) -> Snapshot:
     """
     state = json.loads((path / "state.json").read_text())
     version = state.pop("version")
-    if version not in (1, VERSION):
-        raise UserError(f"checkpoint {path} has another layout version; this clipscale reads versions 1 to {VERSION}")
-    model, optimizer = _tensors(path) if version == VERSION else _tensors_of_version_1(path)
     return Snapshot(
         step=state.pop("step"),
         position=state.pop("position"),
-        model=model,
-        optimizer=optimizer,
+        model=_read(path, "model", version, mapped=True),
+        optimizer=_read(path, "optimizer", version),
         state=_run_state(path, state),
         config=load_config_of(path),
     )
+
+
+def load_model(path: Path) -> dict[str, Any]:
+    """A verified checkpoint's weights alone, which lie in their file: to be copied at once.
+
+    Raises:
+        UserError: as `load_checkpoint`.
+    """
+    return _read(path, "model", json.loads((path / "state.json").read_text())["version"], mapped=True)
+
+
+def load_state(path: Path) -> tuple[int, RunState]:
+    """A verified checkpoint's step and state, without its tensors."""
+    state = json.loads((path / "state.json").read_text())
+    step = state["step"]
+    return step, _run_state(path, {name: value for name, value in state.items() if name not in _OF_THE_SNAPSHOT})
 
 
 def _run_state(path: Path, found: dict[str, Any]) -> RunState:
@@ -60,20 +75,18 @@ def _run_state(path: Path, found: dict[str, Any]) -> RunState:
     return RunState(**{name: value for name, value in found.items() if name in names})
 
 
-def _tensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The model's, which lie in their file, and the optimizer's, whose memory the optimizer takes over."""
-    from clipscale.checkpoint.tree import read_tree
+def _read(folder: Path, name: str, version: int, *, mapped: bool = False) -> dict[str, Any]:
+    """The tensors of this name. `mapped`: they may lie in their file; the optimizer takes over memory of its own."""
+    if version not in (1, VERSION):
+        raise UserError(f"checkpoint {folder} has another layout version; this clipscale reads versions 1 to {VERSION}")
+    if version == VERSION:
+        from clipscale.checkpoint.tree import read_tree
 
-    return read_tree(path / "model.safetensors", mapped=True), read_tree(path / "optimizer.safetensors")
-
-
-def _tensors_of_version_1(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        return read_tree(folder / f"{name}.safetensors", mapped=mapped)
     import torch
 
-    def load(path: Path) -> dict[str, Any]:
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError) as error:
-            raise UserError(f"{path} holds more than tensors, or is no torch file; use another checkpoint") from error
-
-    return load(folder / "model.pt"), load(folder / "optimizer.pt")
+    path = folder / f"{name}.pt"
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        raise UserError(f"{path} holds more than tensors, or is no torch file; use another checkpoint") from error

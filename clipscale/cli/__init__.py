@@ -34,6 +34,7 @@ from clipscale.words import did_you_mean
 COMMANDS = {
     "train": "train a model, or resume its training",
     "eval": "evaluate a checkpoint",
+    "export": "write a model as open_clip, transformers or ONNX has it",
     "status": "tell where a run stands: its step, checkpoint, faults and goodput",
     "index": "index shards ahead of training, and count what is usable",
     "shards": "make, check and look at shards",

@@ -1,4 +1,4 @@
-"""`clipscale eval zeroshot`, `retrieval` and `validation`: a checkpoint, and changes to its own config."""
+"""`clipscale eval zeroshot`, `retrieval` and `validation`: a checkpoint or any weights, and changes to its config."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from clipscale.cli import add_command, rank
 from clipscale.config import Config, ZeroShot
 from clipscale.errors import require
 from clipscale.files import write_file
-from clipscale.paths import path_option
+from clipscale.paths import path_option, weights_option
+from clipscale.weights.target import TARGETS
 
 EXAMPLES = """\
 examples:
@@ -21,6 +22,8 @@ examples:
       eval.zeroshot.classnames=cifar/classnames.txt eval.zeroshot.templates=configs/templates/photo.txt
   clipscale eval zeroshot runs/b32 eval.zeroshot_sets.v2.folder=imagenetv2 eval.zeroshot_sets.r.folder=imagenet-r
   clipscale eval retrieval runs/b32 eval.retrieval.urls='flickr30k/test/*.tar' --json flickr.json
+  clipscale eval zeroshot ViT-B-32:laion2b_s34b_b79k eval.zeroshot.folder=imagenet/val
+  clipscale eval zeroshot epoch_32.pt model.name=ViT-B-16 eval.zeroshot.folder=imagenet/val
   clipscale eval validation runs/b32 eval.validation.urls='held-out/*.tar' eval.validation.caption=json:caption
 """
 LEFT = "nothing was written"
@@ -37,11 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     for kind, what in KINDS.items():
         its_parser = add_command(kinds, kind, what, EXAMPLES)
+        its_parser.add_argument("checkpoint", type=weights_option, help=f"{TARGETS}, to be evaluated")
         its_parser.add_argument(
-            "checkpoint", type=path_option, help="a run's folder (its newest checkpoint) or a checkpoint's"
-        )
-        its_parser.add_argument(
-            "settings", nargs="*", metavar="key=value", help="changes to the checkpoint's own config"
+            "settings", nargs="*", metavar="key=value", help="changes to its config, such as the model's"
         )
         if kind in TASKS:
             its_parser.add_argument(
@@ -70,9 +71,10 @@ def run(arguments: argparse.Namespace, words: list[str]) -> int:
                 print(f"clipscale: error: {name}: {failed[name]}", file=sys.stderr)
                 continue
             scores = {key: value for key, value in result.items() if key.startswith(f"{name}/")}
-            print("  ".join([f"step {result['step']}", *map(_shown, scores, scores.values())]))
+            step = [f"step {result['step']}"] if "step" in result else []
+            print("  ".join([*step, *map(_shown, scores, scores.values())]))
             if file is not None:
-                form = benchmark_form(arguments.kind, name, scores, config, str(found))
+                form = benchmark_form(arguments.kind, name, scores, config, str(found.path))
                 write_file(file.replace(DATASET, name), json.dumps(form, indent=2) + "\n")
     return 2 if failed else 0
 

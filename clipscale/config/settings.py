@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from clipscale.config.data import Data, Replay, SourceSettings
 from clipscale.errors import require
-from clipscale.paths import LocalFile, LocalPath, ShardUrls
+from clipscale.paths import LocalFile, LocalPath, ShardUrls, WeightsPath
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,14 @@ class Model:
     quick_gelu: bool = False  # x * sigmoid(1.702 x) as the activation, as OpenAI's own models have it
     logit_scale_init: float = 1 / 0.07  # what similarities are multiplied by at the start; it is learned
     logit_scale_max: float = 100.0  # it is held at or below this
+    image_size: int | None = None  # pixels of a side, of any model; null: the model's own
+    context_length: int | None = None  # tokens of a caption, of any model; null: the model's own
+    # Weights to begin with: a run, a checkpoint, an exported folder, a file of open_clip's or timm's, or one of
+    # open_clip's tags for model.name. A run that resumes has its own.
+    init: WeightsPath | None = None
+    init_towers: Literal["both", "image", "text"] = "both"  # what is taken of them; both: the logit scale too
+    init_strict: bool = True  # what has no counterpart of its shape is an error; false: it is told, and stays fresh
+    init_context: Literal["stretch", "cut"] = "stretch"  # the text's positions where lengths differ; or the first ones
     preprocess: Preprocess = field(default_factory=Preprocess)
 
     def __post_init__(self) -> None:
@@ -76,6 +84,9 @@ class Model:
             "set one of them to null (model.vision together with model.text)",
         )
         require(self.embed_dim >= 1, f"model.embed_dim={self.embed_dim} must be at least 1")
+        for name in ("image_size", "context_length"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"model.{name}={value} must be at least 1, or null")
         require(
             0 < self.logit_scale_init <= self.logit_scale_max,
             f"model.logit_scale_init={self.logit_scale_init} must lie in (0, model.logit_scale_max="

@@ -17,16 +17,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from clipscale.checkpoint import (
-    find_checkpoint,
     find_start,
-    load_config_of,
     refuse_held,
     saved_state,
 )
 from clipscale.checkpoint.mirror import fetch_from_mirror
-from clipscale.config import EVALUATIONS, Config, ZeroShot
+from clipscale.config import EVALUATIONS, Config, Model, ZeroShot
 from clipscale.config.data import Data, SourceSettings
-from clipscale.config.load import apply_overrides
 from clipscale.data.fetch.urls import expand_urls, is_local
 from clipscale.data.pipeline import require_sources
 from clipscale.data.shard.counts import read_counts
@@ -38,6 +35,8 @@ from clipscale.launch import check_ranks, launched, told_once
 from clipscale.open_clip_files import check_model
 from clipscale.preflight.prepare import prepare_files
 from clipscale.preflight.sense import odd_pairs
+from clipscale.weights.find import Found, find_weights
+from clipscale.weights.target import find_target
 
 JUDGED_BY = {
     "validation": ("loss", "image_accuracy", "text_accuracy"),
@@ -75,7 +74,9 @@ def check_training(config: Config) -> list[str]:
             refuse_held(config.run.dir)
             fetched = fetch_from_mirror(config.checkpoint.mirror, config.run.dir, config.resume)
             notes += [fetched] if fetched else []
-            find_start(config.run.dir, config.resume, samples=config.train.samples)
+            start = find_start(config.run.dir, config.resume, samples=config.train.samples)
+            if start.kind == "new" and config.model.init is not None:
+                _check_weights(config.model)
         saved = saved_state(config.run.dir, config.resume)
         if saved.get("position", 0) >= config.train.samples:
             return notes  # complete: nothing will be read
@@ -83,21 +84,20 @@ def check_training(config: Config) -> list[str]:
         return notes + odd_pairs(config) + (prepare_files(config, saved.get("order")) if place.size == 1 else [])
 
 
-def check_evaluation(path: str, kind: str, words: list[str]) -> tuple[Path, Config, list[str]]:
-    """The checkpoint's folder, verified, its config with `words` on top, and the names of its evaluations of this kind.
+def check_evaluation(path: str, kind: str, words: list[str]) -> tuple[Found, Config, list[str]]:
+    """What is to be evaluated (weights/target.py: a run or any weights), verified, its config with `words` on top, and
+    the names of its evaluations of this kind.
 
     What one of several lacks is told when it is opened, and keeps no other from being made.
 
     Raises:
-        UserError: no checkpoint there, a damaged one, or settings, classes or pictures that cannot be used, of every
-            evaluation that is asked for. On a node's further ranks a SharedError.
+        UserError: no weights there, a damaged checkpoint, or settings, classes or pictures that cannot be used, of
+            every evaluation that is asked for. On a node's further ranks a SharedError.
     """
     with told_once():
-        found = find_checkpoint(path)
-        config = apply_overrides(load_config_of(found), words)
+        found, config = find_target(path, words)
         names = [name for name, its in config.eval.evaluations().items() if isinstance(its, EVALUATIONS[kind])]
         require(bool(names), _NOTHING_TO_DO[kind])
-        check_model(config.model)
         _check_device(config.device)
         problems = []
         for name in names:
@@ -108,6 +108,13 @@ def check_evaluation(path: str, kind: str, words: list[str]) -> tuple[Path, Conf
         if len(problems) == len(names):
             raise problems[0]
         return found, config, names
+
+
+def _check_weights(model: Model) -> None:
+    try:
+        find_weights(model.init, model.name)
+    except UserError as error:
+        raise UserError(f"model.init: {error}") from error
 
 
 def _check_device(device: str) -> None:

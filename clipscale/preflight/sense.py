@@ -72,6 +72,9 @@ def _unused(config: Config) -> Iterator[str]:
     for name in ("embed_dim", "quick_gelu"):
         if model.name is not None and getattr(model, name) != getattr(usual, name):
             yield f"model.{name}={getattr(model, name)} is not used: model.name={model.name!r} brings its own"
+    for name in ("init_towers", "init_strict", "init_context"):
+        if model.init is None and getattr(model, name) != getattr(usual, name):
+            yield f"model.{name}={getattr(model, name)} is not used: model.init is null"
     evaluation = config.eval
     for kind, is_on, pictures in (
         ("zeroshot", evaluation.zeroshot.enabled, "urls or eval.zeroshot.folder"),

@@ -26,7 +26,7 @@ from clipscale.config import Model, Preprocess
 from clipscale.counter import fold
 from clipscale.deterministic import naming_who_is_not
 from clipscale.errors import UserError, require
-from clipscale.open_clip_files import TokenizerChoice, check_model, model_settings
+from clipscale.open_clip_files import TokenizerChoice, check_model, model_fields
 from clipscale.towers.captions import CaptionCut
 from clipscale.towers.draws import draw_by_position, draws_by_chunk
 from clipscale.towers.tower import Tower, normalise_pixels, refuse_batchnorm, token_ids
@@ -105,12 +105,14 @@ def build_towers(
         UserError: unknown model name, unknown or impossible fields, a tower with BatchNorm.
     """
     check_model(config)
-    settings = _described(config) if config.vision else _named(config.name)
+    settings = _settings(config)
     what = "the model of model.vision and model.text" if config.vision else f"model {config.name!r}"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             model = open_clip.CustomTextCLIP(init_logit_scale=math.log(config.logit_scale_init), **settings)
+            if config.image_size is not None and settings["vision_cfg"].timm_model_name:
+                model.visual.set_input_size(config.image_size)  # a backbone of timm's has its own
         except Exception as error:  # open_clip and timm assert, divide, unpack and download
             raise UserError(f"{what} cannot be built: {_reason(error)}") from error
     refuse_batchnorm(model, what)
@@ -187,25 +189,12 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {words[0]}"
 
 
-def _named(name: str) -> dict:
-    settings = model_settings(name)
-    return {
-        "embed_dim": settings["embed_dim"],
-        "vision_cfg": CLIPVisionCfg(**settings["vision_cfg"]),
-        "text_cfg": CLIPTextCfg(**settings["text_cfg"]),
-        "quick_gelu": settings.get("quick_gelu", False),
-    }
-
-
-def _described(config: Model) -> dict:
-    text = CLIPTextCfg(**config.text)
-    if text.hf_model_name and not text.hf_tokenizer_name:
-        text.hf_tokenizer_name = text.hf_model_name  # another one would give ids of another vocabulary
-    return {
-        "embed_dim": config.embed_dim,
-        "vision_cfg": CLIPVisionCfg(**config.vision),
-        "text_cfg": text,
-        "quick_gelu": config.quick_gelu,
+def _settings(config: Model) -> dict:
+    """What CustomTextCLIP takes."""
+    fields = model_fields(config)
+    return fields | {
+        "vision_cfg": CLIPVisionCfg(**fields["vision_cfg"]),
+        "text_cfg": CLIPTextCfg(**fields["text_cfg"]),
     }
 
 

@@ -1,7 +1,7 @@
 """What learns from a batch: the towers under gradient caching, their loss, and the optimizer with its loss scale.
 
     learner = Learner(config, towers, world, parts)
-    learner.restore(snapshot)
+    learner.begin(snapshot)                    # or None: a new run
     result = learner.gradients(batch, plan=plan, step=7)          # summed over the ranks
     grad_norm = learner.update(step=7)
 
@@ -33,11 +33,13 @@ from clipscale.loss import (
 )
 from clipscale.loss.link import Link
 from clipscale.optim import build_optimizer, loss_scale, restore_optimizer
-from clipscale.parallel import sum_gradients
+from clipscale.parallel import broadcast_parameters, sum_gradients
 from clipscale.resilience.injection import injected
 from clipscale.step import StepPlan, StepResult, Trace, gradcache_step
 from clipscale.telemetry.parts import Parts
+from clipscale.tell import tell
 from clipscale.towers import Towers
+from clipscale.weights.start import begin_from
 
 
 class Learner:
@@ -55,8 +57,17 @@ class Learner:
         self.trouble: Trouble | None = None  # of the step that was skipped last; None once one is made
         self._trace: Trace | None = None  # of the last step
 
-    def restore(self, snapshot: Snapshot) -> None:
-        """Take over a checkpoint's weights, moments and loss scale. UserError where they do not fit."""
+    def begin(self, snapshot: Snapshot | None) -> None:
+        """Take over a checkpoint's weights, moments and loss scale; without one, the main rank those of `model.init`,
+        which it tells of. Collective. UserError where they do not fit."""
+        if snapshot is not None:
+            self._restore(snapshot)
+        elif self.config.model.init is not None:
+            for line in self.world.lead(partial(begin_from, self.config.model, self.towers), patient=True):
+                tell(line)
+        broadcast_parameters(self.towers.model, self.world)
+
+    def _restore(self, snapshot: Snapshot) -> None:
         before, kind = snapshot.config.optim.kind, self.config.optim.kind
         require(
             before == kind,

@@ -41,7 +41,8 @@ def start_lines(
     )
     promises = ["train.deterministic=true: the same steps give the same bits"] if config.train.deterministic else []
     if snapshot is None:
-        return [line + "from the start", *promises]
+        weights = "" if config.model.init is None else f", with the weights of {config.model.init}"
+        return [f"{line}from the start{weights}", *promises]
     changes = [f"changed since the checkpoint: {change}" for change in changed_keys(snapshot.config, config)]
     return [f"{line}resuming after step {snapshot.step} from {found}", *changes, *promises]
 

@@ -33,7 +33,6 @@ from clipscale.launch import check_ranks
 from clipscale.loss.engines import adopt_shapes, check_engine, tuned_shapes
 from clipscale.loss.link import open_link
 from clipscale.optim import set_lr
-from clipscale.parallel import broadcast_parameters
 from clipscale.preflight.checks import check_training
 from clipscale.preflight.prepare import prepare_files
 from clipscale.progress import duration
@@ -349,9 +348,7 @@ class Trainer:
         if config.train.deterministic:
             try_backward(self.towers)
         self.learner = Learner(config, self.towers, self.world, self.parts, self._wishes)
-        if snapshot is not None:
-            self.learner.restore(snapshot)
-        broadcast_parameters(self.towers.model, self.world)
+        self.learner.begin(snapshot)
 
     def _prepare_saving(self, own: Path | None) -> None:
         """Closed before the log and the run's folder: what is being written is finished, however the run ends."""
