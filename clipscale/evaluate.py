@@ -23,7 +23,7 @@ def evaluate_checkpoint(path: str, kind: str, words: list[str]) -> dict[str, flo
 
     Args:
         path: whatever `weights.target.find_target` takes.
-        kind: "zeroshot" or "validation".
+        kind: "zeroshot", "retrieval" or "validation".
         words: `key.path=value` changes to the config stored in the checkpoint, or to the default one.
 
     Raises:

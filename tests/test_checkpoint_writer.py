@@ -94,7 +94,7 @@ def test_one_that_is_due_meanwhile_waits_and_is_counted(writer, disk, told, monk
 def test_a_failure_is_raised_by_the_next_save_which_is_under_way_all_the_same(writer, disk):
     disk.problem = "no space left"
     writer.save(snapshot_of(1, weight=torch.ones(2)))
-    writer._join()
+    writer.join()
     disk.problem = ""
     with pytest.raises(UserError, match="step 1: no space left"):
         writer.save(snapshot_of(2, weight=torch.ones(2)))

@@ -146,7 +146,7 @@ def test_warmup_in_samples_and_in_steps():
         ("data.shapes.dri=x", "data.shapes.dir"),
         ("lr=3", "optim.lr"),  # the right name in the wrong place
         ("train.image_chunk=3", "gradcache.image_chunk"),
-        ("batch=3", "eval.zeroshot.batch or eval.validation.batch"),
+        ("batch=3", "eval.zeroshot.batch or eval.validation.batch or eval.retrieval.batch"),
     ],
 )
 def test_an_unknown_key_names_the_nearest(word, nearest, yaml_file):

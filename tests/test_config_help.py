@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from clipscale.cli import main
-from clipscale.config import Config, Eval, Validation, ZeroShot, flat
+from clipscale.config import EVALUATIONS, Config, Eval, Retrieval, Validation, ZeroShot, flat
 from clipscale.config.data import Data, Shapes, SourceSettings
 from clipscale.config.help import _notes, find_settings, with_comments
 from clipscale.config.load import config_from_yaml, dump_config, load_config
@@ -17,7 +17,10 @@ WHOLE = Config(
     data=Data(sources={"<name>": SourceSettings("")}, shapes=Shapes()),
     eval=Eval(zeroshot_sets={"<name>": ZeroShot()}),
 )
-MORE = Config(eval=Eval(validation_sets={"<name>": Validation()}))  # a name is that of one set only
+MORE = [  # a name is that of one set only
+    Config(eval=Eval(validation_sets={"<name>": Validation()})),
+    Config(eval=Eval(retrieval_sets={"<name>": Retrieval()})),
+]
 
 
 def told(capsys, *words: str) -> str:
@@ -39,9 +42,9 @@ def settings() -> dict:
 
 
 def test_every_setting_is_there_with_its_default(settings, capsys):
-    leaves = flat(dataclasses.asdict(WHOLE)) | flat(dataclasses.asdict(MORE)["eval"], ".eval")
+    leaves = {key: value for config in (WHOLE, *MORE) for key, value in flat(dataclasses.asdict(config)).items()}
     leaves = {key: value for key, value in leaves.items() if value != {}}
-    assert set(settings) == {*leaves, "data.sources", "data.shapes", "eval.zeroshot_sets", "eval.validation_sets"}
+    assert set(settings) == {*leaves, "data.sources", "data.shapes", *(f"eval.{kind}_sets" for kind in EVALUATIONS)}
     for key, value in leaves.items():
         if key != "data.sources.<name>.urls":
             shown = yaml.safe_load(settings[key].default)

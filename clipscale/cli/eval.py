@@ -1,4 +1,4 @@
-"""`clipscale eval zeroshot` and `validation`: a checkpoint or any weights, and changes to its own config."""
+"""`clipscale eval zeroshot`, `retrieval` and `validation`: a checkpoint or any weights, and changes to its config."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ examples:
   clipscale eval zeroshot runs/b32 eval.zeroshot.urls='cifar/test-*.tar' \\
       eval.zeroshot.classnames=cifar/classnames.txt eval.zeroshot.templates=configs/templates/photo.txt
   clipscale eval zeroshot runs/b32 eval.zeroshot_sets.v2.folder=imagenetv2 eval.zeroshot_sets.r.folder=imagenet-r
+  clipscale eval retrieval runs/b32 eval.retrieval.urls='flickr30k/test/*.tar' --json flickr.json
   clipscale eval zeroshot ViT-B-32:laion2b_s34b_b79k eval.zeroshot.folder=imagenet/val
   clipscale eval zeroshot epoch_32.pt model.name=ViT-B-16 eval.zeroshot.folder=imagenet/val
   clipscale eval validation runs/b32 eval.validation.urls='held-out/*.tar' eval.validation.caption=json:caption
@@ -28,9 +29,10 @@ examples:
 LEFT = "nothing was written"
 KINDS = {
     "zeroshot": "zero-shot classification, top-1 and top-5, of every set that the config names",
+    "retrieval": "pictures found by their captions and captions by their pictures: recall at 1, 5 and 10",
     "validation": "contrastive loss and in-batch accuracy on held-out pairs",
 }
-TASK = "zeroshot_classification"  # as CLIP_benchmark calls it
+TASKS = {"zeroshot": "zeroshot_classification", "retrieval": "zeroshot_retrieval"}  # as CLIP_benchmark calls them
 DATASET = "{dataset}"  # in the name of a file, as in CLIP_benchmark's --output
 
 
@@ -42,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         its_parser.add_argument(
             "settings", nargs="*", metavar="key=value", help="changes to its config, such as the model's"
         )
-        if kind == "zeroshot":
+        if kind in TASKS:
             its_parser.add_argument(
                 "--json",
                 type=path_option,
@@ -55,7 +57,7 @@ def run(arguments: argparse.Namespace, words: list[str]) -> int:
     from clipscale.preflight.checks import check_evaluation
 
     found, config, names = check_evaluation(arguments.checkpoint, arguments.kind, arguments.settings)
-    file = arguments.json if arguments.kind == "zeroshot" else None
+    file = arguments.json if arguments.kind in TASKS else None
     require(
         file is None or len(names) == 1 or DATASET in file,
         f"--json {file}: {len(names)} sets ({', '.join(names)}) want a file each; put {DATASET} into its name",
@@ -72,28 +74,34 @@ def run(arguments: argparse.Namespace, words: list[str]) -> int:
             step = [f"step {result['step']}"] if "step" in result else []
             print("  ".join([*step, *map(_shown, scores, scores.values())]))
             if file is not None:
-                form = benchmark_form(name, scores, config, str(found.path))
+                form = benchmark_form(arguments.kind, name, scores, config, str(found.path))
                 write_file(file.replace(DATASET, name), json.dumps(form, indent=2) + "\n")
     return 2 if failed else 0
 
 
-def benchmark_form(name: str, scores: dict[str, float], config: Config, checkpoint: str) -> dict[str, Any]:
+def benchmark_form(kind: str, name: str, scores: dict[str, float], config: Config, checkpoint: str) -> dict[str, Any]:
     """The scores of a set as CLIP_benchmark writes them, so that `clip_benchmark build` takes ours beside theirs.
 
     Below five classes it has no top-5: NaN there, null here, for JSON has no NaN.
     """
     its = config.eval.evaluations()[name]
-    assert isinstance(its, ZeroShot)
-    return {
-        "dataset": name if name in config.eval.zeroshot_sets else its.folder or its.urls,
-        "model": config.model.name or "model.vision, model.text",
-        "pretrained": checkpoint,
-        "task": TASK,
-        "metrics": {
+    files = its.urls
+    if isinstance(its, ZeroShot):
+        files = its.folder or its.urls
+        metrics = {
             "acc1": scores[f"{name}/top1"],
             "acc5": scores[f"{name}/top5"] if scores[f"{name}/classes"] >= 5 else None,
             "mean_per_class_recall": scores[f"{name}/mean_per_class_recall"],
-        },
+        }
+    else:
+        ways = {"image_retrieval_recall": "text_to_image", "text_retrieval_recall": "image_to_text"}
+        metrics = {f"{theirs}@{k}": scores[f"{name}/{ours}_r{k}"] for theirs, ours in ways.items() for k in (1, 5, 10)}
+    return {
+        "dataset": name if name != kind else files,
+        "model": config.model.name or "model.vision, model.text",
+        "pretrained": checkpoint,
+        "task": TASKS[kind],
+        "metrics": metrics,
         "language": "en",
     }
 

@@ -258,14 +258,37 @@ class Validation:
         _check_evaluation(
             "eval.validation", self.every_steps, self.every_samples, batch=self.batch, samples=self.samples
         )
-        require(
-            self.caption not in ("", "json:"),
-            f"eval.validation.caption={self.caption!r} must be a member's suffix, such as txt, or json:<field>",
-        )
+        _check_caption("eval.validation", self.caption)
 
     @property
     def enabled(self) -> bool:
         return self.urls is not None
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Pictures with one or several captions each (Flickr30k, COCO), each found among all by the other."""
+
+    every_steps: int = 0  # 0: at the end only
+    every_samples: int = 0  # instead of every_steps: after so many samples, counted as steps x train.global_batch
+    urls: ShardUrls | None = None  # as in data.sources.<name>.urls; null: no retrieval
+    caption: str = "txt"  # as in data.sources.<name>.caption; each line, or item of a JSON list, is a caption
+    batch: int = 256  # pictures at once, on each rank
+
+    def __post_init__(self) -> None:
+        _check_evaluation("eval.retrieval", self.every_steps, self.every_samples, batch=self.batch)
+        _check_caption("eval.retrieval", self.caption)
+
+    @property
+    def enabled(self) -> bool:
+        return self.urls is not None
+
+
+def _check_caption(key: str, caption: str | None) -> None:
+    require(
+        caption not in ("", "json:"),
+        f"{key}.caption={caption!r} must be a member's suffix, such as txt, or json:<field>",
+    )
 
 
 def _check_evaluation(key: str, every_steps: int, every_samples: int, **at_least_one: int) -> None:
@@ -279,7 +302,7 @@ def _check_evaluation(key: str, every_steps: int, every_samples: int, **at_least
         require(value >= 1, f"{key}.{name}={value} must be at least 1")
 
 
-EVALUATIONS = {"validation": Validation, "zeroshot": ZeroShot}
+EVALUATIONS = {"validation": Validation, "zeroshot": ZeroShot, "retrieval": Retrieval}
 """The kinds, as `clipscale eval` and `eval` call them; in the order in which they are made."""
 
 
@@ -291,11 +314,13 @@ class Eval:
     pixels: Literal["open_clip", "training"] = "open_clip"  # open_clip's to the digit, or as training decodes them
     zeroshot: ZeroShot = field(default_factory=ZeroShot)
     validation: Validation = field(default_factory=Validation)
+    retrieval: Retrieval = field(default_factory=Retrieval)
     zeroshot_sets: dict[str, ZeroShot] = field(default_factory=dict)  # more, each with a name, that of its scores
     validation_sets: dict[str, Validation] = field(default_factory=dict)  # as above
+    retrieval_sets: dict[str, Retrieval] = field(default_factory=dict)  # as above
 
     def __post_init__(self) -> None:
-        names = [*self.validation_sets, *self.zeroshot_sets]
+        names = [name for sets in self._sets().values() for name in sets]
         for name in names:
             require(
                 re.fullmatch(r"[^/\s]+", name) is not None and name not in (*EVALUATIONS, "seconds"),
@@ -304,16 +329,24 @@ class Eval:
             )
             require(names.count(name) == 1, f"eval: {name!r} is the name of two sets; rename one of them")
 
-    def evaluations(self) -> dict[str, ZeroShot | Validation]:
+    def evaluations(self) -> dict[str, ZeroShot | Validation | Retrieval]:
         """All that are asked for, by name, in the order in which they are made."""
-        named = {"validation": self.validation, "zeroshot": self.zeroshot, **self.validation_sets, **self.zeroshot_sets}
-        return {name: settings for name, settings in named.items() if settings.enabled}
+        named = {"validation": self.validation, "zeroshot": self.zeroshot, "retrieval": self.retrieval}
+        named |= {name: its for sets in self._sets().values() for name, its in sets.items()}
+        return {name: its for name, its in named.items() if its.enabled}
 
     def key(self, name: str) -> str:
         """Where the settings of an evaluation stand: 'eval.zeroshot', 'eval.zeroshot_sets.imagenet_v2'."""
         if name in EVALUATIONS:
             return f"eval.{name}"
-        return f"eval.{'zeroshot' if name in self.zeroshot_sets else 'validation'}_sets.{name}"
+        return next(f"eval.{kind}_sets.{name}" for kind, sets in self._sets().items() if name in sets)
+
+    def _sets(self) -> dict[str, dict[str, Any]]:
+        return {
+            "validation": self.validation_sets,
+            "zeroshot": self.zeroshot_sets,
+            "retrieval": self.retrieval_sets,
+        }
 
 
 @dataclass(frozen=True)
@@ -342,11 +375,14 @@ class Config:
         for key, value in flat(dataclasses.asdict(self)).items():
             require(not isinstance(value, float) or math.isfinite(value), f"{key}={value} must be a finite number")
 
-    def held_out(self, validation: Validation) -> SourceSettings:
-        """The shards of a validation, with its own caption or the rule of the sources that are trained on."""
+    def held_out(self, its: Validation | Retrieval) -> SourceSettings:
+        """The shards of an evaluation. A validation has its own caption or the rule of the sources that are trained on;
+        a retrieval takes all captions of a picture."""
+        if isinstance(its, Retrieval):
+            return SourceSettings(its.urls, caption=its.caption, captions="whole")
         rules = {(source.caption, source.captions) for source in self.data.sources.values() if source.weight > 0}
         caption, captions = rules.pop() if len(rules) == 1 else ("txt", "whole")
-        return SourceSettings(validation.urls, caption=validation.caption or caption, captions=captions)
+        return SourceSettings(its.urls, caption=its.caption or caption, captions=captions)
 
     @property
     def warmup_samples(self) -> int:

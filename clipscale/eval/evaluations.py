@@ -19,12 +19,13 @@ from typing import Protocol
 
 import torch
 
-from clipscale.config import Config, Validation, ZeroShot
+from clipscale.config import Config, Retrieval, Validation, ZeroShot
 from clipscale.data.source import open_source
 from clipscale.data.tokenize import Tokenize
 from clipscale.dist import World
 from clipscale.eval.mode import evaluating
 from clipscale.eval.pictures import EvalPictures, ShardPictures, batches
+from clipscale.eval.retrieval import RECALLS, evaluate_retrieval
 from clipscale.eval.validation import evaluate_validation
 from clipscale.eval.view import View
 from clipscale.eval.zeroshot import check_task, evaluate_zeroshot, load_task
@@ -75,7 +76,8 @@ class Evaluation(Protocol):
 def open_evaluation(name: str, setup: Setup) -> Evaluation:
     """Raises UserError for shards, class names or templates that cannot be used."""
     settings = setup.config.eval.evaluations()[name]
-    return (_ZeroShot if isinstance(settings, ZeroShot) else _Validation)(name, settings, setup)
+    kind = {ZeroShot: _ZeroShot, Validation: _Validation, Retrieval: _Retrieval}[type(settings)]
+    return kind(name, settings, setup)
 
 
 class _ZeroShot:
@@ -155,5 +157,41 @@ class _Validation:
             "pairs": result.pairs,
             "batch": result.batch,
             "repeated_captions": result.repeated_captions,
+            "bad_pictures": result.bad,
+        }
+
+
+class _Retrieval:
+    def __init__(self, name: str, settings: Retrieval, setup: Setup) -> None:
+        self._settings, self._setup = settings, setup
+        config = setup.config
+        self._source = open_source(name, config.held_out(settings), config.data, need="pairs", findings=True)
+
+    def check(self) -> str:
+        return ""
+
+    def try_out(self) -> None:
+        self._setup.try_picture(ShardPictures(self._source))
+
+    def run(self) -> dict[str, float]:
+        setup = self._setup
+        result = evaluate_retrieval(
+            setup.towers,
+            self._source,
+            setup.tokenize,
+            setup.world,
+            batch=self._settings.batch,
+            text_chunk=setup.chunks[1],
+            view=setup.view,
+            threads=setup.config.data.threads,
+            walk=setup.walk,
+        )
+        directions = {"image_to_text": result.image_to_text, "text_to_image": result.text_to_image}
+        return {
+            **{f"{way}_r{k}": found.recall[k] for way, found in directions.items() for k in RECALLS},
+            **{f"{way}_median_rank": found.median_rank for way, found in directions.items()},
+            "pictures": result.pictures,
+            "captions": result.captions,
+            "passed_over": self._source.refused().total(),
             "bad_pictures": result.bad,
         }

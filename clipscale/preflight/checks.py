@@ -41,12 +41,14 @@ from clipscale.weights.target import find_target
 JUDGED_BY = {
     "validation": ("loss", "image_accuracy", "text_accuracy"),
     "zeroshot": ("top1", "top5", "mean_per_class_recall"),
+    "retrieval": tuple(f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)),
 }
 """Scores that tell a better checkpoint from a worse one."""
 _NOTHING_TO_DO = {
     "validation": "no pairs to evaluate: add eval.validation.urls=...",
     "zeroshot": "no pictures to classify: add eval.zeroshot.urls=... (or eval.zeroshot.folder=...), "
     "eval.zeroshot.classnames=... and eval.zeroshot.templates=...",
+    "retrieval": "no pairs to retrieve: add eval.retrieval.urls=...",
 }
 
 

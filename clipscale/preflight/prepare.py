@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from clipscale.config import Config, Validation
+from clipscale.config import Config, ZeroShot
 from clipscale.config.data import SourceSettings
 from clipscale.data.pipeline import check_layout
 from clipscale.data.shapes.make import make_shapes
@@ -44,7 +44,7 @@ def prepare_files(config: Config, recorded: dict[str, Any] | None) -> list[str]:
     if recorded is None:
         check_layout(opened, data, seed=config.seed, global_batch=config.train.global_batch)
     for name, its in config.eval.evaluations().items():
-        if isinstance(its, Validation):
+        if not isinstance(its, ZeroShot):
             opened.append(open_source(name, config.held_out(its), data, need="pairs", track=track))
         elif its.urls is not None:
             opened.append(open_source(name, SourceSettings(its.urls), data, need="labelled", track=track))

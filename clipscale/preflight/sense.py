@@ -79,6 +79,7 @@ def _unused(config: Config) -> Iterator[str]:
     for kind, is_on, pictures in (
         ("zeroshot", evaluation.zeroshot.enabled, "urls or eval.zeroshot.folder"),
         ("validation", evaluation.validation.enabled, "urls"),
+        ("retrieval", evaluation.retrieval.enabled, "urls"),
     ):
         every = getattr(evaluation, kind).every_steps
         if every and not is_on:
