@@ -259,7 +259,7 @@ def test_the_card_tells_of_the_training(tmp_path):
     save_run(tmp_path / "run", NAMED)
     rows = [
         {"step": 2, "zeroshot/top1": 0.25},
-        {"step": 4, "zeroshot/top1": 0.5, "loss": 1.0},
+        {"step": 4, "zeroshot/top1": 0.5, "cifar/pictures": 1200, "cifar/top5": None, "seconds/loss": 1.0},
         {"step": 6, "zeroshot/top1": 0.75},
     ]
     append_rows(tmp_path / "run/metrics.jsonl", rows)
@@ -271,7 +271,7 @@ def test_the_card_tells_of_the_training(tmp_path):
         "| samples seen | 32 |",
         "| data | mine (weight 1) |",
         "| global batch | 4,096 |",
-        "| zeroshot/top1 (step 4) | 0.5000 |",
+        "| zeroshot/top1 (step 4) | 0.5000 |\n| cifar/pictures (step 4) | 1,200 |\n",
         "| pictures | 16 x 16 |",
         'open_clip.create_model_and_transforms("local-dir:<this folder>")',
     ):

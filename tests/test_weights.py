@@ -22,6 +22,7 @@ from clipscale.dist import World
 from clipscale.errors import UserError
 from clipscale.files import read_rows
 from clipscale.open_clip_files import pretrained_tags
+from clipscale.preflight.checks import check_training
 from clipscale.telemetry.parts import Parts
 from clipscale.towers import Tower, Towers, build_towers
 from clipscale.training.learner import Learner
@@ -303,6 +304,10 @@ def test_a_run_begins_with_the_weights_of_another_and_resumes_without_it(urls, t
     after = rows(tmp_path)
     assert [(row["step"], row["lr"]) for row in after] == [(row["step"], row["lr"]) for row in before]
     assert after[0]["loss"] < before[-1]["loss"] < before[0]["loss"]
+    notes = check_training(
+        tiny_config(tmp_path, urls, *words, f"run.dir={tmp_path / 'other'}", f"resume={first}", "train.samples=48")
+    )
+    assert f"warning: model.init={first} is not used: resume={first} has weights" in notes
     shutil.rmtree(first)
     assert train(tiny_config(tmp_path, urls, *words, "train.samples=40"))[0].startswith("trained 1 step")
     with pytest.raises(UserError, match=r"^model\.init: no weights: '.*first' is no file and no folder$"):

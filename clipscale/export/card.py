@@ -123,16 +123,20 @@ def _training(config: Config, state: dict[str, Any]) -> dict[str, Any]:
 
 def _scores(checkpoint: Path, step: int) -> dict[str, Any]:
     """The newest of each evaluation, up to this step, by the run's own rows."""
+    run = checkpoint.parent if checkpoint.name == "best" else checkpoint.parent.parent
     scores = {}
-    for row in read_rows(checkpoint.parent.parent / "metrics.jsonl"):
+    for row in read_rows(run / "metrics.jsonl"):
         if row.get("step", step + 1) <= step:
-            scores |= {f"{name} (step {row['step']})": value for name, value in row.items() if _is_score(name)}
-    newest = {name.partition(" ")[0]: name for name in scores}
-    return {name: f"{scores[name]:.4f}" for name in newest.values()}
+            scores |= {name: (value, row["step"]) for name, value in row.items() if _is_score(name, value)}
+    return {
+        f"{name} (step {at:,})": f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
+        for name, (value, at) in scores.items()
+    }
 
 
-def _is_score(name: str) -> bool:
-    return name.startswith(("zeroshot", "validation", "retrieval")) and not name.endswith("/failed")
+def _is_score(name: str, value: Any) -> bool:
+    other = name.startswith("seconds/") or name.endswith("/failed") or "/" not in name
+    return not other and isinstance(value, int | float)
 
 
 def _table(rows: dict[str, Any]) -> str:

@@ -77,6 +77,8 @@ def check_training(config: Config) -> list[str]:
             start = find_start(config.run.dir, config.resume, samples=config.train.samples)
             if start.kind == "new" and config.model.init is not None:
                 _check_weights(config.model)
+            if start.kind == "other" and config.model.init is not None:
+                notes.append(f"warning: model.init={config.model.init} is not used: resume={config.resume} has weights")
         saved = saved_state(config.run.dir, config.resume)
         if saved.get("position", 0) >= config.train.samples:
             return notes  # complete: nothing will be read
