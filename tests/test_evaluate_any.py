@@ -91,11 +91,16 @@ def test_another_size_at_evaluation_is_open_clips_resized_load(place, words, tol
 
 def test_what_cannot_be_evaluated_is_one_line(place, words, capsys):
     (place / "empty").mkdir(exist_ok=True)
+    vision, text = SETTINGS["vision_cfg"] | {"width": 48}, SETTINGS["text_cfg"]
+    wider = [f"model.vision={json.dumps(vision)}", f"model.text={json.dumps(text)}", "model.embed_dim=16"]
     for given, said in (
         ([str(place / "nowhere")], "is no file and no folder"),
         ([str(place / "empty")], "is neither a checkpoint nor the folder of a run with checkpoints"),
         ([str(place / "epoch.pt")], "no model: set model.name"),
-        ([str(place / "epoch.pt"), "model.name=ViT-B-32"], "the weights do not fit the model"),
+        (
+            [str(place / "epoch.pt"), *wider],
+            "the weights do not fit the model: of another shape: visual.class_embedding",
+        ),
         (["ViT-B-32:opnai"], "no tag of ViT-B-32; did you mean openai?"),
         (["ViT-B-3:openai"], "is no file and no folder"),
     ):
