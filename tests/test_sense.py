@@ -54,6 +54,7 @@ PAIRS = [
         "model.quick_gelu=True is not used: model.name='ViT-B-32' brings",
     ),
     (["eval.zeroshot.every_steps=5"], "eval.zeroshot.every_steps=5 without eval.zeroshot.urls or eval.zeroshot.folder"),
+    (["eval.retrieval.every_samples=800"], "eval.retrieval.every_samples=800 without eval.retrieval.urls: nothing is"),
     (["eval.validation.every_steps=5"], "eval.validation.every_steps=5 without eval.validation.urls: nothing is"),
     (
         ["eval.validation.urls=x.tar", "eval.validation.samples=100"],

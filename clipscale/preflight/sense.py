@@ -81,9 +81,10 @@ def _unused(config: Config) -> Iterator[str]:
         ("validation", evaluation.validation.enabled, "urls"),
         ("retrieval", evaluation.retrieval.enabled, "urls"),
     ):
-        every = getattr(evaluation, kind).every_steps
-        if every and not is_on:
-            yield f"eval.{kind}.every_steps={every} without eval.{kind}.{pictures}: nothing is evaluated"
+        for setting in ("every_steps", "every_samples"):
+            every = getattr(getattr(evaluation, kind), setting)
+            if every and not is_on:
+                yield f"eval.{kind}.{setting}={every} without eval.{kind}.{pictures}: nothing is evaluated"
 
 
 def _evaluations(config: Config) -> Iterator[str]:
