@@ -20,6 +20,7 @@ examples:
   clipscale eval zeroshot runs/b32/checkpoints/step-000010000 eval.zeroshot.folder=imagenet/val --json b32.json
   clipscale eval zeroshot runs/b32 eval.zeroshot.urls='cifar/test-*.tar' \\
       eval.zeroshot.classnames=cifar/classnames.txt eval.zeroshot.templates=configs/templates/photo.txt
+  clipscale eval zeroshot runs/b32 eval.zeroshot.wds=sets/wds_cars
   clipscale eval zeroshot runs/b32 eval.zeroshot_sets.v2.folder=imagenetv2 eval.zeroshot_sets.r.folder=imagenet-r
   clipscale eval retrieval runs/b32 eval.retrieval.urls='flickr30k/test/*.tar' --json flickr.json
   clipscale eval zeroshot ViT-B-32:laion2b_s34b_b79k eval.zeroshot.folder=imagenet/val
@@ -87,7 +88,7 @@ def benchmark_form(kind: str, name: str, scores: dict[str, float], config: Confi
     its = config.eval.evaluations()[name]
     files = its.urls
     if isinstance(its, ZeroShot):
-        files = its.folder or its.urls
+        files = its.folder or its.urls or its.wds
         metrics = {
             "acc1": scores[f"{name}/top1"],
             "acc5": scores[f"{name}/top5"] if scores[f"{name}/classes"] >= 5 else None,

@@ -217,28 +217,26 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class ZeroShot:
-    """Labelled pictures (shards with .cls, or an ImageFolder tree), class names and templates."""
+    """Labelled pictures (shards with .cls, an ImageFolder tree or a wds set), class names and templates."""
 
     every_steps: int = 0  # 0: at the end only
     every_samples: int = 0  # instead of every_steps: after so many samples, counted as steps x train.global_batch
     urls: ShardUrls | None = None  # shards with .cls members: as in data.sources.<name>.urls
     folder: LocalPath | None = None  # an ImageFolder tree instead: a folder a class
-    classnames: LocalFile | None = (
-        None  # 'imagenet', or a text file, line i: label i; null: folders' names, or imagenet
-    )
-    templates: LocalFile = "imagenet"  # 'imagenet', or a text file with one template a line: '{}' = class name
+    wds: ShardUrls | None = None  # or a set as CLIP_benchmark has it: a folder or URL with test/*.tar and its names
+    classnames: LocalFile | None = None  # imagenet, or a text file, line i: label i; null: the set's or folders' names
+    templates: LocalFile | None = None  # imagenet, or a text file, one a line: '{}' = class name; null: the set's own
     batch: int = 256  # pictures at once, on each rank
 
     def __post_init__(self) -> None:
         _check_evaluation("eval.zeroshot", self.every_steps, self.every_samples, batch=self.batch)
-        require(
-            self.urls is None or self.folder is None,
-            "eval.zeroshot.urls and eval.zeroshot.folder are both set; set one of them to null",
-        )
+        given = [name for name in ("urls", "folder", "wds") if getattr(self, name) is not None]
+        both = " and ".join(f"eval.zeroshot.{name}" for name in given)
+        require(len(given) < 2, f"{both} are both set; set one of them to null")
 
     @property
     def enabled(self) -> bool:
-        return self.urls is not None or self.folder is not None
+        return (self.urls, self.folder, self.wds) != (None, None, None)
 
 
 @dataclass(frozen=True)

@@ -38,18 +38,22 @@ class Classes:
     note: str = ""  # what to tell of how they were brought together
 
 
-def find_classes(config: ZeroShot, key: str = KEY) -> Classes:
-    """The names, and for a tree the label of each class folder. `key`: where the settings stand, for messages.
+def find_classes(config: ZeroShot, key: str = KEY, own: list[str] | None = None) -> Classes:
+    """The names, and for a tree the label of each class folder.
+
+    Args:
+        key: where the settings stand, for messages.
+        own: names that come with the shards.
 
     Folders that are numbers are labels. Others go by their names where those are class names, and else by their order,
     which is told. Without `classnames` a tree's folders are the names (ImageNet's, for its 1,000 folders), and shards
-    have ImageNet's.
+    have their own or ImageNet's.
 
     Raises:
         UserError: a names file that is missing, empty or has a gap; folders and names that contradict each other.
     """
     if config.folder is None:
-        return Classes(_names(config.classnames or IMAGENET, key))
+        return Classes(own if own and config.classnames is None else _names(config.classnames or IMAGENET, key))
     folders = class_folders(config.folder, key)
     require(bool(folders), f"{key}.folder {config.folder!r} has no class folders")
     if config.classnames is None:
@@ -59,11 +63,15 @@ def find_classes(config: ZeroShot, key: str = KEY) -> Classes:
     return Classes(names, *_labels(config, folders, names, key))
 
 
-def class_templates(config: ZeroShot, key: str = KEY) -> list[str]:
-    """Raises UserError for a file that is missing, empty or has a gap, or a template that does not hold '{}' once."""
-    if config.templates == IMAGENET:
+def class_templates(config: ZeroShot, key: str = KEY, own: list[str] | None = None) -> list[str]:
+    """`own`: those that come with the shards, used where the settings have none.
+
+    Raises:
+        UserError: a file that is missing, empty or has a gap, or a template that does not hold '{}' once.
+    """
+    if config.templates == IMAGENET or (config.templates is None and own is None):
         return imagenet_templates()
-    templates = _lines(config.templates, f"{key}.templates")
+    templates = own if config.templates is None else _lines(config.templates, f"{key}.templates")
     odd = [template for template in templates if template.count("{}") != 1]
     require(not odd, f"{key}.templates: {odd[:1]} must hold '{{}}' once, where the class name goes")
     return templates

@@ -26,6 +26,7 @@ from clipscale.eval.classes import check_labels, checked_label, class_templates,
 from clipscale.eval.mode import evaluating
 from clipscale.eval.pictures import EvalPictures, FolderPictures, ShardPictures, batches
 from clipscale.eval.view import View
+from clipscale.eval.wds import labelled_shards
 from clipscale.towers import Towers
 from clipscale.words import counted
 
@@ -65,14 +66,14 @@ def load_task(config: ZeroShot, data: Data, *, name: str = "zeroshot", key: str 
     Raises:
         UserError: a file that is missing or empty, or shards without labels.
     """
-    classes, templates = find_classes(config, key), class_templates(config, key)
+    shards = labelled_shards(config, data, key)
+    classes, templates = find_classes(config, key, shards.names), class_templates(config, key, shards.templates)
     if config.folder is not None:
-        return ZeroShotTask(
-            FolderPictures(config.folder, classes.labels, key), classes.names, templates, key, classes.note
-        )
-    require(config.urls is not None, f"{key} needs pictures: set {key}.urls or {key}.folder")
-    source = open_source(name, SourceSettings(config.urls), data, need="labelled", findings=True)
-    return ZeroShotTask(ShardPictures(source), classes.names, templates, key)
+        pictures = FolderPictures(config.folder, classes.labels, key)
+        return ZeroShotTask(pictures, classes.names, templates, key, classes.note)
+    require(shards.urls is not None, f"{key} needs pictures: set {key}.urls or {key}.folder, or {key}.wds")
+    source = open_source(name, SourceSettings(shards.urls), data, need="labelled", findings=True)
+    return ZeroShotTask(ShardPictures(source), classes.names, templates, key, shards.replaced(config, key))
 
 
 def check_task(task: ZeroShotTask) -> str:
@@ -86,7 +87,8 @@ def check_task(task: ZeroShotTask) -> str:
     pictures = task.pictures
     if isinstance(pictures, FolderPictures):
         return "; ".join(filter(None, [task.note, _empty_classes(pictures.empty, len(task.classnames))]))
-    return "" if pictures.source.remote else check_labels(pictures.notes(), len(task.classnames), task.key)
+    odd = "" if pictures.source.remote else check_labels(pictures.notes(), len(task.classnames), task.key)
+    return "; ".join(filter(None, [task.note, odd]))
 
 
 @torch.no_grad()

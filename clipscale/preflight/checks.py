@@ -31,6 +31,7 @@ from clipscale.data.shard.uids import UidList
 from clipscale.deterministic import prepare_cublas
 from clipscale.errors import UserError, require
 from clipscale.eval.classes import class_templates, find_classes
+from clipscale.eval.wds import labelled_shards
 from clipscale.launch import check_ranks, launched, told_once
 from clipscale.open_clip_files import check_model
 from clipscale.preflight.prepare import prepare_files
@@ -46,8 +47,8 @@ JUDGED_BY = {
 """Scores that tell a better checkpoint from a worse one."""
 _NOTHING_TO_DO = {
     "validation": "no pairs to evaluate: add eval.validation.urls=...",
-    "zeroshot": "no pictures to classify: add eval.zeroshot.urls=... (or eval.zeroshot.folder=...), "
-    "eval.zeroshot.classnames=... and eval.zeroshot.templates=...",
+    "zeroshot": "no pictures to classify: add eval.zeroshot.wds=... (a set as CLIP_benchmark has it), or "
+    "eval.zeroshot.urls=... (or eval.zeroshot.folder=...) with eval.zeroshot.classnames=... and .templates=...",
     "retrieval": "no pairs to retrieve: add eval.retrieval.urls=...",
 }
 
@@ -177,13 +178,16 @@ def _check_source(source: SourceSettings, config: Config) -> None:
 
 def _check_evaluation(name: str, config: Config, data: Data) -> None:
     its, key = config.eval.evaluations()[name], config.eval.key(name)
+    urls = its.urls
     if isinstance(its, ZeroShot):
+        shards = labelled_shards(its, data, key)
+        urls = shards.urls
         if not _drawn(its.classnames or "", data):
-            find_classes(its, key)
-        if not _drawn(its.templates, data):
-            class_templates(its, key)
-    if its.urls is not None:
-        _expand(its.urls, data)
+            find_classes(its, key, shards.names)
+        if not _drawn(its.templates or "", data):
+            class_templates(its, key, shards.templates)
+    if urls is not None:
+        _expand(urls, data)
 
 
 def _check_best(config: Config) -> None:

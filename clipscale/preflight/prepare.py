@@ -14,6 +14,7 @@ from clipscale.config.data import SourceSettings
 from clipscale.data.pipeline import check_layout
 from clipscale.data.shapes.make import make_shapes
 from clipscale.data.source import open_source
+from clipscale.eval.wds import labelled_shards
 from clipscale.progress import progress_bar, track
 
 
@@ -46,6 +47,6 @@ def prepare_files(config: Config, recorded: dict[str, Any] | None) -> list[str]:
     for name, its in config.eval.evaluations().items():
         if not isinstance(its, ZeroShot):
             opened.append(open_source(name, config.held_out(its), data, need="pairs", track=track))
-        elif its.urls is not None:
-            opened.append(open_source(name, SourceSettings(its.urls), data, need="labelled", track=track))
+        elif urls := labelled_shards(its, data, config.eval.key(name)).urls:
+            opened.append(open_source(name, SourceSettings(urls), data, need="labelled", track=track))
     return [line for source in opened for line in source.changes()]
