@@ -26,10 +26,12 @@ from shards import write_pairs
 
 from clipscale.checkpoint.tree import read_tree
 from clipscale.config.load import load_config
+from clipscale.training import trainer as trainer_module
 from clipscale.training.learner import Learner
 from clipscale.training.saver import Saver
 from clipscale.training.trainer import Trainer, train
 
+trainer_module._STEPS_OF_A_PICTURE = 1000  # drawing one takes a third of a training's time
 KILLS_ONLY = "--kills-only"
 LIMIT_BYTES = 1_000_000  # of a file
 RUNNING: set[Trainer] = set()  # of this process

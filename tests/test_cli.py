@@ -264,7 +264,7 @@ def test_eval_zeroshot_takes_other_pictures(trained, place, capsys):
     assert main(["eval", "zeroshot", str(trained), *same]) == 0
     assert f"zeroshot/top1 {rows(trained)[-1]['zeroshot/top1']:.4f}" in capsys.readouterr().out
     assert main(["eval", "zeroshot", str(trained), "eval.zeroshot.urls=null"]) == 2
-    assert "no pictures to classify: add eval.zeroshot.urls=" in capsys.readouterr().err
+    assert "no pictures to classify: add eval.zeroshot.wds=" in capsys.readouterr().err
     assert main(["eval", "zeroshot", str(trained), "train.lrr=3"]) == 2
     assert capsys.readouterr().err.startswith("clipscale: error: train.lrr=3: unknown key")
     assert main(["eval", "zeroshot", str(place)]) == 2

@@ -177,7 +177,10 @@ def test_every_path_setting_is_expanded_and_checked(key, kind):
         assert value_of(read_word(f"{key}=s3://b/q?k=$T"), key) == "s3://b/q?k=$T"
 
 
-SECOND = ("eval.zeroshot.folder", "eval.zeroshot_sets.zeroshot_sets.folder")  # instead of urls
+SECOND = tuple(
+    f"{its}.{key}" for its in ("eval.zeroshot", "eval.zeroshot_sets.zeroshot_sets") for key in ("folder", "wds")
+)
+"""Instead of urls."""
 
 
 def test_the_resolved_config_shows_the_paths_that_are_used():
