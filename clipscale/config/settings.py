@@ -246,9 +246,7 @@ class Validation:
     every_steps: int = 0  # 0: at the end only
     every_samples: int = 0  # instead of every_steps: after so many samples, counted as steps x train.global_batch
     urls: ShardUrls | None = None  # as in data.sources.<name>.urls; null: no validation
-    caption: str | None = (
-        None  # as in data.sources.<name>.caption; null: as the sources have it if they agree, else txt
-    )
+    caption: str | None = None  # as in data.sources.<name>.caption; null: the sources', if they agree, else txt
     samples: int = 4096  # at most so many pairs of the shards, in their order
     batch: int = 1024  # pairs per loss, over all ranks: loss and accuracy depend on it
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -31,6 +31,8 @@ from clipscale.eval.view import View
 from clipscale.eval.zeroshot import check_task, evaluate_zeroshot, load_task
 from clipscale.towers import Towers
 from clipscale.words import counted
+
+_FEW_PAIRS = 1000  # of a validation: below it its scores say little without their number
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,11 @@ class Setup:
     def view(self) -> View:
         return View.of(self.config, self.towers)
 
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How each kind takes its pictures."""
+        return {"view": self.view, "threads": self.config.data.threads, "walk": self.walk}
+
     def try_picture(self, pictures: EvalPictures) -> None:
         """The first picture goes through its tower."""
         with evaluating(self.towers), torch.no_grad():
@@ -57,9 +64,6 @@ class Setup:
     def try_caption(self, caption: str) -> None:
         with evaluating(self.towers), torch.no_grad():
             self.towers.text(self.tokenize([caption]).to(self.towers.text.device))
-
-
-_FEW_PAIRS = 1000  # of a validation: below it its scores say little without their number
 
 
 class Evaluation(Protocol):
@@ -101,9 +105,7 @@ class _ZeroShot:
             setup.world,
             batch=self._settings.batch,
             text_chunk=setup.chunks[1],
-            view=setup.view,
-            threads=setup.config.data.threads,
-            walk=setup.walk,
+            **setup.reading,
         )
         return {
             "top1": result.top1,
@@ -146,9 +148,7 @@ class _Validation:
             self._settings,
             setup.config.loss,
             chunk=setup.chunks[0],
-            view=setup.view,
-            threads=setup.config.data.threads,
-            walk=setup.walk,
+            **setup.reading,
         )
         return {
             "loss": result.loss,
@@ -182,9 +182,7 @@ class _Retrieval:
             setup.world,
             batch=self._settings.batch,
             text_chunk=setup.chunks[1],
-            view=setup.view,
-            threads=setup.config.data.threads,
-            walk=setup.walk,
+            **setup.reading,
         )
         directions = {"image_to_text": result.image_to_text, "text_to_image": result.text_to_image}
         return {
