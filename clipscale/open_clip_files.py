@@ -115,11 +115,12 @@ def known_models() -> list[str]:
     return _loaded().list_models() if _loaded() is not None else [*_shipped()]
 
 
-def fields_of(kind: str) -> list[str]:
+@cache
+def fields_of(kind: str) -> tuple[str, ...]:
     """Names of the fields of open_clip's dataclass CLIPVisionCfg or CLIPTextCfg, in their order."""
     tree = ast.parse((_folder() / "model.py").read_text(encoding="utf-8"))
     (found,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == kind)
-    return [node.target.id for node in found.body if isinstance(node, ast.AnnAssign)]
+    return tuple(node.target.id for node in found.body if isinstance(node, ast.AnnAssign))
 
 
 def module_of(name: str) -> ModuleType:

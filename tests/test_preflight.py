@@ -248,7 +248,7 @@ def test_a_lock_that_was_removed_meanwhile_holds_nothing(tmp_path, monkeypatch):
 
 def test_files_say_what_open_clip_says(monkeypatch):
     for kind in (open_clip.CLIPVisionCfg, open_clip.CLIPTextCfg):
-        assert open_clip_files.fields_of(kind.__name__) == [*kind.__dataclass_fields__]
+        assert open_clip_files.fields_of(kind.__name__) == (*kind.__dataclass_fields__,)
     assert open_clip_files.imagenet_classes() == list(open_clip.IMAGENET_CLASSNAMES)
     templates = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
     assert open_clip_files.imagenet_templates() == templates

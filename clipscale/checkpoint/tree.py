@@ -134,11 +134,8 @@ def _encode(value: Any, path: tuple[str, ...], leaves: dict[str, _Leaf]) -> Any:
 
 def _share(leaves: dict[str, _Leaf]) -> dict[str, Tensor]:
     """The tensors to save, and what the nodes say: in the same memory the widest is saved, the others are views."""
-    groups: dict[int, list[str]] = defaultdict(list)
-    for name, (tensor, _) in leaves.items():
-        groups[tensor.untyped_storage()._cdata].append(name)
     saved: dict[str, Tensor] = {}
-    for names in groups.values():
+    for names in _memories(leaves):
         bases: list[str] = []
         for name in sorted(names, key=lambda name: -_nbytes(leaves[name].tensor)):
             tensor, node = leaves[name]
@@ -152,6 +149,24 @@ def _share(leaves: dict[str, _Leaf]) -> dict[str, Tensor]:
                 saved[name], found = _alone(name, tensor.clone() if met else tensor)
             node.update(found)
     return {name: saved[name] for name in leaves if name in saved}
+
+
+def _memories(leaves: dict[str, _Leaf]) -> list[list[str]]:
+    """The names, apart where no byte is shared: thousands of staged tensors lie side by side in one storage."""
+    storages: dict[int, list[str]] = defaultdict(list)
+    for name, (tensor, _) in leaves.items():
+        storages[tensor.untyped_storage()._cdata].append(name)
+    found: list[list[str]] = []
+    for names in storages.values():
+        end, last = 0, -1
+        for name in sorted(names, key=lambda name: _start(leaves[name].tensor)):
+            start = _start(leaves[name].tensor)
+            if start >= end and start != last:  # two that are empty share a place, and no byte
+                found.append([])
+            found[-1].append(name)
+            end, last = max(end, start + _nbytes(leaves[name].tensor)), start
+    places = {name: place for place, name in enumerate(leaves)}
+    return [sorted(names, key=places.__getitem__) for names in found]
 
 
 def _seen_in(tensor: Tensor, base: str, leaf: _Leaf, saved: Tensor) -> dict[str, Any] | None:
@@ -189,10 +204,14 @@ def _nbytes(tensor: Tensor) -> int:
     return _span(tensor) * tensor.element_size()
 
 
+def _start(tensor: Tensor) -> int:
+    """In bytes, in its storage."""
+    return tensor.storage_offset() * tensor.element_size()
+
+
 def _meet(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors of one memory overlap."""
-    starts = [each.storage_offset() * each.element_size() for each in (one, other)]
-    return starts[0] < starts[1] + _nbytes(other) and starts[1] < starts[0] + _nbytes(one)
+    return _start(one) < _start(other) + _nbytes(other) and _start(other) < _start(one) + _nbytes(one)
 
 
 def _is_dense(tensor: Tensor) -> bool:
