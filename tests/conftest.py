@@ -9,6 +9,7 @@ from collections.abc import Iterator
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: a second thread costs more than it brings
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for torch.use_deterministic_algorithms on a GPU
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or each of some hundred processes compiles the package anew
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="clipscale-tests-")  # never the user's; one a test process
 
 import components

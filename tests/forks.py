@@ -127,6 +127,9 @@ def _serve(wire: socket.socket) -> dict[str, Any]:
 if __name__ == "__main__":
     import loading  # noqa: F401 (torch, open_clip, and most of the package)
 
+    from clipscale.data.tokenize import build_tokenizer
+
+    build_tokenizer(None, 8)
     request = _serve(socket.socket(fileno=int(sys.argv[1])))
     sys.argv = ["-c", *request["arguments"]]
     exec(compile(request["code"], "<forked>", "exec"), {"__name__": "__main__"})

@@ -1,8 +1,9 @@
 """Trainings in forked children that are SIGKILLed mid-step and resumed; run by test_resume.py as a process of its own.
 
-    python resume_harness.py FOLDER 1 2 5    # kills at these steps; prints one JSON object: what each experiment found
-    python resume_harness.py FOLDER staged@4 # in the save of step 4, once it is staged and training has gone on
-    python resume_harness.py FOLDER 3 --kills-only    # and nothing else: no mirror, no other ranks, no full disk
+    python resume_harness.py FOLDER 20 1 2 5    # a run of 20 steps, killed at these; prints one JSON object: what each
+                                                # experiment found
+    python resume_harness.py FOLDER 20 staged@4 # in the save of step 4, once it is staged and training has gone on
+    python resume_harness.py FOLDER 20 3 --kills-only    # and nothing else: no mirror, no other ranks, no full disk
 
 Forking after the imports makes a training cost a second instead of eight; it is safe because this process never
 computes anything itself.
@@ -19,6 +20,7 @@ import socket
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from loading import keys_of
@@ -26,6 +28,7 @@ from shards import write_pairs
 
 from clipscale.checkpoint.tree import read_tree
 from clipscale.config.load import load_config
+from clipscale.data.tokenize import build_tokenizer
 from clipscale.training import trainer as trainer_module
 from clipscale.training.learner import Learner
 from clipscale.training.saver import Saver
@@ -36,16 +39,16 @@ KILLS_ONLY = "--kills-only"
 LIMIT_BYTES = 1_000_000  # of a file
 RUNNING: set[Trainer] = set()  # of this process
 OF_THE_FOLDER = ("losses", "grad_norms", "steps", "skipped")  # what is lost with a run's folder
-STEPS, BATCH, SAMPLES = 20, 8, 40  # 4 epochs
+BATCH, EPOCHS, SHARDS = 8, 4, 5
 CONFIG = """
 run: {{dir: {run}, log_every_steps: 1}}
 seed: 5
 model:
   embed_dim: 16
   vision: {{image_size: 16, patch_size: 4, width: 32, layers: 1, head_width: 16, patch_dropout: {dropout}}}
-  text: {{context_length: 12, width: 32, heads: 2, layers: 1}}
+  text: {{context_length: 12, width: 8, heads: 2, layers: 1}}
 data: {{sources: {{s: {{urls: "{urls}"}}}}, threads: 3, loader: inline, max_bad_fraction: 0.5}}
-train: {{global_batch: 8, samples: 160}}
+train: {{global_batch: 8, samples: {samples}}}
 optim: {{lr: 1.0e-2, warmup_steps: 3, kind: {kind}}}
 gradcache: {{image_chunk: 3, text_chunk: 5, keep_bytes: 240_000}}  # of the three chunks of pictures two are kept
 checkpoint: {{every_steps: 2, mirror: {mirror}, on_error: {on_error}, background: {background}}}
@@ -155,7 +158,7 @@ def run(
 def outcome(config_path: Path) -> dict:
     """Everything that must not depend on interruptions."""
     folder = config_path.parent / "run"
-    checkpoint = folder / "checkpoints" / f"step-{STEPS:09}"
+    checkpoint = max((folder / "checkpoints").iterdir())
     # Mapped: a copy would start torch's threads, and this process forks.
     tensors = read_tree(checkpoint / "model.safetensors", mapped=True)
     optimizer = read_tree(checkpoint / "optimizer.safetensors", mapped=True)
@@ -189,7 +192,12 @@ def bitwise_equal(a, b) -> bool:
     return a == b
 
 
-def setup(folder: Path, urls: str, **changes) -> Path:
+class Data(NamedTuple):
+    urls: str
+    steps: int
+
+
+def setup(folder: Path, data: Data, **changes) -> Path:
     folder.mkdir()
     settings = {
         "dropout": 0.3,
@@ -197,7 +205,8 @@ def setup(folder: Path, urls: str, **changes) -> Path:
         "on_error": "stop",
         "background": "true",
         "run": folder / "run",
-        "urls": urls,
+        "urls": data.urls,
+        "samples": BATCH * data.steps,
         "mirror": "null",
     } | changes
     path = folder / "config.yaml"
@@ -205,11 +214,11 @@ def setup(folder: Path, urls: str, **changes) -> Path:
     return path
 
 
-def full_disk(folder: Path, urls: str, wanted: dict, settings: dict) -> dict:
+def full_disk(folder: Path, data: Data, wanted: dict, settings: dict) -> dict:
     """Two ranks, of which the first cannot write the checkpoints of steps 4 and 6: told and gone on, or stopped."""
     found = {}
     for policy, code in (("report", 0), ("stop", 1)):
-        config = setup(folder / f"full-{policy}", urls, on_error=policy, background="false", **settings)
+        config = setup(folder / f"full-{policy}", data, on_error=policy, background="false", **settings)
         run(config, world=2, full=(3, 8), code=code)
         log = config.with_name("log").read_text()
         faults = [json.loads(line) for line in (config.parent / "run" / "faults.jsonl").read_text().splitlines()]
@@ -229,30 +238,32 @@ def full_disk(folder: Path, urls: str, wanted: dict, settings: dict) -> dict:
     return found
 
 
-def main(folder: Path, kills: list[int | str], *, kills_only: bool) -> None:
-    urls = write_pairs(folder / "data", shards=5, per_shard=SAMPLES // 5, size=20, broken={11})
-    twin = setup(folder / "twin", urls)
+def main(folder: Path, steps: int, kills: list[int | str], *, kills_only: bool) -> None:
+    build_tokenizer(None, 8)  # for all children, of any length
+    per_shard = BATCH * steps // EPOCHS // SHARDS
+    data = Data(write_pairs(folder / "data", shards=SHARDS, per_shard=per_shard, size=20, broken={11}), steps)
+    twin = setup(folder / "twin", data)
     run(twin)
     wanted = outcome(twin)
-    report = {"same_world": {kill_at: killed(folder, urls, wanted, kill_at) for kill_at in kills}}
+    report = {"same_world": {kill_at: killed(folder, data, wanted, kill_at) for kill_at in kills}}
     if not kills_only:
         report["masked"], report["steps"], report["keys"] = wanted["masked"], wanted["steps"], len(wanted["slots"])
         report["distinct_keys"] = len({key for step in wanted["slots"].values() for key in step.values()})
-        report |= from_the_mirror(folder, urls, wanted) | with_plain_sgd(folder, urls)
+        report |= from_the_mirror(folder, data, wanted) | with_plain_sgd(folder, data)
     print(json.dumps(report))
 
 
-def killed(folder: Path, urls: str, wanted: dict, kill_at: int | str) -> dict:
-    config = setup(folder / f"kill-{kill_at}", urls)
+def killed(folder: Path, data: Data, wanted: dict, kill_at: int | str) -> dict:
+    config = setup(folder / f"kill-{kill_at}", data)
     run(config, kill_at=kill_at)
     run(config)
     found = outcome(config)
     return {key: bitwise_equal(found[key], wanted[key]) for key in wanted}
 
 
-def from_the_mirror(folder: Path, urls: str, wanted: dict) -> dict:
-    mirrored = setup(folder / "mirrored", urls, mirror=(folder / "mirrored" / "mirror").as_uri())
-    run(mirrored, kill_at=13)
+def from_the_mirror(folder: Path, data: Data, wanted: dict) -> dict:
+    mirrored = setup(folder / "mirrored", data, mirror=(folder / "mirrored" / "mirror").as_uri())
+    run(mirrored, kill_at=7)
     shutil.rmtree(mirrored.parent / "run")
     run(mirrored)
     found = outcome(mirrored)
@@ -262,14 +273,14 @@ def from_the_mirror(folder: Path, urls: str, wanted: dict) -> dict:
     }
 
 
-def with_plain_sgd(folder: Path, urls: str) -> dict:
+def with_plain_sgd(folder: Path, data: Data) -> dict:
     """What is equal to rounding only: other numbers of ranks, a full disk; and a run that must not be equal."""
     plain = {"kind": "sgd"}  # patches are dropped by position, on any ranks
-    steady = setup(folder / "steady", urls, **plain)
+    steady = setup(folder / "steady", data, **plain)
     run(steady)
     wanted, other_world = outcome(steady), {}
     for name, before, after in (("1 to 2", 1, 2), ("2 to 1", 2, 1)):
-        config = setup(folder / name.replace(" ", "-"), urls, **plain)
+        config = setup(folder / name.replace(" ", "-"), data, **plain)
         run(config, world=before, kill_at=7)
         run(config, world=after)
         found = outcome(config)
@@ -278,7 +289,7 @@ def with_plain_sgd(folder: Path, urls: str) -> dict:
             "loss_error": max(abs(a - b) for a, b in zip(found["losses"], wanted["losses"], strict=True)),
             "masked": found["masked"] == wanted["masked"],
         }
-    other = setup(folder / "other-seed", urls, **plain)
+    other = setup(folder / "other-seed", data, **plain)
     other.write_text(other.read_text().replace("seed: 5", "seed: 6"))
     run(other)
     found = outcome(other)
@@ -286,11 +297,11 @@ def with_plain_sgd(folder: Path, urls: str) -> dict:
         "same_samples": found["slots"] == wanted["slots"],
         "same_tensors": bitwise_equal(found["tensors"], wanted["tensors"]),
     }
-    disk = full_disk(folder, urls, wanted, plain)
+    disk = full_disk(folder, data, wanted, plain)
     return {"other_world": other_world, "control": control, "full_disk": disk}
 
 
 if __name__ == "__main__":
-    words = sys.argv[2:]
+    folder, steps, *words = sys.argv[1:]
     numbers = [int(word) if word.isdigit() else word for word in words if word != KILLS_ONLY]
-    main(Path(sys.argv[1]), numbers, kills_only=KILLS_ONLY in words)
+    main(Path(folder), int(steps), numbers, kills_only=KILLS_ONLY in words)

@@ -54,6 +54,7 @@ def result(small, tmp_path_factory):
     return folder, words, printed_by(words)
 
 
+@pytest.mark.slow
 def test_json_has_every_number_and_what_made_it(result):
     folder, words, _ = result
     document = json.loads((folder / "small.json").read_text())
@@ -89,12 +90,14 @@ def test_json_has_every_number_and_what_made_it(result):
     )
 
 
+@pytest.mark.slow
 def test_nothing_is_left_but_the_shards_of_the_next_run(result):
     folder, *_ = result
     left = {path.name for path in (folder / "cache" / "bench").iterdir()}
     assert left == {"photos-64-v1", "tiny-200-v1"}
 
 
+@pytest.mark.slow
 def test_tables_are_the_same_on_the_terminal_and_in_markdown(result):
     folder, words, printed = result
     text = (folder / "small.md").read_text()
@@ -116,6 +119,7 @@ def test_tables_are_the_same_on_the_terminal_and_in_markdown(result):
     assert cores.rows[1][3:] == [f"{3000 / rate:.1f}", f"{6000 / rate:.1f}"]
 
 
+@pytest.mark.slow
 def test_picture_is_redrawn(result, tmp_path, capsys):
     folder, *_ = result
     (tmp_path / "small.json").write_bytes((folder / "small.json").read_bytes())

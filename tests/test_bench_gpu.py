@@ -227,6 +227,7 @@ def test_the_pieces_of_the_loss():
     assert whole["of matmul"] == pytest.approx(whole["TFLOP/s"] / (rows[0]["TFLOP/s"] / rows[0]["of matmul"]))
 
 
+@pytest.mark.slow
 def test_one_part_by_the_command(tmp_path, capsys):
     words = ["bench", "gpu", "--device", "cpu", "--only", "pinned", "--minutes", "10"]
     assert main([*words, "--output", str(tmp_path)]) == 0

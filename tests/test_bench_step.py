@@ -39,6 +39,7 @@ def result(tmp_path_factory):
     return folder, words, printed_by(words, **smaller)
 
 
+@pytest.mark.slow
 def test_json_has_every_number_and_what_made_it(result):
     folder, words, _ = result
     document = json.loads((folder / "small.json").read_text())
@@ -70,6 +71,7 @@ def test_json_has_every_number_and_what_made_it(result):
     assert document["parity"]["small"]["steps"] == len(document["parity"]["small"]["losses"]["open_clip"]) == 2
 
 
+@pytest.mark.slow
 def test_flops_are_those_that_are_run(result):
     """Everything forward, backward, and forward once more where it is recomputed: three units, and four."""
     folder, *_ = result
@@ -79,6 +81,7 @@ def test_flops_are_those_that_are_run(result):
         assert flop[KEPT] < flop[NOTHING_KEPT]
 
 
+@pytest.mark.slow
 def test_table_is_the_same_on_the_terminal_and_in_markdown(result):
     folder, words, printed = result
     text, document = (folder / "small.md").read_text(), json.loads((folder / "small.json").read_text())
@@ -97,6 +100,7 @@ def test_table_is_the_same_on_the_terminal_and_in_markdown(result):
     assert f"written: {folder}/small.json {folder}/small.md {folder}/small-speed.png" in printed
 
 
+@pytest.mark.slow
 def test_pictures_are_redrawn(result, tmp_path, capsys):
     folder, *_ = result
     (tmp_path / "small.json").write_bytes((folder / "small.json").read_bytes())

@@ -99,7 +99,7 @@ def test_keys_depend_on_every_part_and_on_their_order():
     assert all(0 <= key < 2**64 for key in keys)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.integers(0, 2**64 - 1),
     st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(0, 2**40), min_size=1, max_size=8),

@@ -120,7 +120,7 @@ def test_a_turned_picture_is_cropped_in_its_turned_coordinates(orientation):
     assert small.shape[:2] == (upright.shape[0] // 2, upright.shape[1] // 2)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.sampled_from(["JPEG", "PNG", "WEBP"]), st.binary(max_size=40), st.integers(6, 60))
 def test_exif_without_sense_harms_nothing(format, junk, cut):
     data = encode(image(3, 5), format, exif=exif(6)[:cut] + junk, lossless=True)
@@ -175,7 +175,7 @@ def test_flipped_bits_in_a_jpeg_are_refused_or_change_the_picture_only():
     assert refused > 100
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.sampled_from(
         [picture(1, 24, 24, format) for format in ("JPEG", "PNG", "WEBP")] + [encode(image(mode="CMYK"), "JPEG")]

@@ -56,6 +56,7 @@ def test_replay_tiers_change_nothing(urls, expected, tmp_path, tier, world):
     assert chain(first_steps(urls, tier=tier, folder=str(tmp_path), world=world, chunk=3)) == chain(expected)
 
 
+@pytest.mark.slow
 def test_the_process_changes_nothing(urls, expected, tmp_path):
     found = first_steps(urls, mode="process", world=2, threads=4, chunk=4, tier="recompute")
     assert chain(found) == chain(expected)

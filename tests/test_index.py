@@ -133,7 +133,7 @@ def test_what_is_written_is_read(tmp_path_factory, samples):
             records.read(len(samples))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.data())
 def test_a_damaged_sidecar_is_an_error_or_another_identity_never_another_sample(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("damage")

@@ -28,7 +28,7 @@ from clipscale.data.pixels.decode import (
 # --- crop and resize --------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     st.integers(1, 3000),
     st.integers(1, 3000),
@@ -241,7 +241,7 @@ def test_a_crop_twice_the_side_is_decoded_smaller(height, width, side, reduction
     assert (middle - small).abs().mean() <= 1.0
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.integers(20, 200), st.integers(20, 200), st.integers(4, 32), st.integers(0, 50))
 def test_a_scaled_crop_shows_the_same_part(height, width, side, row):
     """A ramp in each direction tells where a pixel came from: within one pixel of the smaller picture."""

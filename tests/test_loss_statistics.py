@@ -30,7 +30,7 @@ def merged_as_a_tree(parts: list[Partial], scale: float, draw) -> Partial:
     return parts[0]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(columns=COLUMNS, scale=st.sampled_from([1e-3, 1.0, 14.3, 100.0]), data=st.data())
 def test_any_order_of_merging_gives_the_whole_row(columns, scale, data):
     """Values that are -inf, ordinary, equal, nearly so and far apart."""

@@ -17,7 +17,7 @@ def named(weights: list[float]) -> dict[str, float]:
 weights = st.lists(st.just(0.0) | st.floats(0.1, 10), min_size=1, max_size=5).filter(any).map(named)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(weights, st.integers(500, 1000), st.integers(0, 2**40))
 def test_a_mixture_is_exact_in_every_cycle(weights, cycle, seed):
     quota = quotas(weights, cycle)
@@ -72,7 +72,7 @@ def turns(mixture: Mixture, stop: int) -> list[tuple[str, int]]:
     return [(mixture.names[i], n) for i, n in zip(source, ordinal.tolist(), strict=True)]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(some_weights, st.lists(st.tuples(st.integers(0, 200), some_weights), max_size=6), st.integers(0, 2**40))
 def test_changed_weights_lose_no_sample_and_repeat_none(first, changes, seed):
     mixture, position = begin(quotas(first, CYCLE), seed=seed), 0

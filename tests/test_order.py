@@ -28,7 +28,7 @@ def identify(shard: np.ndarray, index: np.ndarray) -> np.ndarray:
     return shard * 1000 + index
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(orders())
 def test_each_sample_once_an_epoch(kwargs):
     order, counts = Order(**kwargs), np.array(kwargs["counts"])
@@ -42,7 +42,7 @@ def test_each_sample_once_an_epoch(kwargs):
         assert len(np.unique(seen)) == length == len(seen)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(orders(), st.data())
 def test_the_place_of_a_position_depends_on_nothing_else(kwargs, data):
     """Not on what was asked before, nor on what else is asked, nor on the object."""
@@ -59,7 +59,7 @@ def test_the_place_of_a_position_depends_on_nothing_else(kwargs, data):
         np.testing.assert_array_equal(part, whole[positions])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.integers(1, 6), st.integers(1, 24), st.integers(0, 10**12))
 def test_ranks_partition_a_batch_for_every_world(times, streams, start):
     batch = times * streams
@@ -207,7 +207,7 @@ def resampled(draw):
     }
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(resampled(), st.data())
 def test_a_draw_depends_on_its_position_alone(kwargs, data):
     order, counts = Resampled(**kwargs), np.array(kwargs["counts"])
@@ -224,7 +224,7 @@ def test_a_draw_depends_on_its_position_alone(kwargs, data):
         np.testing.assert_array_equal(part, whole[positions])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(resampled())
 def test_a_block_takes_no_sample_twice_before_its_bin_is_used_up(kwargs):
     order, counts = Resampled(**kwargs), np.array(kwargs["counts"])

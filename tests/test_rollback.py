@@ -61,6 +61,7 @@ def same(one, other) -> bool:
     return one == other
 
 
+@pytest.mark.slow
 def test_a_run_goes_back_and_past_the_data_and_so_does_one_that_is_killed_anywhere(tmp_path, urls, monkeypatch):
     """Steps 5 to 7 break it; the checkpoint of step 6 holds good weights, but lies among bad steps."""
     (tmp_path / "twin").mkdir()

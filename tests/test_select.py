@@ -228,7 +228,7 @@ def test_a_subset_by_score(scored):
     assert chosen(scored, score_field="score.l14", min_score=0.5).keys == [str(i) for i in range(50, 59)]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.text("0123456789abcdefABCDEF", min_size=31, max_size=33) | st.text(max_size=4), min_size=1), st.data()
 )

@@ -208,7 +208,7 @@ def test_masked(text, shown):
     assert masked(shown) == shown
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     secret=st.text("abcXYZ019-_%.~+/=", min_size=6).map(lambda text: f"S{text}S"),
     around=st.sampled_from(["{}", "'{}'", "error: {}, again", "({})", "{}::train-?.tar", "<{}>: why"]),

@@ -64,7 +64,7 @@ members = st.permutations(["JPG", "txt", "cls"]) | st.lists(suffixes, min_size=1
 formats = st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(keys, members)), formats, st.randoms())
 def test_the_index_reads_what_webdataset_reads(tmp_path_factory, groups, format, random):
     path = tmp_path_factory.mktemp("fuzz") / "shard.tar"
@@ -419,7 +419,7 @@ def test_sparse_members_and_large_metadata_allocate_nothing(tmp_path):
     assert peak < 1 << 20
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_any_damage_gives_members_that_lie_inside_the_file(data):
     tar = bytearray(_SMALL)

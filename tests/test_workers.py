@@ -155,6 +155,7 @@ class SlowToNote:
         return {"state": "not empty"}
 
 
+@pytest.mark.slow
 def test_thousands_of_jobs_at_once_do_not_fill_the_wire_both_ways(urls):
     pipe = dataclasses.replace(pipeline(urls, 40, image_size=8), tokenize=SlowToNote())
     loader = open_loader(pipe, 40, mode="process", chunk=1, ahead=2000)
@@ -231,6 +232,7 @@ loader.close()
 """
 
 
+@pytest.mark.slow
 def test_files_in_the_working_directory_are_not_taken_for_modules(urls, tmp_path):
     (tmp_path / "queue.py").write_text("raise SystemExit('not the real one')")
     script = tmp_path / "elsewhere" / "train.py"
@@ -253,7 +255,7 @@ def test_a_mixture_of_many_shards_has_files_enough(tmp_path):
     loader.close()
 
 
-@pytest.mark.parametrize("files", ["0", "012"])
+@pytest.mark.parametrize("files", [pytest.param("0", marks=pytest.mark.slow), "012"])
 def test_without_standard_streams(urls, files):
     """The first files that a process opens then get their numbers."""
     with start(_ONE_BATCH, urls, files) as training:
@@ -272,7 +274,10 @@ while True:
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGKILL, *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGTERM, signal.SIGINT))],
+)
 def test_it_ends_with_the_training_process_however_that_ends(urls, number):
     """The signal goes to the training process alone."""
     with start(_ENDLESS, urls) as training:
