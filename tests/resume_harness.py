@@ -11,6 +11,7 @@ computes anything itself.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
@@ -240,6 +241,7 @@ def full_disk(folder: Path, data: Data, wanted: dict, settings: dict) -> dict:
 
 def main(folder: Path, steps: int, kills: list[int | str], *, kills_only: bool) -> None:
     build_tokenizer(None, 8)  # for all children, of any length
+    gc.freeze()  # their collections leave alone what is here
     per_shard = BATCH * steps // EPOCHS // SHARDS
     data = Data(write_pairs(folder / "data", shards=SHARDS, per_shard=per_shard, size=20, broken={11}), steps)
     twin = setup(folder / "twin", data)
