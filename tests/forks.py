@@ -4,7 +4,8 @@
         assert child.stdout.read() == "3\n"
     assert child.status == 0
 
-A child is as a new `python -c` in the folder of the tests but for its imports and its end. TRITON_INTERPRET is set: it uses no GPU.
+A child is as a new `python -c` in the folder of the tests but for its imports and its end. TRITON_INTERPRET is set: it
+uses no GPU.
 """
 
 from __future__ import annotations
