@@ -1,4 +1,4 @@
-"""clipscale/eval/zeroshot.py against open_clip's classifier, CLIP_benchmark's accuracy and a computation of its own."""
+"""clipscale/eval/zeroshot.py against open_clip's encoders, CLIP_benchmark's accuracy and a computation of its own."""
 
 import dataclasses
 import importlib
@@ -21,8 +21,9 @@ from clipscale.data.pixels.decode import Decoding
 from clipscale.data.tokenize import build_tokenizer
 from clipscale.dist import World
 from clipscale.errors import UserError
+from clipscale.eval.classifier import Classifiers
 from clipscale.eval.view import View
-from clipscale.eval.zeroshot import ZeroShotResult, build_classifier, check_task, evaluate_zeroshot, load_task
+from clipscale.eval.zeroshot import ZeroShotResult, ZeroShotTask, check_task, evaluate_zeroshot, load_task
 from clipscale.towers import Towers, build_towers
 
 NAMES = ["red circle", "blue star", "pink heart", "grey {odd} ring", "cross", "green square", "moon"]
@@ -64,8 +65,13 @@ def settings(places: Path, **changes) -> ZeroShot:
 
 
 def classify(towers: Towers, config: ZeroShot, world: World = ALONE, **changes) -> ZeroShotResult:
-    reading = {"batch": 8, "text_chunk": 5, "threads": 2, "view": View(16, Decoding(max_pixels=10_000))} | changes
-    return evaluate_zeroshot(towers, load_task(config, Data()), TOKENIZE, world, **reading)
+    reading = {"batch": 8, "threads": 2, "view": View(16, Decoding(max_pixels=10_000))} | changes
+    task = load_task(config, Data())
+    return evaluate_zeroshot(towers, task, classifier(towers, task), world, **reading)
+
+
+def classifier(towers: Towers, task: ZeroShotTask, chunk: int = 5) -> torch.Tensor:
+    return Classifiers(towers, TOKENIZE, chunk, ALONE).of(task.classnames, task.templates)
 
 
 def similarity(towers: Towers, names: Sequence[str] = NAMES) -> torch.Tensor:
@@ -75,9 +81,9 @@ def similarity(towers: Towers, names: Sequence[str] = NAMES) -> torch.Tensor:
     ).eval()
     theirs.load_state_dict(towers.model.state_dict())
     images = torch.stack([image for image, _ in Pictures()])
-    classifier = open_clip.build_zero_shot_classifier(theirs, TOKENIZE, names, lambdas())
+    classifier_DC = open_clip.build_zero_shot_classifier(theirs, TOKENIZE, names, lambdas())
     with torch.no_grad():
-        return theirs.encode_image(images, normalize=True) @ classifier
+        return theirs.encode_image(images, normalize=True) @ classifier_DC
 
 
 def lambdas() -> list:
@@ -99,27 +105,6 @@ class Pictures(torch.utils.data.Dataset):
         return open_clip.image_transform(16, is_train=False)(Image.open(io.BytesIO(picture(i, 16, 16, "PNG")))), LABELS[
             i
         ]
-
-
-def test_the_classifier_is_open_clips(towers, places):
-    towers.model.eval()
-    ours = build_classifier(towers, load_task(settings(places), Data()), TOKENIZE, chunk=4)
-    theirs = open_clip.build_zero_shot_classifier(Encoder(towers), TOKENIZE, NAMES, lambdas()).T
-    assert ours.shape == (7, 16)
-    torch.testing.assert_close(ours, theirs)
-    torch.testing.assert_close(ours, build_classifier(towers, load_task(settings(places), Data()), TOKENIZE, chunk=100))
-
-
-class Encoder:
-    """Our towers where open_clip expects a model."""
-
-    def __init__(self, towers: Towers) -> None:
-        self.towers = towers
-
-    def encode_text(self, tokens: torch.Tensor, normalize: bool) -> torch.Tensor:
-        assert normalize
-        with torch.no_grad():
-            return self.towers.text(tokens)
 
 
 def test_accuracies_equal_an_independent_computation(towers, places):
@@ -167,7 +152,7 @@ def test_shards_and_a_folder_give_the_same_numbers(towers, places):
     tree = classify(towers, settings(places, urls=None, folder=str(places / "tree")))
     assert dataclasses.replace(tree, per_class_top1=[]) == dataclasses.replace(shards, per_class_top1=[])
     np.testing.assert_array_equal(tree.per_class_top1, shards.per_class_top1)
-    other = classify(towers, settings(places), batch=41, text_chunk=1, threads=1)
+    other = classify(towers, settings(places), batch=41, threads=1)
     assert (other.top1, other.top5) == (shards.top1, shards.top5)
 
 

@@ -7,7 +7,7 @@
     evaluation.try_out()                                    # one picture, one caption
     scores = evaluation.run()                               # {"top1": 0.31, ...}; collective
 
-Which towers are evaluated is the setup's to say: other weights are another setup.
+Which towers are evaluated is the setup's to say: towers of other weights beside these are another setup.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from clipscale.config import Config, Retrieval, Validation, ZeroShot
 from clipscale.data.source import open_source
 from clipscale.data.tokenize import Tokenize
 from clipscale.dist import World
+from clipscale.eval.classifier import Classifiers
 from clipscale.eval.mode import evaluating
 from clipscale.eval.pictures import EvalPictures, ShardPictures, batches
 from clipscale.eval.retrieval import RECALLS, evaluate_retrieval
@@ -45,6 +46,7 @@ class Setup:
     tokenize: Tokenize
     world: World
     walk: Callable[[Iterable], Iterator]  # passes on each batch of pictures, and each chunk of captions
+    classifiers: Classifiers  # of these towers
 
     @property
     def view(self) -> View:
@@ -97,15 +99,10 @@ class _ZeroShot:
         self._setup.try_caption(self._task.templates[0].replace("{}", self._task.classnames[0]))
 
     def run(self) -> dict[str, float]:
-        setup = self._setup
+        setup, task = self._setup, self._task
+        classifier = setup.classifiers.of(task.classnames, task.templates)
         result = evaluate_zeroshot(
-            setup.towers,
-            self._task,
-            setup.tokenize,
-            setup.world,
-            batch=self._settings.batch,
-            text_chunk=setup.chunks[1],
-            **setup.reading,
+            setup.towers, task, classifier, setup.world, batch=self._settings.batch, **setup.reading
         )
         return {
             "top1": result.top1,

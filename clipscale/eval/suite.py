@@ -16,6 +16,7 @@ from clipscale.config import Config
 from clipscale.data.tokenize import Tokenize
 from clipscale.dist import World
 from clipscale.errors import SharedError, reason
+from clipscale.eval.classifier import Classifiers
 from clipscale.eval.evaluations import Evaluation, Setup, open_evaluation
 from clipscale.schedule import evaluations_due
 from clipscale.telemetry.faults import report_fault
@@ -56,7 +57,8 @@ class EvalSuite:
     ) -> None:
         self._parts, self._told = parts, told
         self.config, self.world, self.failed = config, world, {}
-        self._setup = Setup(config, towers, chunks, tokenize, world, self._walk)
+        classifiers = Classifiers(towers, tokenize, chunks[1], world, self._walk)
+        self._setup = Setup(config, towers, chunks, tokenize, world, self._walk, classifiers)
         self._evaluations: dict[str, Evaluation] = {}
         for name in config.eval.evaluations() if names is None else names:
             try:

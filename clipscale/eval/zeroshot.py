@@ -1,9 +1,10 @@
 """Zero-shot classification: class names x templates -> a classifier -> top-1 and top-5 (CLIP, arXiv 2103.00020).
 
     task = load_task(config.eval.zeroshot, config.data)
-    result = evaluate_zeroshot(towers, task, tokenize, world, ...)      # ZeroShotResult(top1=0.93, top5=0.99, ...)
+    classifier_CD = classifiers.of(task.classnames, task.templates)
+    result = evaluate_zeroshot(towers, task, classifier_CD, world, ...)     # ZeroShotResult(top1=0.93, top5=0.99, ...)
 
-Shapes: C classes, K templates, M pictures at once, D width.
+Shapes: C classes, M pictures at once, D width.
 """
 
 from __future__ import annotations
@@ -13,13 +14,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from clipscale.config import ZeroShot
 from clipscale.config.data import Data, SourceSettings
 from clipscale.data.source import open_source
-from clipscale.data.tokenize import Tokenize
 from clipscale.dist import World
 from clipscale.errors import SharedError, require
 from clipscale.eval.classes import check_labels, checked_label, class_templates, find_classes
@@ -92,32 +91,13 @@ def check_task(task: ZeroShotTask) -> str:
 
 
 @torch.no_grad()
-def build_classifier(
-    towers: Towers,
-    task: ZeroShotTask,
-    tokenize: Tokenize,
-    chunk: int,
-    walk: Callable[[Iterable], Iterator] = iter,
-) -> Tensor:
-    """Each class's mean text embedding over the templates, normalised again: [C, D]. `chunk`: captions at once."""
-    captions = [template.replace("{}", name) for name in task.classnames for template in task.templates]
-    embeddings = [
-        towers.text(tokenize(captions[i : i + chunk]).to(towers.text.device))
-        for i in walk(range(0, len(captions), chunk))
-    ]
-    mean_CD = torch.cat(embeddings).unflatten(0, (len(task.classnames), len(task.templates))).mean(1)
-    return F.normalize(mean_CD, dim=-1)
-
-
-@torch.no_grad()
 def evaluate_zeroshot(
     towers: Towers,
     task: ZeroShotTask,
-    tokenize: Tokenize,
+    classifier_CD: Tensor,
     world: World,
     *,
     batch: int,
-    text_chunk: int,
     view: View,
     threads: int,
     walk: Callable[[Iterable], Iterator] = iter,
@@ -127,6 +107,7 @@ def evaluate_zeroshot(
     Puts the model in eval mode for the time.
 
     Args:
+        classifier_CD: of the task's names and templates, on the towers' device (classifier.py).
         walk: passes each batch on.
 
     Raises:
@@ -137,7 +118,6 @@ def evaluate_zeroshot(
 
     def count() -> list[float]:
         """Of this rank's pictures: bad ones, and by class the hits and those seen."""
-        classifier_CD = build_classifier(towers, task, tokenize, text_chunk, walk)
         hits1, hits5, seen = (torch.zeros(classes, device=device) for _ in range(3))
         bad = 0
         found = batches(task.pictures, mine, batch=batch, view=view, threads=threads)
