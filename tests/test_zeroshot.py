@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import io
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from clipscale.data.tokenize import build_tokenizer
 from clipscale.dist import World
 from clipscale.errors import UserError
 from clipscale.eval.classifier import Classifiers
+from clipscale.eval.per_class import class_table, worst_confusions
 from clipscale.eval.view import View
 from clipscale.eval.zeroshot import ZeroShotResult, ZeroShotTask, check_task, evaluate_zeroshot, load_task
 from clipscale.towers import Towers, build_towers
@@ -150,10 +152,7 @@ def test_accuracies_equal_clip_benchmarks(towers, places, monkeypatch):
 def test_shards_and_a_folder_give_the_same_numbers(towers, places):
     shards = classify(towers, settings(places))
     tree = classify(towers, settings(places, urls=None, folder=str(places / "tree")))
-    assert dataclasses.replace(tree, per_class_top1=[]) == dataclasses.replace(shards, per_class_top1=[])
-    np.testing.assert_array_equal(tree.per_class_top1, shards.per_class_top1)
-    other = classify(towers, settings(places), batch=41, threads=1)
-    assert (other.top1, other.top5) == (shards.top1, shards.top5)
+    assert tree == shards == classify(towers, settings(places), batch=41, threads=1)
 
 
 def test_fewer_than_five_classes(towers, places, tmp_path):
@@ -163,25 +162,55 @@ def test_fewer_than_five_classes(towers, places, tmp_path):
     assert classify(towers, config).top5 == 1.0
 
 
-def test_the_ranks_shares_add_up(towers, places):
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_the_ranks_shares_add_up(towers, places, ranks):
     class Recorder(World):
-        """One rank of three, whose sum is only noted down."""
+        """One rank of several, whose share is only noted down."""
 
         def sum(self, values: Sequence[float]) -> list[float]:
-            parts.append(list(values))
+            counts.append(list(values))
             return list(values)
 
-        def each(self, work):
+        def collect(self, values_N: torch.Tensor) -> torch.Tensor:
+            misses.append(values_N)
+            return values_N
+
+        def each(self, work, *, patient=False):
             return work()
 
-    parts: list[list[float]] = []
-    world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
-    for rank in range(3):
-        classify(towers, settings(places), Recorder(rank, 3, 0, world.device))
-    together = np.sum(parts, axis=0)
-    parts.clear()
-    classify(towers, settings(places), Recorder(0, 1, 0, world.device))
-    np.testing.assert_array_equal(together, parts[0])
+        def broadcast(self, item):
+            return item
+
+    counts: list[list[float]] = []
+    misses: list[torch.Tensor] = []
+    for rank in range(ranks):
+        classify(towers, settings(places), Recorder(rank, ranks, 0, ALONE.device))
+    shares = np.sum(counts, axis=0), torch.cat(misses).sort().values.tolist()
+    counts.clear(), misses.clear()
+    classify(towers, settings(places), Recorder(0, 1, 0, ALONE.device))
+    np.testing.assert_array_equal(shares[0], counts[0])
+    assert shares[1] == misses[0].sort().values.tolist()
+
+
+def test_the_table_of_classes_equals_an_independent_computation(towers, places):
+    task = load_task(settings(places), Data())
+    table = class_table(task, classify(towers, settings(places)))
+    order, labels = similarity(towers).numpy().argsort(axis=1)[:, ::-1], np.array(LABELS)
+    for label, row in enumerate(table["classes"]):
+        mine = order[labels == label]
+        first, fifth = (mine[:, 0] == label).sum(), (mine[:, :5] == label).sum()
+        assert list(row.values())[:4] == [NAMES[label], len(mine), first, fifth]
+        assert list(row.values())[4:] == ([first / len(mine), fifth / len(mine)] if len(mine) else [None, None])
+    wrong = Counter((NAMES[c], NAMES[row[0]]) for c, row in zip(labels, order, strict=True) if row[0] != c)
+    found = [tuple(row.values()) for row in table["confusions"]]
+    assert {(a, b): times for a, b, times in found} == wrong
+    assert [times for *_, times in found] == sorted(wrong.values(), reverse=True)
+    lines = worst_confusions(table, 3)
+    assert lines[0] == f"most often confused, of {wrong.total()} pictures in another class than their own:"
+    a, b, times = found[0]
+    assert lines[1] == f"{times:8} of {LABELS.count(NAMES.index(a))}  {a} -> {b}"
+    assert len(lines) == 4
+    assert worst_confusions(table | {"confusions": []}) == []
 
 
 def test_training_mode_comes_back(towers, places):

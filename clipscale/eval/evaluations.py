@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +26,7 @@ from clipscale.data.tokenize import Tokenize
 from clipscale.dist import World
 from clipscale.eval.classifier import Classifiers
 from clipscale.eval.mode import evaluating
+from clipscale.eval.per_class import class_table
 from clipscale.eval.pictures import EvalPictures, ShardPictures, batches
 from clipscale.eval.retrieval import RECALLS, evaluate_retrieval
 from clipscale.eval.validation import evaluate_validation
@@ -78,6 +80,9 @@ class Evaluation(Protocol):
     def run(self) -> dict[str, float]:
         """Scores, and what they are of. Collective; the same on every rank."""
 
+    def details(self) -> dict[str, Any]:
+        """What the last run found beyond its scores, fit for JSON; {}: nothing."""
+
 
 def open_evaluation(name: str, setup: Setup) -> Evaluation:
     """Raises UserError for shards, class names or templates that cannot be used."""
@@ -90,6 +95,7 @@ class _ZeroShot:
     def __init__(self, name: str, settings: ZeroShot, setup: Setup) -> None:
         self._settings, self._setup = settings, setup
         self._task = load_task(settings, setup.config.data, name=name, key=setup.config.eval.key(name))
+        self._details: Callable[[], dict[str, Any]] = dict
 
     def check(self) -> str:
         return check_task(self._task)
@@ -104,16 +110,20 @@ class _ZeroShot:
         result = evaluate_zeroshot(
             setup.towers, task, classifier, setup.world, batch=self._settings.batch, **setup.reading
         )
+        self._details = partial(class_table, task, result)
         return {
             "top1": result.top1,
             "top5": result.top5,
             "mean_per_class_recall": result.mean_per_class_recall,
             "pictures": result.pictures,
-            "classes": len(result.per_class_top1),
+            "classes": len(result.seen),
             "classes_seen": result.classes_seen,
             "passed_over": result.passed,
             "bad_pictures": result.bad,
         }
+
+    def details(self) -> dict[str, Any]:
+        return self._details()
 
 
 class _Validation:
@@ -157,6 +167,9 @@ class _Validation:
             "bad_pictures": result.bad,
         }
 
+    def details(self) -> dict[str, Any]:
+        return {}
+
 
 class _Retrieval:
     def __init__(self, name: str, settings: Retrieval, setup: Setup) -> None:
@@ -190,3 +203,6 @@ class _Retrieval:
             "passed_over": self._source.refused().total(),
             "bad_pictures": result.bad,
         }
+
+    def details(self) -> dict[str, Any]:
+        return {}

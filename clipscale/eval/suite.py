@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from clipscale.config import Config
 from clipscale.data.tokenize import Tokenize
@@ -91,6 +91,10 @@ class EvalSuite:
         if not found:
             raise next(iter(self.failed.values()))
         return found
+
+    def details(self) -> dict[str, dict[str, Any]]:
+        """What the last run of each found beyond its scores."""
+        return {name: found for name, evaluation in self._evaluations.items() if (found := evaluation.details())}
 
     def _open(self, name: str) -> Evaluation:
         evaluation = self.world.each(partial(open_evaluation, name, self._setup), patient=True)

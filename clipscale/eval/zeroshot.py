@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -41,17 +42,36 @@ class ZeroShotTask:
 
 @dataclass(frozen=True)
 class ZeroShotResult:
-    top1: float
-    top5: float
-    pictures: int  # counted, over all ranks
-    bad: int  # pictures that could not be decoded: left out
-    per_class_top1: list[float]  # [C]; nan for a class without pictures
+    """Counts of pictures, over all ranks; lists are by class, [C]."""
+
+    seen: list[int]
+    hits1: list[int]  # whose class is the nearest
+    hits5: list[int]  # or among the five nearest
+    misses: list[tuple[int, int, int]]  # (class, the one taken for it, pictures), the most pictures first
+    bad: int  # that could not be decoded: left out
     passed: int = 0  # what else was found and is no labelled picture: other formats, hidden files, no label
+
+    @property
+    def pictures(self) -> int:
+        return sum(self.seen)
+
+    @property
+    def top1(self) -> float:
+        return sum(self.hits1) / self.pictures
+
+    @property
+    def top5(self) -> float:
+        return sum(self.hits5) / self.pictures
+
+    @property
+    def per_class_top1(self) -> list[float]:
+        """[C]; nan for a class without pictures."""
+        return [hits / seen if seen else math.nan for hits, seen in zip(self.hits1, self.seen, strict=True)]
 
     @property
     def classes_seen(self) -> int:
         """Classes with a picture."""
-        return sum(not math.isnan(top1) for top1 in self.per_class_top1)
+        return sum(seen > 0 for seen in self.seen)
 
     @property
     def mean_per_class_recall(self) -> float:
@@ -116,10 +136,11 @@ def evaluate_zeroshot(
     classes, device = len(task.classnames), towers.image.device
     mine = range(world.rank, len(task.pictures), world.size)
 
-    def count() -> list[float]:
-        """Of this rank's pictures: bad ones, and by class the hits and those seen."""
-        hits1, hits5, seen = (torch.zeros(classes, device=device) for _ in range(3))
-        bad = 0
+    def count() -> tuple[list[float], Tensor]:
+        """Of this rank's pictures: bad ones, and by class the hits and those seen; of those that are not hit, the class
+        and the one taken for it, as class x C + other."""
+        hits1, hits5, seen = (torch.zeros(classes, dtype=torch.int64, device=device) for _ in range(3))
+        bad, misses = 0, [torch.zeros(0, dtype=torch.int64)]
         found = batches(task.pictures, mine, batch=batch, view=view, threads=threads)
         for images, notes, valid in walk(found):
             bad += int((~valid).sum())
@@ -130,21 +151,31 @@ def evaluate_zeroshot(
                 device=device,
             )
             similarity_MC = towers.image(images[valid].to(device)) @ classifier_CD.T
-            ranked = similarity_MC.topk(min(5, classes), dim=1).indices == labels[:, None]
+            nearest = similarity_MC.topk(min(5, classes), dim=1).indices
+            ranked = nearest == labels[:, None]
             seen += labels.bincount(minlength=classes)
             hits1 += labels[ranked[:, 0]].bincount(minlength=classes)
             hits5 += labels[ranked.any(1)].bincount(minlength=classes)
-        return [bad, *hits1.tolist(), *hits5.tolist(), *seen.tolist()]
+            misses.append((labels * classes + nearest[:, 0])[~ranked[:, 0]].cpu())
+        return [bad, *hits1.tolist(), *hits5.tolist(), *seen.tolist()], torch.cat(misses)
 
     with evaluating(towers):
-        totals = world.sum(world.each(count))
-    bad, counts = int(totals[0]), torch.tensor(totals[1:], dtype=torch.float64).view(3, classes)
-    pictures = counts[2].sum().item()
-    if not pictures:
+        mine_counts, mine_misses = world.each(count)
+    bad, *counts = map(int, world.sum(mine_counts))
+    hits1, hits5, seen = (counts[start : start + classes] for start in range(0, 3 * classes, classes))
+    if not any(seen):
         raise SharedError(f"zero-shot evaluation: none of the {counted(bad, 'picture')} can be decoded")
-    top1, top5 = (counts[:2].sum(1) / pictures).tolist()
-    passed = task.pictures.passed.total()
-    return ZeroShotResult(top1, top5, int(pictures), bad, (counts[0] / counts[2]).tolist(), passed)
+    misses = world.lead(partial(_most_first, world.collect(mine_misses), classes))
+    return ZeroShotResult(seen, hits1, hits5, misses, bad, task.pictures.passed.total())
+
+
+def _most_first(misses: Tensor, classes: int) -> list[tuple[int, int, int]]:
+    """class x C + other of each -> (class, other, how many), the most first, and equals by their classes."""
+    pairs, times = misses.unique(return_counts=True)
+    order = times.argsort(descending=True, stable=True)
+    return [
+        (*divmod(pair, classes), many) for pair, many in zip(pairs[order].tolist(), times[order].tolist(), strict=True)
+    ]
 
 
 def _empty_classes(folders: list[str], classes: int) -> str:
