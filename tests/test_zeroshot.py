@@ -35,14 +35,18 @@ ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 TOKENIZE = build_tokenizer(None, 8)
 
 
-@pytest.fixture(scope="module")
-def towers() -> Towers:
+def spread_towers(factor: float = 3) -> Towers:
     """Weights with some spread, so that predictions differ between pictures."""
     towers = build_towers(MODEL, seed=1)
     with torch.no_grad():
         for parameter in towers.model.parameters():
-            parameter.mul_(3)
+            parameter.mul_(factor)
     return towers
+
+
+@pytest.fixture(scope="module")
+def towers() -> Towers:
+    return spread_towers()
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,8 @@ examples:
   clipscale eval zeroshot runs/b32 eval.zeroshot.urls='cifar/test-*.tar' \\
       eval.zeroshot.classnames=cifar/classnames.txt eval.zeroshot.templates=configs/templates/photo.txt
   clipscale eval zeroshot runs/b32 eval.zeroshot.wds=sets/wds_cars --classes cars.json
-  clipscale eval zeroshot runs/b32 eval.zeroshot_sets.v2.folder=imagenetv2 eval.zeroshot_sets.r.folder=imagenet-r
+  clipscale eval zeroshot runs/b32 eval.zeroshot_sets.v2.folder=imagenetv2 eval.zeroshot_sets.sketch.folder=sketch
+  clipscale eval zeroshot runs/b32 eval.zeroshot.folder=imagenet-r eval.zeroshot.subset=imagenet_r
   clipscale eval retrieval runs/b32 eval.retrieval.urls='flickr30k/test/*.tar' --json flickr.json
   clipscale eval zeroshot ViT-B-32:laion2b_s34b_b79k eval.zeroshot.folder=imagenet/val
   clipscale eval zeroshot epoch_32.pt model.name=ViT-B-16 eval.zeroshot.folder=imagenet/val

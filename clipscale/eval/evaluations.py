@@ -116,7 +116,7 @@ class _ZeroShot:
             "top5": result.top5,
             "mean_per_class_recall": result.mean_per_class_recall,
             "pictures": result.pictures,
-            "classes": len(result.seen),
+            "classes": task.subset.labels,
             "classes_seen": result.classes_seen,
             "passed_over": result.passed,
             "bad_pictures": result.bad,

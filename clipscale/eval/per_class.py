@@ -18,24 +18,25 @@ SHOWN = 10
 
 
 def class_table(task: ZeroShotTask, result: ZeroShotResult) -> dict[str, Any]:
-    """Fit for JSON; the means of a class without pictures are None."""
-    names = task.classnames
+    """Fit for JSON; the means of a class without pictures are None. With a subset, its labels are the classes."""
+    titles, rows = task.subset.titles, zip(task.subset.right, result.seen, result.hits1, result.hits5, strict=True)
     return {
         "mean_per_class_recall": result.mean_per_class_recall,
         "classes": [
             {
-                "name": name,
+                "name": title,
                 "pictures": seen,
                 "right_top1": hits1,
                 "right_top5": hits5,
                 "top1": hits1 / seen if seen else None,
                 "top5": hits5 / seen if seen else None,
             }
-            for name, seen, hits1, hits5 in zip(names, result.seen, result.hits1, result.hits5, strict=True)
+            for title, (right, seen, hits1, hits5) in zip(titles, rows, strict=True)
+            if right
         ],
         "confusions": [
-            {"class": names[label], "answered": names[other], "pictures": times}
-            for label, other, times in result.misses
+            {"class": titles[label], "answered": task.classnames[answer], "pictures": times}
+            for label, answer, times in result.misses
         ],
     }
 
