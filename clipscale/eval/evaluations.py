@@ -1,7 +1,8 @@
 """The kinds of evaluation behind one door: opened once, then made at any step. suite.py has the list of them.
 
     setup = Setup(config, towers, ...)
-    evaluation = open_evaluation("zeroshot", setup)         # its files; wrong ones end here
+    texts = read_texts("zeroshot", setup)                   # by one rank: small texts that lie beside its shards
+    evaluation = open_evaluation("zeroshot", setup, texts)  # its files; wrong ones end here
     if note := evaluation.check():                          # by one rank: labels against names
         tell(note)
     evaluation.try_out()                                    # one picture, one caption
@@ -31,6 +32,7 @@ from clipscale.eval.pictures import EvalPictures, ShardPictures, batches
 from clipscale.eval.retrieval import RECALLS, evaluate_retrieval
 from clipscale.eval.validation import evaluate_validation
 from clipscale.eval.view import View
+from clipscale.eval.wds import LabelledShards, labelled_shards
 from clipscale.eval.zeroshot import check_task, evaluate_zeroshot, load_task
 from clipscale.towers import Towers
 from clipscale.words import counted
@@ -84,17 +86,29 @@ class Evaluation(Protocol):
         """What the last run found beyond its scores, fit for JSON; {}: nothing."""
 
 
-def open_evaluation(name: str, setup: Setup) -> Evaluation:
+def read_texts(name: str, setup: Setup) -> LabelledShards | None:
+    """What a zero-shot evaluation reads beside its shards, perhaps from a server: one rank is enough to ask.
+
+    Raises:
+        UserError: as `wds.open_wds`.
+    """
+    settings, config = setup.config.eval.evaluations()[name], setup.config
+    return labelled_shards(settings, config.data, config.eval.key(name)) if isinstance(settings, ZeroShot) else None
+
+
+def open_evaluation(name: str, setup: Setup, texts: LabelledShards | None) -> Evaluation:
     """Raises UserError for shards, class names or templates that cannot be used."""
     settings = setup.config.eval.evaluations()[name]
-    kind = {ZeroShot: _ZeroShot, Validation: _Validation, Retrieval: _Retrieval}[type(settings)]
-    return kind(name, settings, setup)
+    if isinstance(settings, ZeroShot):
+        return _ZeroShot(name, settings, setup, texts)
+    return (_Validation if isinstance(settings, Validation) else _Retrieval)(name, settings, setup)
 
 
 class _ZeroShot:
-    def __init__(self, name: str, settings: ZeroShot, setup: Setup) -> None:
+    def __init__(self, name: str, settings: ZeroShot, setup: Setup, shards: LabelledShards) -> None:
         self._settings, self._setup = settings, setup
-        self._task = load_task(settings, setup.config.data, name=name, key=setup.config.eval.key(name))
+        config = setup.config
+        self._task = load_task(settings, config.data, shards, name=name, key=config.eval.key(name))
         self._details: Callable[[], dict[str, Any]] = dict
 
     def check(self) -> str:

@@ -17,7 +17,7 @@ from clipscale.data.tokenize import Tokenize
 from clipscale.dist import World
 from clipscale.errors import SharedError, reason
 from clipscale.eval.classifier import Classifiers
-from clipscale.eval.evaluations import Evaluation, Setup, open_evaluation
+from clipscale.eval.evaluations import Evaluation, Setup, open_evaluation, read_texts
 from clipscale.schedule import evaluations_due
 from clipscale.telemetry.faults import report_fault
 from clipscale.telemetry.parts import UNTIMED, Parts
@@ -97,7 +97,8 @@ class EvalSuite:
         return {name: found for name, evaluation in self._evaluations.items() if (found := evaluation.details())}
 
     def _open(self, name: str) -> Evaluation:
-        evaluation = self.world.each(partial(open_evaluation, name, self._setup), patient=True)
+        texts = self.world.lead(partial(read_texts, name, self._setup), patient=True)
+        evaluation = self.world.each(partial(open_evaluation, name, self._setup, texts), patient=True)
         if note := self.world.lead(evaluation.check):
             tell(note)
         self.world.each(evaluation.try_out)

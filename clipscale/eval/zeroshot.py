@@ -28,7 +28,7 @@ from clipscale.eval.mode import evaluating
 from clipscale.eval.pictures import EvalPictures, FolderPictures, ShardPictures, batches
 from clipscale.eval.subset import Subset
 from clipscale.eval.view import View
-from clipscale.eval.wds import labelled_shards
+from clipscale.eval.wds import LabelledShards, labelled_shards
 from clipscale.towers import Towers
 from clipscale.words import counted
 
@@ -82,13 +82,23 @@ class ZeroShotResult:
         return sum(top1 for top1 in self.per_class_top1 if not math.isnan(top1)) / self.classes_seen
 
 
-def load_task(config: ZeroShot, data: Data, *, name: str = "zeroshot", key: str = "eval.zeroshot") -> ZeroShotTask:
+def load_task(
+    config: ZeroShot,
+    data: Data,
+    shards: LabelledShards | None = None,
+    *,
+    name: str = "zeroshot",
+    key: str = "eval.zeroshot",
+) -> ZeroShotTask:
     """Open the pictures, names and templates that a config names; `name` and `key` are for messages.
+
+    Args:
+        shards: what `labelled_shards` has read of the config; None: it is read here.
 
     Raises:
         UserError: a file that is missing or empty, or shards without labels.
     """
-    shards = labelled_shards(config, data, key)
+    shards = shards or labelled_shards(config, data, key)
     classes, templates = find_classes(config, key, shards.names), class_templates(config, key, shards.templates)
     subset = classes.subset or Subset.whole(classes.names)
     if config.folder is not None:
