@@ -44,9 +44,13 @@ class World:
         """Elementwise sum over the ranks, in float64; collective."""
         if self.size == 1:
             return [float(value) for value in values]
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.tolist()
+        return self.total(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
+
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        """The same of a tensor on this rank's device, in its own type and in place; collective."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
 
     def gather(self, item: Any, *, patient: bool = False) -> list[Any]:
         """Every rank's item, on every rank; collective. For small things that are rare.

@@ -5,6 +5,8 @@ evaluate_checkpoint("runs/a", "zeroshot", ["eval.zeroshot.folder=imagenet/val"])
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 from clipscale.checkpoint import load_state
 from clipscale.config import Config
 from clipscale.dist import start_world
@@ -29,14 +31,20 @@ def evaluate_checkpoint(path: str, kind: str, words: list[str]) -> dict[str, flo
     Raises:
         UserError: no weights there, a damaged checkpoint, or an evaluation that cannot be made.
     """
-    scores, failed = evaluate_found(*check_evaluation(path, kind, words))
-    if failed:
-        raise next(iter(failed.values()))
-    return scores
+    evaluated = evaluate_found(*check_evaluation(path, kind, words))
+    if evaluated.failed:
+        raise next(iter(evaluated.failed.values()))
+    return evaluated.scores
 
 
-def evaluate_found(found: Found, config: Config, names: list[str]) -> tuple[dict[str, float], dict[str, UserError]]:
-    """The same of what `check_evaluation` has let pass; and which of several evaluations cannot be made, and why.
+class Evaluated(NamedTuple):
+    scores: dict[str, float]
+    failed: dict[str, UserError]  # which of several evaluations cannot be made, and why
+    details: dict[str, dict[str, Any]]  # what they found beyond their scores, fit for JSON
+
+
+def evaluate_found(found: Found, config: Config, names: list[str]) -> Evaluated:
+    """The same of what `check_evaluation` has let pass.
 
     Raises:
         UserError: none of them can be made.
@@ -50,4 +58,5 @@ def evaluate_found(found: Found, config: Config, names: list[str]) -> tuple[dict
             plan = state.plan
         tokenize = fitting_tokenizer(towers)
         suite = EvalSuite(config, towers, chunks_of(config, plan), tokenize, world, names=names)
-        return {**step, **suite.run_all()}, suite.failed
+        scores = step | suite.run_all()
+        return Evaluated(scores, suite.failed, suite.details())

@@ -11,10 +11,11 @@ from spawn import run_ranks
 from tiny import tiny_config
 from torch import nn
 
+from clipscale.bits import AT_ONCE, hash_bits
 from clipscale.checkpoint import load_checkpoint
 from clipscale.dist import World
 from clipscale.errors import RestartError
-from clipscale.guard.drift import _AT_ONCE, compare_ranks, hash_bits
+from clipscale.guard.drift import compare_ranks
 from clipscale.training.learner import Learner
 from clipscale.training.trainer import Trainer
 
@@ -45,9 +46,9 @@ def test_the_hash_sees_any_one_bit_and_any_two_places_exchanged(dtype):
 
 
 def test_pieces_of_a_large_tensor_are_told_apart():
-    large = torch.zeros(_AT_ONCE + 8, dtype=torch.int8)
+    large = torch.zeros(AT_ONCE + 8, dtype=torch.int8)
     hashes = set()
-    for place in (0, 7, _AT_ONCE, _AT_ONCE + 7):
+    for place in (0, 7, AT_ONCE, AT_ONCE + 7):
         large[place] = 1
         hashes.add(int(hash_bits(large)))
         large[place] = 0

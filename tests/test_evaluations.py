@@ -17,6 +17,7 @@ from clipscale.config.load import apply_overrides, config_from_yaml, dump_config
 from clipscale.data.tokenize import build_tokenizer
 from clipscale.dist import World
 from clipscale.errors import UserError
+from clipscale.eval.classifier import Classifiers
 from clipscale.eval.suite import EvalSuite
 from clipscale.schedule import evaluations_due, others_left
 from clipscale.towers import build_towers
@@ -113,6 +114,25 @@ def test_a_file_of_scores_for_each_set(trained, tmp_path, capsys):
     assert json.loads((tmp_path / "b.json").read_text())["dataset"] == "b"
 
 
+def test_a_file_of_classes_and_the_worst_confusions(trained, tmp_path, capsys):
+    command = ["eval", "zeroshot", trained.run.dir, "eval.zeroshot_sets.b.urls=null", "--classes"]
+    assert main([*command, str(tmp_path / "a.json")]) == 0
+    scores, *lines = capsys.readouterr().out.splitlines()
+    table = json.loads((tmp_path / "a.json").read_text())
+    assert [row["name"] for row in table["classes"]] == ["cat", "dog", "owl"]
+    assert sum(row["pictures"] for row in table["classes"]) == 15
+    right = sum(row["right_top1"] for row in table["classes"])
+    assert f"a/top1 {right / 15:.4f}" in scores
+    assert sum(row["pictures"] for row in table["confusions"]) == 15 - right > 0
+    assert lines[0] == f"most often confused, of {15 - right} pictures in another class than their own:"
+    assert len(lines) == 1 + len(table["confusions"])
+    for option in ("--classes", "--json"):
+        assert main(["eval", "zeroshot", trained.run.dir, option, str(tmp_path / "no" / "{dataset}.json")]) == 2
+        assert f"{tmp_path}/no' is no folder; make it first" in capsys.readouterr().err
+    assert main(["eval", "zeroshot", trained.run.dir, "--classes", str(tmp_path / "all.json")]) == 2
+    assert "2 sets (a, b) want a file each" in capsys.readouterr().err
+
+
 def test_captions_of_a_validation_are_read_as_the_sources_are(place):
     """As all sources that are trained on have it, unless it says something itself."""
     config = load_config(["quickstart", f"eval.validation.urls={place}/json.tar"])
@@ -128,7 +148,8 @@ def test_captions_of_a_validation_are_read_as_the_sources_are(place):
     assert own.held_out(own.eval.validation).caption == "json:other"
 
 
-def evaluate(rank: int, size: int, place: str, chunk: int) -> dict[str, float]:
+def evaluate(rank: int, size: int, place: str, chunk: int) -> tuple[dict[str, float], dict[str, dict]]:
+    """Scores, and the tables of classes."""
     config = config_from_yaml(
         dump_config(tiny_config(Path(place), f"{place}/pairs/*.tar", *words(Path(place), "a", "b")))
     )
@@ -141,19 +162,30 @@ def evaluate(rank: int, size: int, place: str, chunk: int) -> dict[str, float]:
         for parameter in towers.encoder_parameters():
             parameter.mul_(3)  # so that predictions differ between pictures
     world = World(rank, size, rank, torch.device("cpu"))
-    return EvalSuite(config, towers, (chunk, chunk), build_tokenizer(None, 8), world).run_all()
+    suite = EvalSuite(config, towers, (chunk, chunk), build_tokenizer(None, 8), world)
+    return suite.run_all(), suite.details()
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_the_result_is_the_same_for_any_number_of_ranks_and_any_chunk(place, ranks):
-    alone = evaluate(0, 1, str(place), 100)
+    alone, tables = evaluate(0, 1, str(place), 100)
+    assert {row["pictures"] for row in tables["a"]["classes"]} == {5}
     assert 0 < alone["a/top1"] < 1
     assert alone["a/pictures"] == 15
     assert alone["validation/pairs"] == 12
-    for found in [evaluate(0, 1, str(place), 4), *run_ranks(evaluate, ranks, str(place), 3)]:
+    for found, its_tables in [evaluate(0, 1, str(place), 4), *run_ranks(evaluate, ranks, str(place), 3)]:
+        assert its_tables == tables
         assert found == pytest.approx(alone, rel=1e-5)
         exact = {key: value for key, value in alone.items() if not key.endswith("/loss")}
         assert {key: found[key] for key in exact} == exact
+
+
+def test_sets_of_the_same_names_and_templates_share_a_classifier(place, monkeypatch):
+    made, real = [], Classifiers._made
+    monkeypatch.setattr(Classifiers, "_made", lambda self, *of: made.append(of) or real(self, *of))
+    scores, _ = evaluate(0, 1, str(place), 100)
+    assert {"a/top1", "b/top1"} < scores.keys()
+    assert made == [(["cat", "dog", "owl"], ["{}", "a {}"])]
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------

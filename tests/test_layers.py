@@ -21,7 +21,7 @@ RESILIENCE = {f"resilience.{name}" for name in ("beats", "injection", "leaving",
 GROUND = {
     *("__init__", "errors", "counter", "escape", "words", "paths", "tell", "files", "progress", "pool", "dist"),
     *("config", "launch", "schedule", "remembered", "device", "deterministic"),
-    *("open_clip_files", "open_clip_flags", "counter_torch"),
+    *("open_clip_files", "open_clip_flags", "counter_torch", "bits", "timm_files"),
     *("telemetry", *TELEMETRY, "resilience", *RESILIENCE),
 }
 STAGES = {"data", "towers", "loss"}
@@ -33,6 +33,7 @@ LAWS: dict[str, set[str]] = {
     "errors": set(),
     "counter": set(),
     "counter_torch": set(),
+    "bits": set(),
     "escape": {"errors"},
     "words": set(),
     "paths": {"errors"},

@@ -7,15 +7,21 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from http_server import Fault
 from shards import picture, write_shard
+from tiny import save_run
 
 from clipscale.config import ZeroShot
 from clipscale.config.data import Data, Fetch
 from clipscale.data.fetch.text import read_text
+from clipscale.data.tokenize import build_tokenizer
+from clipscale.dist import World
 from clipscale.errors import UserError
+from clipscale.eval.suite import EvalSuite
 from clipscale.eval.wds import below, open_wds
 from clipscale.eval.zeroshot import check_task, load_task
+from clipscale.preflight.checks import check_evaluation
 
 NAMES, TEMPLATES = ["cat", "dog"], ["a photo of a {c}.", "{c}"]
 
@@ -123,3 +129,27 @@ def test_where_its_files_are():
     assert below("https://host/a?key=1", "x.txt") == "https://host/a/x.txt?key=1"
     page = "https://huggingface.co/datasets/me/wds_a/tree/main"
     assert below(page, "x.txt") == "https://huggingface.co/datasets/me/wds_a/resolve/main/x.txt"
+
+
+def test_one_rank_reads_the_texts_and_passes_them_on(place, url, server, data, tmp_path, monkeypatch):
+    towers, heard = save_run(tmp_path / "run"), [open_wds(url, data), ""]
+    before = server.requests
+
+    class Second(World):
+        """Rank 1, which hears what rank 0 has found."""
+
+        def each(self, work, *, patient=False):
+            return work()
+
+        def broadcast(self, item):
+            assert item is None
+            return heard.pop(0)
+
+    monkeypatch.setenv("RANK", "1")
+    words = [f"eval.zeroshot.wds={url}", f"data.cache_dir={tmp_path}/cache"]
+    _, config, names = check_evaluation(str(tmp_path / "run"), "zeroshot", words)
+    world = Second(1, 2, 1, torch.device("cpu"))
+    suite = EvalSuite(config, towers, (4, 4), build_tokenizer(None, 8), world, names=names)
+    assert (suite.failed, heard) == ({}, [])
+    assert "/wds_pets/classnames.txt" in before
+    assert set(server.requests - before) == {"/wds_pets/test/0.tar", "/wds_pets/test/1.tar"}  # each rank reads its own

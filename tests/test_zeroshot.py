@@ -1,9 +1,10 @@
-"""clipscale/eval/zeroshot.py against open_clip's classifier, CLIP_benchmark's accuracy and a computation of its own."""
+"""clipscale/eval/zeroshot.py against open_clip's encoders, CLIP_benchmark's accuracy and a computation of its own."""
 
 import dataclasses
 import importlib
 import io
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,8 +22,10 @@ from clipscale.data.pixels.decode import Decoding
 from clipscale.data.tokenize import build_tokenizer
 from clipscale.dist import World
 from clipscale.errors import UserError
+from clipscale.eval.classifier import Classifiers
+from clipscale.eval.per_class import class_table, worst_confusions
 from clipscale.eval.view import View
-from clipscale.eval.zeroshot import ZeroShotResult, build_classifier, check_task, evaluate_zeroshot, load_task
+from clipscale.eval.zeroshot import ZeroShotResult, ZeroShotTask, check_task, evaluate_zeroshot, load_task
 from clipscale.towers import Towers, build_towers
 
 NAMES = ["red circle", "blue star", "pink heart", "grey {odd} ring", "cross", "green square", "moon"]
@@ -32,14 +35,18 @@ ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 TOKENIZE = build_tokenizer(None, 8)
 
 
-@pytest.fixture(scope="module")
-def towers() -> Towers:
+def spread_towers(factor: float = 3) -> Towers:
     """Weights with some spread, so that predictions differ between pictures."""
     towers = build_towers(MODEL, seed=1)
     with torch.no_grad():
         for parameter in towers.model.parameters():
-            parameter.mul_(3)
+            parameter.mul_(factor)
     return towers
+
+
+@pytest.fixture(scope="module")
+def towers() -> Towers:
+    return spread_towers()
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +71,13 @@ def settings(places: Path, **changes) -> ZeroShot:
 
 
 def classify(towers: Towers, config: ZeroShot, world: World = ALONE, **changes) -> ZeroShotResult:
-    reading = {"batch": 8, "text_chunk": 5, "threads": 2, "view": View(16, Decoding(max_pixels=10_000))} | changes
-    return evaluate_zeroshot(towers, load_task(config, Data()), TOKENIZE, world, **reading)
+    reading = {"batch": 8, "threads": 2, "view": View(16, Decoding(max_pixels=10_000))} | changes
+    task = load_task(config, Data())
+    return evaluate_zeroshot(towers, task, classifier(towers, task), world, **reading)
+
+
+def classifier(towers: Towers, task: ZeroShotTask, chunk: int = 5) -> torch.Tensor:
+    return Classifiers(towers, TOKENIZE, chunk, ALONE).of(task.classnames, task.templates)
 
 
 def similarity(towers: Towers, names: Sequence[str] = NAMES) -> torch.Tensor:
@@ -75,9 +87,9 @@ def similarity(towers: Towers, names: Sequence[str] = NAMES) -> torch.Tensor:
     ).eval()
     theirs.load_state_dict(towers.model.state_dict())
     images = torch.stack([image for image, _ in Pictures()])
-    classifier = open_clip.build_zero_shot_classifier(theirs, TOKENIZE, names, lambdas())
+    classifier_DC = open_clip.build_zero_shot_classifier(theirs, TOKENIZE, names, lambdas())
     with torch.no_grad():
-        return theirs.encode_image(images, normalize=True) @ classifier
+        return theirs.encode_image(images, normalize=True) @ classifier_DC
 
 
 def lambdas() -> list:
@@ -99,27 +111,6 @@ class Pictures(torch.utils.data.Dataset):
         return open_clip.image_transform(16, is_train=False)(Image.open(io.BytesIO(picture(i, 16, 16, "PNG")))), LABELS[
             i
         ]
-
-
-def test_the_classifier_is_open_clips(towers, places):
-    towers.model.eval()
-    ours = build_classifier(towers, load_task(settings(places), Data()), TOKENIZE, chunk=4)
-    theirs = open_clip.build_zero_shot_classifier(Encoder(towers), TOKENIZE, NAMES, lambdas()).T
-    assert ours.shape == (7, 16)
-    torch.testing.assert_close(ours, theirs)
-    torch.testing.assert_close(ours, build_classifier(towers, load_task(settings(places), Data()), TOKENIZE, chunk=100))
-
-
-class Encoder:
-    """Our towers where open_clip expects a model."""
-
-    def __init__(self, towers: Towers) -> None:
-        self.towers = towers
-
-    def encode_text(self, tokens: torch.Tensor, normalize: bool) -> torch.Tensor:
-        assert normalize
-        with torch.no_grad():
-            return self.towers.text(tokens)
 
 
 def test_accuracies_equal_an_independent_computation(towers, places):
@@ -165,10 +156,7 @@ def test_accuracies_equal_clip_benchmarks(towers, places, monkeypatch):
 def test_shards_and_a_folder_give_the_same_numbers(towers, places):
     shards = classify(towers, settings(places))
     tree = classify(towers, settings(places, urls=None, folder=str(places / "tree")))
-    assert dataclasses.replace(tree, per_class_top1=[]) == dataclasses.replace(shards, per_class_top1=[])
-    np.testing.assert_array_equal(tree.per_class_top1, shards.per_class_top1)
-    other = classify(towers, settings(places), batch=41, text_chunk=1, threads=1)
-    assert (other.top1, other.top5) == (shards.top1, shards.top5)
+    assert tree == shards == classify(towers, settings(places), batch=41, threads=1)
 
 
 def test_fewer_than_five_classes(towers, places, tmp_path):
@@ -178,25 +166,55 @@ def test_fewer_than_five_classes(towers, places, tmp_path):
     assert classify(towers, config).top5 == 1.0
 
 
-def test_the_ranks_shares_add_up(towers, places):
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_the_ranks_shares_add_up(towers, places, ranks):
     class Recorder(World):
-        """One rank of three, whose sum is only noted down."""
+        """One rank of several, whose share is only noted down."""
 
         def sum(self, values: Sequence[float]) -> list[float]:
-            parts.append(list(values))
+            counts.append(list(values))
             return list(values)
 
-        def each(self, work):
+        def collect(self, values_N: torch.Tensor) -> torch.Tensor:
+            misses.append(values_N)
+            return values_N
+
+        def each(self, work, *, patient=False):
             return work()
 
-    parts: list[list[float]] = []
-    world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
-    for rank in range(3):
-        classify(towers, settings(places), Recorder(rank, 3, 0, world.device))
-    together = np.sum(parts, axis=0)
-    parts.clear()
-    classify(towers, settings(places), Recorder(0, 1, 0, world.device))
-    np.testing.assert_array_equal(together, parts[0])
+        def broadcast(self, item):
+            return item
+
+    counts: list[list[float]] = []
+    misses: list[torch.Tensor] = []
+    for rank in range(ranks):
+        classify(towers, settings(places), Recorder(rank, ranks, 0, ALONE.device))
+    shares = np.sum(counts, axis=0), torch.cat(misses).sort().values.tolist()
+    counts.clear(), misses.clear()
+    classify(towers, settings(places), Recorder(0, 1, 0, ALONE.device))
+    np.testing.assert_array_equal(shares[0], counts[0])
+    assert shares[1] == misses[0].sort().values.tolist()
+
+
+def test_the_table_of_classes_equals_an_independent_computation(towers, places):
+    task = load_task(settings(places), Data())
+    table = class_table(task, classify(towers, settings(places)))
+    order, labels = similarity(towers).numpy().argsort(axis=1)[:, ::-1], np.array(LABELS)
+    for label, row in enumerate(table["classes"]):
+        mine = order[labels == label]
+        first, fifth = (mine[:, 0] == label).sum(), (mine[:, :5] == label).sum()
+        assert list(row.values())[:4] == [NAMES[label], len(mine), first, fifth]
+        assert list(row.values())[4:] == ([first / len(mine), fifth / len(mine)] if len(mine) else [None, None])
+    wrong = Counter((NAMES[c], NAMES[row[0]]) for c, row in zip(labels, order, strict=True) if row[0] != c)
+    found = [tuple(row.values()) for row in table["confusions"]]
+    assert {(a, b): times for a, b, times in found} == wrong
+    assert [times for *_, times in found] == sorted(wrong.values(), reverse=True)
+    lines = worst_confusions(table, 3)
+    assert lines[0] == f"most often confused, of {wrong.total()} pictures in another class than their own:"
+    a, b, times = found[0]
+    assert lines[1] == f"{times:8} of {LABELS.count(NAMES.index(a))}  {a} -> {b}"
+    assert len(lines) == 4
+    assert worst_confusions(table | {"confusions": []}) == []
 
 
 def test_training_mode_comes_back(towers, places):

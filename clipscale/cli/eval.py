@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from typing import Any
 
@@ -20,8 +21,9 @@ examples:
   clipscale eval zeroshot runs/b32/checkpoints/step-000010000 eval.zeroshot.folder=imagenet/val --json b32.json
   clipscale eval zeroshot runs/b32 eval.zeroshot.urls='cifar/test-*.tar' \\
       eval.zeroshot.classnames=cifar/classnames.txt eval.zeroshot.templates=configs/templates/photo.txt
-  clipscale eval zeroshot runs/b32 eval.zeroshot.wds=sets/wds_cars
-  clipscale eval zeroshot runs/b32 eval.zeroshot_sets.v2.folder=imagenetv2 eval.zeroshot_sets.r.folder=imagenet-r
+  clipscale eval zeroshot runs/b32 eval.zeroshot.wds=sets/wds_cars --classes cars.json
+  clipscale eval zeroshot runs/b32 eval.zeroshot_sets.v2.folder=imagenetv2 eval.zeroshot_sets.sketch.folder=sketch
+  clipscale eval zeroshot runs/b32 eval.zeroshot.folder=imagenet-r eval.zeroshot.subset=imagenet_r
   clipscale eval retrieval runs/b32 eval.retrieval.urls='flickr30k/test/*.tar' --json flickr.json
   clipscale eval zeroshot ViT-B-32:laion2b_s34b_b79k eval.zeroshot.folder=imagenet/val
   clipscale eval zeroshot epoch_32.pt model.name=ViT-B-16 eval.zeroshot.folder=imagenet/val
@@ -52,20 +54,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 metavar="FILE",
                 help=f"write the scores there too, in CLIP_benchmark's form; {DATASET} in FILE is the set's name",
             )
+        if kind == "zeroshot":
+            its_parser.add_argument(
+                "--classes",
+                type=path_option,
+                metavar="FILE",
+                help="write there, as JSON, how each class fares and which are taken for which, and tell the worst; "
+                f"{DATASET} as above",
+            )
 
 
 def run(arguments: argparse.Namespace, words: list[str]) -> int:
     from clipscale.preflight.checks import check_evaluation
 
     found, config, names = check_evaluation(arguments.checkpoint, arguments.kind, arguments.settings)
-    file = arguments.json if arguments.kind in TASKS else None
-    require(
-        file is None or len(names) == 1 or DATASET in file,
-        f"--json {file}: {len(names)} sets ({', '.join(names)}) want a file each; put {DATASET} into its name",
-    )
+    files = {option: vars(arguments).get(option) for option in ("json", "classes")}
+    for option, file in files.items():
+        if file is not None:
+            _check_file(f"--{option}", file, names)
+    from clipscale.eval.per_class import worst_confusions
     from clipscale.evaluate import evaluate_found
 
-    result, failed = evaluate_found(found, config, names)
+    result, failed, details = evaluate_found(found, config, names)
     if rank() == 0:
         for name in names:
             if name in failed:
@@ -74,10 +84,28 @@ def run(arguments: argparse.Namespace, words: list[str]) -> int:
             scores = {key: value for key, value in result.items() if key.startswith(f"{name}/")}
             step = [f"step {result['step']}"] if "step" in result else []
             print("  ".join([*step, *map(_shown, scores, scores.values())]))
-            if file is not None:
+            if files["json"] is not None:
                 form = benchmark_form(arguments.kind, name, scores, config, str(found.path))
-                write_file(file.replace(DATASET, name), json.dumps(form, indent=2) + "\n")
+                _write(files["json"], name, form)
+            if files["classes"] is not None:
+                print(*worst_confusions(details[name]), sep="\n")
+                _write(files["classes"], name, details[name])
     return 2 if failed else 0
+
+
+def _check_file(option: str, file: str, names: list[str]) -> None:
+    """Raise UserError unless each set has a file of its own, in a folder that is there."""
+    require(
+        len(names) == 1 or DATASET in file,
+        f"{option} {file}: {len(names)} sets ({', '.join(names)}) want a file each; put {DATASET} into its name",
+    )
+    for name in names:
+        folder = os.path.dirname(os.path.abspath(file.replace(DATASET, name)))
+        require(os.path.isdir(folder), f"{option} {file}: {folder!r} is no folder; make it first")
+
+
+def _write(file: str, name: str, content: dict[str, Any]) -> None:
+    write_file(file.replace(DATASET, name), json.dumps(content, indent=2) + "\n")
 
 
 def benchmark_form(kind: str, name: str, scores: dict[str, float], config: Config, checkpoint: str) -> dict[str, Any]:

@@ -226,6 +226,7 @@ class ZeroShot:
     wds: ShardUrls | None = None  # or a set as CLIP_benchmark has it: a folder or URL with test/*.tar and its names
     classnames: LocalFile | None = None  # imagenet, or a text file, line i: label i; null: the set's or folders' names
     templates: LocalFile | None = None  # imagenet, or a text file, one a line: '{}' = class name; null: the set's own
+    subset: LocalFile | None = None  # imagenet_a, imagenet_r, or a file: which classes are answers, right for which
     batch: int = 256  # pictures at once, on each rank
 
     def __post_init__(self) -> None:

@@ -2,7 +2,7 @@
 
     classes = find_classes(config.eval.zeroshot)        # Classes(names=["dog", "cat"], labels={"cat": 1, "dog": 0})
     templates = class_templates(config.eval.zeroshot)   # ["a photo of a {}."]
-    note = check_labels([b"3", b"0"], classes=10)       # what to tell of names that no label reaches
+    note = check_labels([b"3", b"0"], Subset.whole(names))      # what to tell of names that no label reaches
 
 All that is known without a picture or a model, and without torch: the command line looks at these before it loads
 anything.
@@ -15,13 +15,14 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from clipscale.config import ZeroShot
 from clipscale.data.shard.labels import LabelError, label_of
 from clipscale.errors import UserError, require
-from clipscale.files import why_unreadable
+from clipscale.eval.lines import read_lines
+from clipscale.eval.subset import Subset, find_subset
 from clipscale.open_clip_files import imagenet_classes, imagenet_templates
+from clipscale.timm_files import SUBSETS, imagenet_subset, imagenet_synsets
 from clipscale.words import counted
 
 IMAGENET, KEY = "imagenet", "eval.zeroshot"
@@ -36,6 +37,7 @@ class Classes:
     names: list[str]
     labels: dict[str, int] = field(default_factory=dict)  # class folder -> label; none for shards
     note: str = ""  # what to tell of how they were brought together
+    subset: Subset | None = None  # which may be answered; None: all, each for its label
 
 
 def find_classes(config: ZeroShot, key: str = KEY, own: list[str] | None = None) -> Classes:
@@ -45,22 +47,29 @@ def find_classes(config: ZeroShot, key: str = KEY, own: list[str] | None = None)
         key: where the settings stand, for messages.
         own: names that come with the shards.
 
-    Folders that are numbers are labels. Others go by their names where those are class names, and else by their order,
-    which is told. Without `classnames` a tree's folders are the names (ImageNet's, for its 1,000 folders), and shards
-    have their own or ImageNet's.
+    Folders that are numbers are labels, and WordNet ids are ImageNet's classes where the names are ImageNet's. Others
+    go by their names where those are class names, and else by their order, which is told. Without `classnames` a tree's
+    folders are the names (ImageNet's, for its WordNet ids, its 1,000 folders or a subset), and shards have their own
+    or ImageNet's. With a subset, folders of other classes are passed over, which is told.
 
     Raises:
-        UserError: a names file that is missing, empty or has a gap; folders and names that contradict each other.
+        UserError: a names file that is missing, empty or has a gap; folders and names that contradict each other; a
+            subset that is none of these names.
     """
-    if config.folder is None:
-        return Classes(own if own and config.classnames is None else _names(config.classnames or IMAGENET, key))
-    folders = class_folders(config.folder, key)
-    require(bool(folders), f"{key}.folder {config.folder!r} has no class folders")
-    if config.classnames is None:
+    folders = None if config.folder is None else class_folders(config.folder, key)
+    require(folders != [], f"{key}.folder {config.folder!r} has no class folders")
+    if folders is not None and (config.classnames, config.subset) == (None, None):
         names = _names_of_folders(config.folder, folders, key)
-        return Classes(names, *_labels(config, folders, names, key)) if names else Classes(*_own_names(folders, key))
-    names = _names(config.classnames, key)
-    return Classes(names, *_labels(config, folders, names, key))
+        if not names:
+            return Classes(*_own_names(folders, key))
+    else:
+        names = own if own and config.classnames is None else _names(config.classnames or IMAGENET, key)
+    subset = None if config.subset is None else find_subset(config.subset, names, f"{key}.subset")
+    if folders is None:
+        return Classes(names, subset=subset)
+    if subset is None:
+        return Classes(names, *_labels(config, folders, names, key))
+    return Classes(names, *_labels_within(config, folders, names, key, subset), subset)
 
 
 def class_templates(config: ZeroShot, key: str = KEY, own: list[str] | None = None) -> list[str]:
@@ -71,7 +80,7 @@ def class_templates(config: ZeroShot, key: str = KEY, own: list[str] | None = No
     """
     if config.templates == IMAGENET or (config.templates is None and own is None):
         return imagenet_templates()
-    templates = own if config.templates is None else _lines(config.templates, f"{key}.templates")
+    templates = own if config.templates is None else read_lines(config.templates, f"{key}.templates")
     odd = [template for template in templates if template.count("{}") != 1]
     require(not odd, f"{key}.templates: {odd[:1]} must hold '{{}}' once, where the class name goes")
     return templates
@@ -88,18 +97,19 @@ def hidden(name: str) -> bool:
     return name.startswith(".")
 
 
-def check_labels(notes: Iterable[bytes], classes: int, key: str = KEY) -> str:
+def check_labels(notes: Iterable[bytes], subset: Subset, key: str = KEY) -> str:
     """What to tell of names above every label, which make the task another one; empty where there are none.
 
     Args:
         notes: what the .cls members hold.
-        classes: how many names there are.
+        subset: `Subset.whole` of the names, or what `eval.zeroshot.subset` has made of them.
 
     Raises:
         UserError: a label that is no number, or that has no name.
     """
-    highest = max((checked_label(note, classes, key) for note in notes), default=-1)
-    if highest in (-1, classes - 1):
+    classes = len(subset.right)
+    highest = max((checked_label(note, subset, key) for note in notes), default=-1)
+    if highest in (-1, classes - 1) or subset.mapped or len(subset.answers) < classes:
         return ""
     return (
         f"warning: {key}.classnames has {classes} names, and no label of the pictures is above {highest}: "
@@ -107,16 +117,19 @@ def check_labels(notes: Iterable[bytes], classes: int, key: str = KEY) -> str:
     )
 
 
-def checked_label(note: bytes, classes: int, key: str = KEY) -> int:
-    """The label in a .cls member. Raises UserError for what is no number, or none of `classes`."""
+def checked_label(note: bytes, subset: Subset, key: str = KEY) -> int:
+    """The label in a .cls member. Raises UserError for what is no number, or has no right answer."""
     try:
         label = label_of(note)
     except LabelError as error:
         raise UserError(f"{error}: {note[:40]!r}; a .cls member holds the line number of a class name") from error
+    classes = len(subset.right)
+    wanted = f"{key}.subset must have them all" if subset.mapped else f"{key}.classnames must be the list of this set"
+    require(label < classes, f"label {label} has no class name: there are {classes} (0 to {classes - 1}); {wanted}")
     require(
-        label < classes,
-        f"label {label} has no class name: there are {classes} (0 to {classes - 1}); {key}.classnames must be "
-        "the list of this set",
+        bool(subset.right[label]),
+        f"label {label} ({subset.titles[label]!r}) is none of the {subset.labels} classes of {key}.subset; labels are "
+        "lines of the class names, from 0",
     )
     return label
 
@@ -125,11 +138,13 @@ def checked_label(note: bytes, classes: int, key: str = KEY) -> int:
 
 
 def _names(classnames: str, key: str) -> list[str]:
-    return imagenet_classes() if classnames == IMAGENET else _lines(classnames, f"{key}.classnames")
+    return imagenet_classes() if classnames == IMAGENET else read_lines(classnames, f"{key}.classnames")
 
 
 def _names_of_folders(root: str, folders: list[str], key: str) -> list[str]:
     """ImageNet's names where the folders are ImageNet's, [] where they are names themselves."""
+    if _by_synset(folders):
+        return imagenet_classes()
     ids = [name for name in folders if _WORDNET_ID.fullmatch(name)]
     numbers = [name for name in folders if _is_number(name)]
     if not ids and len(numbers) < len(folders):
@@ -163,6 +178,8 @@ def _labels(config: ZeroShot, folders: list[str], names: list[str], key: str) ->
         )
     elif len(by_name) == len(folders):
         labels, note = by_name, ""
+    elif (config.subset in SUBSETS or names == imagenet_classes()) and _by_synset(folders):
+        labels, note = _by_synset(folders), "" if config.subset is not None else _few_of_imagenet(folders, key)
     else:
         require(
             len(folders) == len(names),
@@ -185,6 +202,51 @@ def _labels(config: ZeroShot, folders: list[str], names: list[str], key: str) ->
     same = [folder for folder in folders if labels[folder] in twice[:1]]
     require(not twice, f"{key}.folder {config.folder!r}: {_shown(same)} are one class, {names[(twice or [0])[0]]!r}")
     return labels, note
+
+
+def _labels_within(
+    config: ZeroShot, folders: list[str], names: list[str], key: str, subset: Subset
+) -> tuple[dict[str, int], str]:
+    """As `_labels`, of the folders that have a place in the subset; a mapping has the folders' own labels."""
+    what = f"{key}.subset={config.subset}"
+    if subset.mapped:
+        labels, note = _by_name(folders, subset.titles), ""
+        missing = [title for label, title in enumerate(subset.titles) if label not in labels.values()]
+        if missing:
+            note = f"warning: no folder for {len(missing)} of the {len(subset.titles)} in {what} ({_shown(missing)})"
+    else:
+        found, note = _labels(config, folders, names, key)
+        labels = {folder: label for folder, label in found.items() if subset.right[label]}
+    outside = [folder for folder in folders if folder not in labels]
+    numbers = [] if subset.mapped else [folder for folder in outside if _is_number(folder)]
+    require(
+        not numbers,
+        f"{key}.folder {config.folder!r}: the folders are labels, lines of the class names, and {_shown(numbers)} is "
+        f"none of the {subset.labels} of {what}; name them by WordNet ids or class names if they count otherwise",
+    )
+    require(bool(labels), f"{key}.folder {config.folder!r}: none of the folders ({_shown(folders)}) is in {what}")
+    passed = f"{counted(len(outside), 'class folder')} not in {what} passed over ({_shown(outside)})" if outside else ""
+    return labels, "; ".join(filter(None, [note, passed]))
+
+
+def _few_of_imagenet(folders: list[str], key: str) -> str:
+    """What to tell of fewer folders than ImageNet has: a set of its own, mostly, with a subset of its own."""
+    labels = sorted(_by_synset(folders).values())
+    if len(labels) == len(imagenet_classes()):
+        return ""
+    hint = next((name for name in SUBSETS if imagenet_subset(name) == labels), "FILE")
+    return (
+        f"warning: {counted(len(labels), 'class folder')} of ImageNet's 1,000, and all 1,000 are answers; "
+        f"{key}.subset={hint} takes those alone"
+    )
+
+
+def _by_synset(folders: list[str]) -> dict[str, int]:
+    """ImageNet's label of each folder; {} unless all are WordNet ids of its classes."""
+    if not all(map(_WORDNET_ID.fullmatch, folders)):
+        return {}
+    known = {synset: label for label, synset in enumerate(imagenet_synsets())}
+    return {folder: known[folder] for folder in folders} if set(folders) <= known.keys() else {}
 
 
 def _by_name(folders: list[str], names: list[str]) -> dict[str, int]:
@@ -211,15 +273,3 @@ def _is_number(name: str) -> bool:
 
 def _shown(folders: list[str]) -> str:
     return ", ".join(map(repr, folders[:_SHOWN])) + (", ..." if len(folders) > _SHOWN else "")
-
-
-def _lines(path: str, setting: str) -> list[str]:
-    """One a line. A line's number is a label, so an empty one between others is refused, not passed over."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").rstrip().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{setting}={path!r} cannot be read: {why_unreadable(path, error)}") from error
-    lines = [line.strip() for line in lines]
-    require(bool(lines), f"{setting}={path!r} is empty; write one a line")
-    require(all(lines), f"{setting}={path!r}: line {lines.index('') + 1 if '' in lines else 0} is empty; take it out")
-    return lines

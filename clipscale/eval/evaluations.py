@@ -1,13 +1,14 @@
 """The kinds of evaluation behind one door: opened once, then made at any step. suite.py has the list of them.
 
     setup = Setup(config, towers, ...)
-    evaluation = open_evaluation("zeroshot", setup)         # its files; wrong ones end here
+    texts = read_texts("zeroshot", setup)                   # by one rank: small texts that lie beside its shards
+    evaluation = open_evaluation("zeroshot", setup, texts)  # its files; wrong ones end here
     if note := evaluation.check():                          # by one rank: labels against names
         tell(note)
     evaluation.try_out()                                    # one picture, one caption
     scores = evaluation.run()                               # {"top1": 0.31, ...}; collective
 
-Which towers are evaluated is the setup's to say: other weights are another setup.
+Which towers are evaluated is the setup's to say: towers of other weights beside these are another setup.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -23,11 +25,14 @@ from clipscale.config import Config, Retrieval, Validation, ZeroShot
 from clipscale.data.source import open_source
 from clipscale.data.tokenize import Tokenize
 from clipscale.dist import World
+from clipscale.eval.classifier import Classifiers
 from clipscale.eval.mode import evaluating
+from clipscale.eval.per_class import class_table
 from clipscale.eval.pictures import EvalPictures, ShardPictures, batches
 from clipscale.eval.retrieval import RECALLS, evaluate_retrieval
 from clipscale.eval.validation import evaluate_validation
 from clipscale.eval.view import View
+from clipscale.eval.wds import LabelledShards, labelled_shards
 from clipscale.eval.zeroshot import check_task, evaluate_zeroshot, load_task
 from clipscale.towers import Towers
 from clipscale.words import counted
@@ -45,6 +50,7 @@ class Setup:
     tokenize: Tokenize
     world: World
     walk: Callable[[Iterable], Iterator]  # passes on each batch of pictures, and each chunk of captions
+    classifiers: Classifiers  # of these towers
 
     @property
     def view(self) -> View:
@@ -76,18 +82,34 @@ class Evaluation(Protocol):
     def run(self) -> dict[str, float]:
         """Scores, and what they are of. Collective; the same on every rank."""
 
+    def details(self) -> dict[str, Any]:
+        """What the last run found beyond its scores, fit for JSON; {}: nothing."""
 
-def open_evaluation(name: str, setup: Setup) -> Evaluation:
+
+def read_texts(name: str, setup: Setup) -> LabelledShards | None:
+    """What a zero-shot evaluation reads beside its shards, perhaps from a server: one rank is enough to ask.
+
+    Raises:
+        UserError: as `wds.open_wds`.
+    """
+    settings, config = setup.config.eval.evaluations()[name], setup.config
+    return labelled_shards(settings, config.data, config.eval.key(name)) if isinstance(settings, ZeroShot) else None
+
+
+def open_evaluation(name: str, setup: Setup, texts: LabelledShards | None) -> Evaluation:
     """Raises UserError for shards, class names or templates that cannot be used."""
     settings = setup.config.eval.evaluations()[name]
-    kind = {ZeroShot: _ZeroShot, Validation: _Validation, Retrieval: _Retrieval}[type(settings)]
-    return kind(name, settings, setup)
+    if isinstance(settings, ZeroShot):
+        return _ZeroShot(name, settings, setup, texts)
+    return (_Validation if isinstance(settings, Validation) else _Retrieval)(name, settings, setup)
 
 
 class _ZeroShot:
-    def __init__(self, name: str, settings: ZeroShot, setup: Setup) -> None:
+    def __init__(self, name: str, settings: ZeroShot, setup: Setup, shards: LabelledShards) -> None:
         self._settings, self._setup = settings, setup
-        self._task = load_task(settings, setup.config.data, name=name, key=setup.config.eval.key(name))
+        config = setup.config
+        self._task = load_task(settings, config.data, shards, name=name, key=config.eval.key(name))
+        self._details: Callable[[], dict[str, Any]] = dict
 
     def check(self) -> str:
         return check_task(self._task)
@@ -97,26 +119,25 @@ class _ZeroShot:
         self._setup.try_caption(self._task.templates[0].replace("{}", self._task.classnames[0]))
 
     def run(self) -> dict[str, float]:
-        setup = self._setup
+        setup, task = self._setup, self._task
+        classifier = setup.classifiers.of(task.classnames, task.templates)
         result = evaluate_zeroshot(
-            setup.towers,
-            self._task,
-            setup.tokenize,
-            setup.world,
-            batch=self._settings.batch,
-            text_chunk=setup.chunks[1],
-            **setup.reading,
+            setup.towers, task, classifier, setup.world, batch=self._settings.batch, **setup.reading
         )
+        self._details = partial(class_table, task, result)
         return {
             "top1": result.top1,
             "top5": result.top5,
             "mean_per_class_recall": result.mean_per_class_recall,
             "pictures": result.pictures,
-            "classes": len(result.per_class_top1),
+            "classes": task.subset.labels,
             "classes_seen": result.classes_seen,
             "passed_over": result.passed,
             "bad_pictures": result.bad,
         }
+
+    def details(self) -> dict[str, Any]:
+        return self._details()
 
 
 class _Validation:
@@ -160,6 +181,9 @@ class _Validation:
             "bad_pictures": result.bad,
         }
 
+    def details(self) -> dict[str, Any]:
+        return {}
+
 
 class _Retrieval:
     def __init__(self, name: str, settings: Retrieval, setup: Setup) -> None:
@@ -193,3 +217,6 @@ class _Retrieval:
             "passed_over": self._source.refused().total(),
             "bad_pictures": result.bad,
         }
+
+    def details(self) -> dict[str, Any]:
+        return {}

@@ -10,13 +10,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from clipscale.config import Config
 from clipscale.data.tokenize import Tokenize
 from clipscale.dist import World
 from clipscale.errors import SharedError, reason
-from clipscale.eval.evaluations import Evaluation, Setup, open_evaluation
+from clipscale.eval.classifier import Classifiers
+from clipscale.eval.evaluations import Evaluation, Setup, open_evaluation, read_texts
 from clipscale.schedule import evaluations_due
 from clipscale.telemetry.faults import report_fault
 from clipscale.telemetry.parts import UNTIMED, Parts
@@ -56,7 +57,8 @@ class EvalSuite:
     ) -> None:
         self._parts, self._told = parts, told
         self.config, self.world, self.failed = config, world, {}
-        self._setup = Setup(config, towers, chunks, tokenize, world, self._walk)
+        classifiers = Classifiers(towers, tokenize, chunks[1], world, self._walk)
+        self._setup = Setup(config, towers, chunks, tokenize, world, self._walk, classifiers)
         self._evaluations: dict[str, Evaluation] = {}
         for name in config.eval.evaluations() if names is None else names:
             try:
@@ -90,8 +92,13 @@ class EvalSuite:
             raise next(iter(self.failed.values()))
         return found
 
+    def details(self) -> dict[str, dict[str, Any]]:
+        """What the last run of each found beyond its scores."""
+        return {name: found for name, evaluation in self._evaluations.items() if (found := evaluation.details())}
+
     def _open(self, name: str) -> Evaluation:
-        evaluation = self.world.each(partial(open_evaluation, name, self._setup), patient=True)
+        texts = self.world.lead(partial(read_texts, name, self._setup), patient=True)
+        evaluation = self.world.each(partial(open_evaluation, name, self._setup, texts), patient=True)
         if note := self.world.lead(evaluation.check):
             tell(note)
         self.world.each(evaluation.try_out)

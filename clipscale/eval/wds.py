@@ -18,6 +18,7 @@ from clipscale.config.data import Data
 from clipscale.data.fetch.text import read_text
 from clipscale.data.fetch.urls import masked
 from clipscale.errors import UserError, require
+from clipscale.eval.lines import lines_of
 
 NAMES, TEMPLATES, SHARDS, KIND = (
     "classnames.txt",
@@ -77,7 +78,10 @@ def open_wds(place: str, data: Data, key: str = "eval.zeroshot") -> LabelledShar
     kind = (text(KIND) or "classification").strip().lower()
     hint = f"set eval.retrieval.urls='{masked(below(place, 'test/*.tar'))}'" if kind == "retrieval" else "take another"
     require(kind == "classification", f"{shown} is a set for {kind} ({KIND}), not one of labelled pictures; {hint}")
-    names, templates = (_lines(text(name), f"{shown}: {name}") for name in (NAMES, TEMPLATES))
+    names, templates = (
+        None if found is None else lines_of(found, f"{shown}: {name}")
+        for name, found in ((name, text(name)) for name in (NAMES, TEMPLATES))
+    )
     if templates is not None:
         templates = [template.replace("{c}", "{}") for template in templates]
     return LabelledShards(below(place, f"test/{{0..{int(count) - 1}}}.tar"), names, templates)
@@ -89,12 +93,3 @@ def below(place: str, name: str) -> str:
         place = place.replace("/tree/", "/resolve/", 1)
     folder, mark, query = place.partition("?") if "://" in place else (place, "", "")
     return f"{folder.rstrip('/')}/{name}{mark}{query}"
-
-
-def _lines(text: str | None, what: str) -> list[str] | None:
-    if text is None:
-        return None
-    lines = [line.strip() for line in text.rstrip().splitlines()]
-    require(bool(lines), f"{what} is empty; write one a line")
-    require(all(lines), f"{what}: line {lines.index('') + 1 if '' in lines else 0} is empty; take it out")
-    return lines

@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
+from clipscale.bits import hash_bits
 from clipscale.dist import World
 from clipscale.errors import RestartError
 from clipscale.telemetry.faults import record_fault
-
-_WEIGHT = 0x9E3779B97F4A7C15 - (1 << 64)  # odd: 2^64 divided by the golden ratio
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_AT_ONCE = 1 << 22  # elements: their 64-bit copies are 32 MiB
 
 
 def compare_ranks(model: nn.Module, world: World, *, step: int) -> None:
@@ -49,18 +46,3 @@ def compare_ranks(model: nn.Module, world: World, *, step: int) -> None:
         f"{what}; start again: all ranks go on from the checkpoint that rank 0 wrote before. If it comes back, look at "
         "that rank's host and GPU, or set train.deterministic=true"
     )
-
-
-@torch.no_grad()
-def hash_bits(tensor: Tensor) -> Tensor:
-    """A 64-bit hash of a tensor's bits and of where they stand, [] int64 on its device; the same for the same bits.
-
-    Every element, as an integer, times an odd number of its place, summed modulo 2^64: any change of one element shows.
-    """
-    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    bits = tensor.detach().contiguous().view(-1).view(_BITS[tensor.element_size()])
-    for start in range(0, bits.numel(), _AT_ONCE):
-        part = bits[start : start + _AT_ONCE].to(torch.int64)
-        places = torch.arange(start, start + part.numel(), device=tensor.device)
-        total += (part * (places * 2 + 1).mul_(_WEIGHT)).sum()
-    return total

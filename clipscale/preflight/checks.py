@@ -180,6 +180,8 @@ def _check_evaluation(name: str, config: Config, data: Data) -> None:
     its, key = config.eval.evaluations()[name], config.eval.key(name)
     urls = its.urls
     if isinstance(its, ZeroShot):
+        if its.wds is not None and not is_local(its.wds) and launched().rank > 0:
+            return  # one rank asks the server
         shards = labelled_shards(its, data, key)
         urls = shards.urls
         if not _drawn(its.classnames or "", data):

@@ -5,7 +5,8 @@
     for chunk in walk.again(device):        # pass 2
 
 Pictures come in order, as the loader has them (`Pictures`). Captions are there already and their order is free: the
-text tower walks them by length, in chunks of about equal work, each cut at its longest caption (`Captions`).
+text tower walks them by length, in chunks of about equal work, each cut at its longest caption (`Captions`, of the
+rows that towers/rows.py arranges).
 
 Shapes: N slots of this rank, M slots of a chunk, L tokens of a caption.
 """
@@ -21,10 +22,7 @@ from torch import Tensor
 from clipscale.data.load.replay import Inputs, handed_over
 from clipscale.data.load.shape import spans
 from clipscale.step.plan import TowerPlan
-
-LENGTH_STEP, ROW_STEP = 16, 8
-"""Captions' lengths and chunks' rows are rounded up to multiples of these: few shapes, and on a CPU bit for bit what
-the full length gives."""
+from clipscale.towers.rows import Rows, arranged
 
 
 class Chunk(NamedTuple):
@@ -85,17 +83,6 @@ class Pictures:
             yield Chunk(slice(start + first, start + last), block[first:last], kept)
 
 
-class Rows(NamedTuple):
-    """Captions that go through the tower at once."""
-
-    slots: slice | Tensor
-    size: int
-    length: int
-    """Tokens of each."""
-    rows: int
-    """`size` and what fills up the shape."""
-
-
 class Captions:
     """Token ids [N, L] in host memory: by length where `lengths_N` is given, else in order and at full length.
 
@@ -106,13 +93,13 @@ class Captions:
     def __init__(self, tokens_NL: Tensor, plan: TowerPlan, lengths_N: Tensor | None) -> None:
         self._tokens_NL = tokens_NL
         slots_N = torch.arange(len(tokens_NL))
-        chunks = _arranged(slots_N, tokens_NL, lengths_N, plan.chunk)
+        chunks = arranged(slots_N, tokens_NL, lengths_N, plan.chunk)
         count = _how_many(chunks, plan)
         self._kept, self._others = chunks[:count], chunks[count:]
         self._wide = self._others
         if plan.wide > plan.chunk and self._others and not plan.by_chunk:
             rest_K = torch.cat([slots_N[rows.slots] for rows in self._others])
-            self._wide = _arranged(rest_K, tokens_NL, lengths_N, plan.wide)
+            self._wide = arranged(rest_K, tokens_NL, lengths_N, plan.wide)
         self.kept = sum(rows.size for rows in self._kept)
         self.tokens = sum(rows.size * rows.length for rows in chunks)
         """That the tower runs in one pass."""
@@ -128,11 +115,7 @@ class Captions:
         return (Chunk(rows.slots, self._inputs(rows, device), False) for rows in self._others)
 
     def _inputs(self, rows: Rows, device: torch.device) -> Tensor:
-        """[rows, length] on the device; what fills up is the first caption again."""
-        part = self._tokens_NL[rows.slots][:, : rows.length]
-        if rows.rows > rows.size:
-            part = torch.cat([part, part[:1].expand(rows.rows - rows.size, -1)])
-        return handed_over(part, device)
+        return handed_over(rows.inputs(self._tokens_NL), device)
 
 
 def _how_many(chunks: list[Rows], plan: TowerPlan) -> int:
@@ -143,26 +126,3 @@ def _how_many(chunks: list[Rows], plan: TowerPlan) -> int:
         if left < 0:
             return count
     return len(chunks) if plan.keep_bytes > 0 else 0
-
-
-def _arranged(slots_K: Tensor, tokens_NL: Tensor, lengths_N: Tensor | None, chunk: int) -> list[Rows]:
-    """`slots_K` cut into chunks of as many tokens as `chunk` captions of full length have: by length, and in the order
-    given within each; without lengths, which wants slots that follow each other, in order."""
-    longest = tokens_NL.shape[1]
-    if lengths_N is None:
-        first = int(slots_K[0]) if len(slots_K) else 0
-        return [
-            Rows(slice(first + start, first + stop), stop - start, longest, stop - start)
-            for start, stop in spans(0, len(slots_K), chunk)
-        ]
-    rounded_K = (-(-lengths_N[slots_K] // LENGTH_STEP) * LENGTH_STEP).clamp(max=longest)
-    chunks = []
-    for length in rounded_K.unique().tolist():
-        mine_M = slots_K[rounded_K == length]
-        most = max(1, chunk * longest // length)
-        most -= most % ROW_STEP if most > ROW_STEP else 0
-        for start, stop in spans(0, len(mine_M), most):
-            size = stop - start
-            rows = min(-(-size // ROW_STEP) * ROW_STEP, most)
-            chunks.append(Rows(mine_M[start:stop].contiguous(), size, length, rows))
-    return chunks
