@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -46,15 +47,52 @@ class SourceSettings:
     weight: float = 1.0  # share of the samples, relative to the other sources
     caption: str = "txt"  # the member that holds the caption, by its suffix; 'json:<field>' for a field of the JSON
     captions: Literal["whole", "first", "random"] = "whole"  # of a text with several lines, or a JSON list
+    # several members instead of `caption`, each with its weight: {txt: 1, json:recaption: 2}; one drawn by position
+    caption_weights: dict[str, float] | None = None
     counts: LocalFile | None = None  # usable samples of each remote shard, JSON: sizes.json or {shard name: number}
     select: Select = field(default_factory=Select)
 
     def __post_init__(self) -> None:
         require(self.weight >= 0, f"a source's weight={self.weight} must not be negative; 0 switches it off")
+        require_member("a source's caption", self.caption)
+        if self.caption_weights is None:
+            return
         require(
-            self.caption != "" and self.caption != "json:",
-            f"a source's caption={self.caption!r} must be a member's suffix, such as txt, or json:<field>",
+            bool(self.caption_weights),
+            "a source's caption_weights={} names no caption; write each with its weight, such as {txt: 1, "
+            "json:recaption: 2}, or null",
         )
+        require(
+            self.caption == SourceSettings.caption,
+            f"a source's caption={self.caption!r} and its caption_weights are both set; name all captions in "
+            "caption_weights, and leave caption out",
+        )
+        for caption, weight in self.caption_weights.items():
+            require_member("a name in a source's caption_weights", caption)
+            require(
+                caption.startswith("json:") or ":" not in caption,
+                f"a name in a source's caption_weights={caption!r} is no member's suffix, such as txt, and no "
+                "json:<field>",
+            )
+            require(
+                0 < weight < math.inf,
+                f"a source's caption_weights has {caption}: {weight}; a weight must be above 0: leave out what is not "
+                "to be drawn",
+            )
+
+    @property
+    def caption_shares(self) -> dict[str, float]:
+        """Each caption that a sample may give, and how often it is drawn where a sample has all of them; sum 1."""
+        weights = self.caption_weights or {self.caption: 1.0}
+        return {caption: weight / sum(weights.values()) for caption, weight in weights.items()}
+
+
+def require_member(what: str, caption: str) -> None:
+    """Raise UserError unless a caption can be there: `what` says which setting it is."""
+    require(
+        caption.removeprefix("json:") != "",
+        f"{what}={caption!r} must be a member's suffix, such as txt, or json:<field>",
+    )
 
 
 @dataclass(frozen=True)

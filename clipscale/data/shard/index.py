@@ -56,6 +56,7 @@ class Shard:
     not_read: dict[str, int] = field(default_factory=dict)  # members not looked at, by suffix or why in no sample
     cut: str = ""  # why the archive ends early; empty: it does not
     unread: int = 0  # bytes behind the last member of an archive that is cut
+    captions: dict[str, int] = field(default_factory=dict)  # samples that have each of several; empty: one is asked for
     lost: int = 0  # samples that it held before it was cut, where that is known
     changed: str = ""  # how its bytes differ from those indexed before; empty: they do not
     seen: dict[str, Any] = field(default_factory=dict, compare=False)  # of a local shard's inode, and by which host
@@ -111,6 +112,7 @@ class Index:
         if _stamp(url, os.stat(file)) != stamp:
             raise OSError("it was written to while it was indexed")
         facts = stamp | hashes | {"refused": chosen.refused, "not_read": chosen.not_read, "cut": listing.cut}
+        facts |= {"captions": chosen.captions} if chosen.captions else {}
         facts |= {"unread": 0, "lost": 0} | (_seen(stat) if is_local(url) else {})
         if listing.cut:
             found = len(chosen.keys) + sum(chosen.refused.values())
@@ -236,4 +238,5 @@ def _shard(url: str, place: Path, facts: dict[str, Any], changed: str = "") -> S
     known = {name: facts[name] for name in _FACTS}
     seen = {name: facts[name] for name in _SEEN if name in facts}
     own = {"mtime_ns": facts.get("mtime_ns"), "etag": facts.get("etag"), "seen": seen}
+    own["captions"] = facts.get("captions", {})
     return Shard(url, str(place), changed=changed, **own, **known)

@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from clipscale.config.data import Data, Select, SourceSettings
-from clipscale.data.shard.captions import CaptionRule
+from clipscale.data.shard.captions import caption_rules
 from clipscale.data.shard.group import group, why_passed
 from clipscale.data.shard.judge import Fault, Judge, picture_of
 from clipscale.data.shard.tar import Listing, passed_member
@@ -38,7 +38,7 @@ class Rules:
     """What decides which samples of a shard are used. The rest of a source's settings do not matter here."""
 
     need: Need = "pairs"
-    caption: str = "txt"  # as a source has it; of no meaning to labelled pictures
+    caption: str | tuple[str, ...] = "txt"  # as a source has it, or several; of no meaning to labelled pictures
     select: Select = field(default_factory=Select)
     max_pixels: int = Data.max_pixels  # of a picture, where all are decoded
     uids_hash: str | None = None  # of the content of `select.uids`
@@ -47,7 +47,8 @@ class Rules:
     def of(cls, source: SourceSettings, data: Data, need: Need) -> Rules:
         """Raises UserError for a uid file that cannot be used."""
         uids = source.select.uids
-        caption = source.caption if need == "pairs" else "txt"
+        several = tuple(source.caption_shares) if need == "pairs" else ("txt",)
+        caption = several if len(several) > 1 else several[0]
         return cls(need, caption, source.select, data.max_pixels, None if uids is None else UidList.open(uids).hash)
 
     @property
@@ -72,20 +73,22 @@ class Chosen(NamedTuple):
     """The usable samples, in the shard's order; n of them."""
 
     keys: list[str]
-    spans: np.ndarray  # int64 [n, 4]: offset and size of the picture, offset and size of the note; bytes
+    spans: np.ndarray  # int64 [n, 2 + 2 C]: offset and size of the picture, and of each note, 0 and 0 for none; bytes
     refused: dict[str, int]  # samples left out, by the first cause
     not_read: dict[str, int]  # members that nothing looks at, by suffix, or why they are in no sample
+    captions: dict[str, int]  # usable samples that have each of several captions; empty: one is asked for
 
 
 def select_samples(tar: bytes, listing: Listing, rules: Rules) -> Chosen:
     """Raises UserError for a uid file that cannot be used."""
     judge = _judge(tar, listing, rules)
-    note_suffix = CaptionRule.of(rules.caption).suffix if rules.need == "pairs" else "cls"
+    several = rules.caption if rules.need == "pairs" and not isinstance(rules.caption, str) else ()
+    note_suffix = "cls" if rules.need == "labelled" else caption_rules(rules.caption)[0].suffix
     allowed = judge.allowed
     refused: Counter[str] = Counter()
     not_read: Counter[str] = Counter(passed_member(tar, offset)[1] for offset in listing.passed)
     passed: list[int] = []
-    keys, pictures, notes = [], [], []
+    keys, members = [], []  # of each usable sample the numbers of its picture and its notes, -1 for none, in turn
     for key, sample in group(listing.names, passed):
         if not allowed.issuperset(sample):
             not_read.update(f".{suffix[:40]}" for suffix in sample if suffix not in allowed)
@@ -94,13 +97,18 @@ def select_samples(tar: bytes, listing: Listing, rules: Rules) -> Chosen:
             refused[fault.cause] += 1
             continue
         keys.append(key)
-        pictures.append(picture_of(sample))
-        notes.append(sample[note_suffix])
+        members.append(picture_of(sample))
+        if several:
+            members += [-1 if isinstance(note, Fault) else note for note in judge.captions(sample)]
+        else:
+            members.append(sample[note_suffix])
     not_read.update(why_passed(listing.names[number]) for number in passed)
-    offsets, sizes = np.array(listing.offsets, np.int64), np.array(listing.sizes, np.int64)
-    columns = [column[rows] for rows in (pictures, notes) for column in (offsets, sizes)] if keys else []
-    spans = np.stack(columns, axis=1) if keys else np.empty((0, 4), np.int64)
-    return Chosen(keys, spans, dict(refused), _told(not_read))
+    width = 1 + max(1, len(several))
+    columns = np.array(members, np.int64).reshape(-1, width)
+    facts = (np.array([*numbers, 0], np.int64) for numbers in (listing.offsets, listing.sizes))  # -1: the 0
+    spans = np.stack([of_member[columns] for of_member in facts], axis=2).reshape(-1, 2 * width)
+    having = dict(zip(several, (columns[:, 1:] >= 0).sum(axis=0).tolist(), strict=False))
+    return Chosen(keys, spans, dict(refused), _told(not_read), having)
 
 
 def refused_samples(tar: bytes, listing: Listing, rules: Rules) -> Iterator[tuple[str, int, Fault]]:
@@ -117,8 +125,8 @@ def refused_samples(tar: bytes, listing: Listing, rules: Rules) -> Iterator[tupl
 
 
 def _judge(tar: bytes, listing: Listing, rules: Rules) -> Judge:
-    caption = CaptionRule.of(rules.caption)
-    return Judge(tar, listing, need=rules.need, caption=caption, select=rules.select, max_pixels=rules.max_pixels)
+    captions = caption_rules(rules.caption)
+    return Judge(tar, listing, need=rules.need, captions=captions, select=rules.select, max_pixels=rules.max_pixels)
 
 
 def _told(not_read: Counter[str]) -> dict[str, int]:
