@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from clipscale.config.data import Data, Select, SourceSettings
+from clipscale.config.data import Data, Extra, Select, SourceSettings
 from clipscale.errors import require
 from clipscale.escape import escaped
 from clipscale.paths import path_option, shards_option
@@ -29,6 +29,7 @@ examples:
   clipscale index 'cc3m/*.tar' 'cc12m/*.tar' --index-dir index --check decode --jobs 16
   clipscale index 'laion/{00000..41454}.tar' --caption json:caption --min-side 128 --max-aspect 3
   clipscale index 'recap/*.tar' --caption txt --caption json:recaption
+  clipscale index 'cc3m/*.tar' --caption txt --caption extra:txt --extra 'cc3m-recap/*.tar'
   clipscale index 'cc3m/*.tar' --refused refused.jsonl
   clipscale index 'datacomp/*.tar' --score-field clip_l14_similarity_score --min-score 0.3
 """
@@ -80,6 +81,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow-pipe", action="store_true", help="let 'pipe:' URLs run shell commands")
     rules = parser.add_argument_group("selection", "the same as in the config: a run finds only the index of its rules")
     add_caption(rules)
+    rules.add_argument("--extra", type=shards_option, metavar="SHARDS", help="extra.urls: for --caption extra:txt")
+    rules.add_argument("--extra-uid", default=Extra.uid_field, metavar="FIELD", help="extra.uid_field")
     rules.add_argument("--min-side", type=int, default=select.min_side, metavar="PIXELS", help="of the shorter side")
     rules.add_argument("--max-aspect", type=float, metavar="RATIO", help="longer side over shorter side")
     rules.add_argument(
@@ -114,13 +117,12 @@ def index_settings(arguments: argparse.Namespace) -> tuple[SourceSettings, Data,
         allow_pipe=arguments.allow_pipe,
         max_pixels=arguments.max_pixels,
     )
-    source = SourceSettings("::".join(arguments.shards), select=select)
-    if arguments.caption and len(set(arguments.caption)) > 1:
-        source = replace(
-            source, caption_weights=dict.fromkeys(arguments.caption, 1.0)
-        )  # which are there, not how often
-    elif arguments.caption:
-        source = replace(source, caption=arguments.caption[0])
+    captions = arguments.caption or [SourceSettings.caption]
+    source = SourceSettings("::".join(arguments.shards), caption=captions[0], select=select)
+    if len(set(captions)) > 1 or arguments.extra is not None:
+        extra = None if arguments.extra is None else Extra(arguments.extra, arguments.extra_uid)
+        weights = dict.fromkeys(captions, 1.0)  # which there are; how often each is drawn does not matter here
+        source = replace(source, caption=SourceSettings.caption, caption_weights=weights, extra=extra)
     return source, data, arguments.need
 
 

@@ -366,14 +366,14 @@ class Config:
             require(not isinstance(value, float) or math.isfinite(value), f"{key}={value} must be a finite number")
 
     def held_out(self, its: Validation | Retrieval) -> SourceSettings:
-        """The shards of an evaluation. A validation has its own caption or the rule of the sources that are trained on;
-        a retrieval takes all captions of a picture."""
+        """The shards of an evaluation. A validation has its own caption or the rule of the sources that are trained on,
+        extra shards aside; a retrieval takes all captions of a picture."""
         if isinstance(its, Retrieval):
             return SourceSettings(its.urls, caption=its.caption, captions="whole")
         trained = [source for source in self.data.sources.values() if source.weight > 0]
-        agree = len({(*source.caption_shares, source.captions) for source in trained}) == 1
+        agree = len({(*(source.own_captions or [source.caption]), source.captions) for source in trained}) == 1
         rule = trained[0] if agree else SourceSettings("")
-        caption, weights = (rule.caption, rule.caption_weights) if its.caption is None else (its.caption, None)
+        caption, weights = (rule.caption, rule.own_captions) if its.caption is None else (its.caption, None)
         return SourceSettings(its.urls, caption=caption, captions=rule.captions, caption_weights=weights)
 
     @property

@@ -29,6 +29,7 @@ from clipscale.data.fetch.urls import expand_urls, is_local, masked
 from clipscale.data.shard import report
 from clipscale.data.shard.captions import CaptionError, Captions
 from clipscale.data.shard.counts import declared_counts, doubts, usable
+from clipscale.data.shard.extra import extra_shards, extra_stamp
 from clipscale.data.shard.handles import OpenFile, OpenFiles, OpenSidecar, read_exactly, read_pair
 from clipscale.data.shard.index import Index, Shard
 from clipscale.data.shard.index_many import Renew, Track, index_shards, write_refused
@@ -71,12 +72,13 @@ class Source:
     def _prepare(self) -> None:
         self._tars = OpenFiles(self._open_tar)
         self._sidecars = OpenFiles(self._open_sidecar)
+        self._extras = OpenFiles(self._open_extra)
         self._lost = OpenFiles(self._list_lost)  # of declared shards with fewer usable samples than declared
         self._indexing = threading.Lock()
         self._outages = Outages(self.name)
 
     def __getstate__(self) -> dict[str, Any]:
-        made_anew = ("_tars", "_sidecars", "_lost", "_indexing", "_outages")
+        made_anew = ("_tars", "_sidecars", "_extras", "_lost", "_indexing", "_outages")
         return {name: value for name, value in vars(self).items() if name not in made_anew}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -109,12 +111,13 @@ class Source:
             which = self._captions.choose([row is not None for row in rows], draw) if len(rows) > 1 else 0
             key = rows[which].key
             tar = self._tars.get(shard)  # held while it is read, so that another thread cannot make it close
-            sample = Sample(key, *read_pair(tar.number, rows[which]), which)
+            extra = self._extras.get(shard) if self.need == "pairs" and self._captions.extra[which] else None
+            sample = Sample(key, *read_pair(tar.number, rows[which], extra and extra.number), which)
         except OSError as error:
             shown = masked(self.shards[shard].url)
             if error.errno is not None:  # the system's: a handle that went stale stays so
-                self._tars.drop(shard)
-                self._sidecars.drop(shard)
+                for files in (self._tars, self._sidecars, self._extras):
+                    files.drop(shard)
             if error.errno is not None or isinstance(error, FetchError):  # not of this sample alone
                 self._outages.failed(shard, shown, error)
             raise OSError(f"shard {shown}, {key}: {error}{self.copy_of(self.shards[shard].url)}") from error
@@ -209,6 +212,7 @@ class Source:
         """Let go of the open files; a later read opens them again."""
         self._tars.clear()
         self._sidecars.clear()
+        self._extras.clear()
         self._lost.clear()
         if self._cache is not None:
             self._cache.close()
@@ -230,6 +234,14 @@ class Source:
         stat = os.fstat(file.number)
         if (stat.st_size, stat.st_mtime_ns) != (known.bytes, known.mtime_ns):
             raise OSError("the shard changed since this run began (its size or time)")
+        return file
+
+    def _open_extra(self, shard: int) -> OpenFile:
+        known = self._shard(shard)
+        path = self._index.extra[known.url]
+        file = OpenFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        if not extra_stamp(file.number).items() <= known.extra.items():
+            raise OSError(f"its extra shard {path} changed since this run began (its size or time)")
         return file
 
     def _open_sidecar(self, shard: int) -> OpenSidecar:
@@ -328,7 +340,8 @@ def open_source(
         UserError: a shard that is not there or cannot be read, or no usable sample in any.
     """
     urls = expand_urls(source.urls, data.allow_pipe)
-    index = Index(Rules.of(source, data, need), data.index_dir, data.cache_dir, data.hash)
+    extra = extra_shards(name, urls, source) if need == "pairs" else {}
+    index = Index(Rules.of(source, data, need), data.index_dir, data.cache_dir, data.hash, extra=extra)
     remote = not all(map(is_local, urls))
     cache = ShardCache(data.cache_dir, data.cache_bytes, data.fetch, data.allow_pipe) if remote else None
 

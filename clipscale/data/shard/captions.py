@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from clipscale.config.data import SourceSettings
+from clipscale.config.data import EXTRA, SourceSettings
 
 MAX_CAPTION_BYTES = 1 << 16
 MAX_JSON_BYTES = 1 << 20
@@ -105,11 +105,13 @@ class Captions:
 
     rules: tuple[CaptionRule, ...]  # [C]
     shares: tuple[float, ...]  # [C], how often each is drawn of a sample that has all; sum 1
+    extra: tuple[bool, ...]  # [C], whether it lies in an extra shard
 
     @classmethod
     def of(cls, source: SourceSettings) -> Captions:
         shares = source.caption_shares
-        return cls(caption_rules(tuple(shares), source.captions), tuple(shares.values()))
+        extra = tuple(name.startswith(EXTRA) for name in shares)
+        return cls(caption_rules(tuple(shares), source.captions), tuple(shares.values()), extra)
 
     @property
     def identity(self) -> CaptionRule | Captions:
@@ -133,10 +135,9 @@ class Captions:
 def caption_rules(
     captions: str | tuple[str, ...], pick_as: Literal["whole", "first", "random"] = "whole"
 ) -> tuple[CaptionRule, ...]:
-    """Of one caption or of several, each as a source has it."""
-    return tuple(
-        CaptionRule.of(caption, pick_as) for caption in ((captions,) if isinstance(captions, str) else captions)
-    )
+    """Of one caption or of several, each as a source has it, or its extra shards."""
+    names = (captions,) if isinstance(captions, str) else captions
+    return tuple(CaptionRule.of(name.removeprefix(EXTRA), pick_as) for name in names)
 
 
 def _is_blank(text: str) -> bool:

@@ -10,6 +10,7 @@ label.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -125,6 +126,18 @@ class Judge:
     def captions(self, sample: dict[str, int]) -> list[int | Fault]:
         """The member that holds each of the captions, or why the sample lacks it."""
         return [self._caption_in(rule, sample) for rule in self._captions]
+
+    def uid(self, key: str, sample: dict[str, int], field: str) -> str | None:
+        """What `field` of the JSON, or the key for __key__, says that the sample is."""
+        if field == "__key__":
+            return key
+        member = sample.get("json")
+        if member is None or self._sizes[member] > MAX_JSON_BYTES:
+            return None
+        with suppress(ValueError):
+            uid = _found(parse_json(self._listing.data(self._tar, member)), field)
+            return uid if isinstance(uid, str) else None
+        return None
 
     @cached_property
     def _apart(self) -> dict[str, list[set[str]]]:  # looked for where something is missing only

@@ -81,7 +81,8 @@ def require_captions(name: str, shards: list[Shard]) -> None:
     require(
         not absent or not all(shard.sidecar for shard in shards),
         f"source {name!r}: none of its {sum(shard.samples for shard in shards):,} usable samples has the caption "
-        f"{absent and absent[0]}; mend its name in data.sources.{name}.caption_weights, or take it out",
+        f"{absent and absent[0]}; mend its name in data.sources.{name}.caption_weights (or extra.uid_field, by which "
+        "extra captions are joined), or take it out",
     )
 
 

@@ -117,7 +117,9 @@ def write(place: Path, facts: dict[str, Any], spans: np.ndarray, keys: list[str]
         record.pack_into(records, record.size * index, *span, key_at, len(key), crc32)
         key_at += len(key)
     body = (bytes(records), b"".join(encoded))
-    identity = identity_of(facts["bytes"], facts["crc32"], len(keys), zlib.crc32(body[1], zlib.crc32(body[0])))
+    extra = [facts["extra"]["crc32"]] if "extra" in facts else []
+    content = zlib.crc32(body[1], zlib.crc32(body[0]))
+    identity = identity_of(facts["bytes"], facts["crc32"], len(keys), content, *extra)
     facts = facts | {"samples": len(keys), "identity": identity}
     _put(place, facts, *body)
     return facts

@@ -12,7 +12,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from clipscale.config.data import Data, require_member
+from clipscale.config.data import EXTRA, Data, require_member
+from clipscale.errors import require
 from clipscale.paths import path_option
 from clipscale.pool import cores
 
@@ -65,6 +66,7 @@ def captions_of(arguments: argparse.Namespace) -> tuple[str, ...]:
     captions = tuple(arguments.caption or ("txt",))
     for caption in captions:
         require_member("--caption", caption)
+        require(not caption.startswith(EXTRA), f"--caption={caption} lies in extra shards, which are no samples alone")
     return captions
 
 
