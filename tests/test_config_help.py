@@ -8,7 +8,7 @@ import yaml
 
 from clipscale.cli import main
 from clipscale.config import EVALUATIONS, Config, Eval, Retrieval, Validation, ZeroShot, flat
-from clipscale.config.data import Data, Shapes, SourceSettings
+from clipscale.config.data import Data, Extra, Shapes, SourceSettings
 from clipscale.config.help import _notes, find_settings, with_comments
 from clipscale.config.load import config_from_yaml, dump_config, load_config
 from clipscale.config.recipes import list_recipes
@@ -43,10 +43,11 @@ def settings() -> dict:
 
 def test_every_setting_is_there_with_its_default(settings, capsys):
     leaves = {key: value for config in (WHOLE, *MORE) for key, value in flat(dataclasses.asdict(config)).items()}
+    leaves |= flat(dataclasses.asdict(Extra()), ".data.sources.<name>.extra")
     leaves = {key: value for key, value in leaves.items() if value != {}}
     assert set(settings) == {*leaves, "data.sources", "data.shapes", *(f"eval.{kind}_sets" for kind in EVALUATIONS)}
     for key, value in leaves.items():
-        if key != "data.sources.<name>.urls":
+        if key not in ("data.sources.<name>.urls", "data.sources.<name>.extra.urls"):
             shown = yaml.safe_load(settings[key].default)
             value = list(value) if isinstance(value, tuple) else value
             shown = float(shown) if isinstance(value, float) else shown

@@ -19,8 +19,9 @@ import torch
 from forks import start
 from shards import picture, write_tar
 
+from clipscale.config.data import SourceSettings
 from clipscale.data.shard import sidecar
-from clipscale.data.shard.captions import CaptionRule
+from clipscale.data.shard.captions import Captions
 from clipscale.data.shard.index import Index
 from clipscale.data.source import Source
 
@@ -269,7 +270,7 @@ def test_an_index_that_lies(tmp_path, good):
     spans = [[0, 2**32 - 1, 0, 1], [2**62, 9, 2**62, 9], [0, 9, 0, 2**31], [2**63 - 1, 9, 0, 9]]
     sidecar.write(Path(built.sidecar), facts, np.array(spans, np.int64), ["a", "b", "c", "d"])
     index = Index(index_dir=str(tmp_path / "index"))
-    source = Source("lies", [index.known(str(good))], index, CaptionRule.of("txt"), None)
+    source = Source("lies", [index.known(str(good))], index, Captions.of(SourceSettings("x")), None)
     for i, message in enumerate(["index claims", "were expected", "index claims", "index claims"]):
         with pytest.raises(OSError, match=message):
             source.read(0, i)

@@ -16,7 +16,7 @@ from shards import picture, write_shard
 
 from clipscale.config.data import Select
 from clipscale.data.shard import judge as judge_module
-from clipscale.data.shard.captions import CaptionRule
+from clipscale.data.shard.captions import caption_rules
 from clipscale.data.shard.judge import Fault, Judge, picture_of
 from clipscale.data.shard.labels import LabelError, label_of
 from clipscale.data.shard.select import Rules, group, refused_samples, select_samples
@@ -37,7 +37,7 @@ LONG_LABELS = [b"5" * 65, b" " * 64 + b"1"]
 def fault_of(tar: bytes, need: str, **settings) -> Fault | None:
     """The first fault of the only sample."""
     listing = list_members(tar)
-    judge = Judge(tar, listing, need=need, caption=CaptionRule.of("txt"), select=Select(), max_pixels=1, **settings)
+    judge = Judge(tar, listing, need=need, captions=caption_rules("txt"), select=Select(), max_pixels=1, **settings)
     ((key, sample),) = group(listing.names)
     return judge.first_fault(key, sample)
 
@@ -198,9 +198,9 @@ def test_any_takes_what_is_there(tmp_path_factory, drawn):
     """A caption or a label will do; of both, each must be whole."""
     path = tmp_path_factory.getbasetemp() / "any.tar"
     tar = write_shard(path, [(f"{i}", sample) for i, sample in enumerate(drawn)]).read_bytes()
-    listing, rule = list_members(tar), CaptionRule.of("txt")
+    listing, rules = list_members(tar), caption_rules("txt")
     judges = [
-        Judge(tar, listing, need=need, caption=rule, select=Select(), max_pixels=1)
+        Judge(tar, listing, need=need, captions=rules, select=Select(), max_pixels=1)
         for need in ("pairs", "labelled", "any")
     ]
     for key, sample in group(listing.names):
@@ -231,7 +231,7 @@ def test_nothing_is_looked_into_after_the_first_fault(tmp_path):
         Watched(tar),
         listing,
         need="pairs",
-        caption=CaptionRule.of("txt"),
+        captions=caption_rules("txt"),
         select=Select(check="decode", score_field="s", min_score=1.0),
         max_pixels=MAX_PIXELS,
     )
@@ -243,7 +243,7 @@ def test_nothing_is_looked_into_after_the_first_fault(tmp_path):
 
 def test_a_judge_goes_with_its_last_reference():
     """And with it the map of the tar: a run of ten thousand shards must not wait for the garbage collector."""
-    judge = Judge(b"", Listing(), need="any", caption=CaptionRule.of("txt"), select=Select(), max_pixels=1)
+    judge = Judge(b"", Listing(), need="any", captions=caption_rules("txt"), select=Select(), max_pixels=1)
     gone = weakref.ref(judge)
     gc.disable()
     try:

@@ -40,7 +40,7 @@ def opened(urls: object, need: str = "pairs", data: Data | None = None, findings
 
 
 def read_all(source: Source) -> list[tuple[str, bytes, bytes]]:
-    return [tuple(source.read(s, i)) for s in range(len(source.shards)) for i in range(source.counts[s])]
+    return [source.read(s, i)[:3] for s in range(len(source.shards)) for i in range(source.counts[s])]
 
 
 # --- local shards -----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -11,10 +12,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from clipscale.config.data import Data, Select, SourceSettings
+from clipscale.config.data import Data, Extra, Select, SourceSettings
 from clipscale.errors import require
 from clipscale.escape import escaped
 from clipscale.paths import path_option, shards_option
+from clipscale.shardkit.commands.options import add_caption
 from clipscale.tell import say
 from clipscale.words import counted
 
@@ -26,6 +28,8 @@ examples:
   clipscale index 'shards/{0000..0999}.tar'
   clipscale index 'cc3m/*.tar' 'cc12m/*.tar' --index-dir index --check decode --jobs 16
   clipscale index 'laion/{00000..41454}.tar' --caption json:caption --min-side 128 --max-aspect 3
+  clipscale index 'recap/*.tar' --caption txt --caption json:recaption
+  clipscale index 'cc3m/*.tar' --caption txt --caption extra:txt --extra 'cc3m-recap/*.tar'
   clipscale index 'cc3m/*.tar' --refused refused.jsonl
   clipscale index 'datacomp/*.tar' --score-field clip_l14_similarity_score --min-score 0.3
 """
@@ -52,7 +56,7 @@ def run(arguments: argparse.Namespace, words: list[str]) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    usual, select = SourceSettings(urls=""), Select()
+    select = Select()
     add_path = partial(parser.add_argument, type=path_option)
     parser.add_argument("shards", nargs="+", type=shards_option, metavar="SHARDS", help="paths, globs, braces or URLs")
     parser.add_argument("--need", choices=("pairs", "labelled"), default="pairs", help="captions, or labels (.cls)")
@@ -76,7 +80,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--refresh", action="store_true", help="fetch and index all anew, whatever is there already")
     parser.add_argument("--allow-pipe", action="store_true", help="let 'pipe:' URLs run shell commands")
     rules = parser.add_argument_group("selection", "the same as in the config: a run finds only the index of its rules")
-    rules.add_argument("--caption", default=usual.caption, help="a member's suffix, or json:<field>; default: txt")
+    add_caption(rules)
+    rules.add_argument("--extra", type=shards_option, metavar="SHARDS", help="extra.urls: for --caption extra:txt")
+    rules.add_argument("--extra-uid", default=Extra.uid_field, metavar="FIELD", help="extra.uid_field")
     rules.add_argument("--min-side", type=int, default=select.min_side, metavar="PIXELS", help="of the shorter side")
     rules.add_argument("--max-aspect", type=float, metavar="RATIO", help="longer side over shorter side")
     rules.add_argument(
@@ -111,12 +117,19 @@ def index_settings(arguments: argparse.Namespace) -> tuple[SourceSettings, Data,
         allow_pipe=arguments.allow_pipe,
         max_pixels=arguments.max_pixels,
     )
-    return SourceSettings("::".join(arguments.shards), caption=arguments.caption, select=select), data, arguments.need
+    captions = arguments.caption or [SourceSettings.caption]
+    source = SourceSettings("::".join(arguments.shards), caption=captions[0], select=select)
+    if len(set(captions)) > 1 or arguments.extra is not None:
+        extra = None if arguments.extra is None else Extra(arguments.extra, arguments.extra_uid)
+        weights = dict.fromkeys(captions, 1.0)  # which there are; how often each is drawn does not matter here
+        source = replace(source, caption=SourceSettings.caption, caption_weights=weights, extra=extra)
+    return source, data, arguments.need
 
 
 def print_report(found: source.Source) -> None:
     """Which shards are damaged or changed, and what was refused, and why."""
     from clipscale.data.fetch.urls import masked
+    from clipscale.data.shard.report import lacking
     from clipscale.data.source import repeated_shards
 
     noun = "pair" if found.need == "pairs" else "labelled picture"
@@ -125,7 +138,7 @@ def print_report(found: source.Source) -> None:
             say(f"{masked(shard.url)}: changed since it was indexed last: {shard.changed}")
         if shard.cut:
             say(f"{masked(shard.url)}: {counted(shard.samples, noun)} usable: {found.damage(shard)}")
-    for line in repeated_shards([found]):
+    for line in (*repeated_shards([found]), *lacking(found.name, found.shards)):
         say(line)
     refused, unread = found.refused(), found.not_read()
     if refused or unread:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -38,6 +39,17 @@ class Select:
         )
 
 
+EXTRA = "extra:"  # before a caption's name in `caption_weights`: it lies in the extra shards
+
+
+@dataclass(frozen=True)
+class Extra:
+    """Further captions of the same samples, in local shards of their own: one for each of the source's shards."""
+
+    urls: ShardUrls = MISSING  # as many as the source's, in the same order
+    uid_field: str = "__key__"  # what says which samples are the same: their keys, or a text in the JSON of both
+
+
 @dataclass(frozen=True)
 class SourceSettings:
     """A set of shards, under a name of one's own; several are mixed by their weights."""
@@ -46,15 +58,76 @@ class SourceSettings:
     weight: float = 1.0  # share of the samples, relative to the other sources
     caption: str = "txt"  # the member that holds the caption, by its suffix; 'json:<field>' for a field of the JSON
     captions: Literal["whole", "first", "random"] = "whole"  # of a text with several lines, or a JSON list
+    # several members instead of `caption`, each with its weight: {txt: 1, json:recaption: 2}; one drawn by position
+    caption_weights: dict[str, float] | None = None
+    extra: Extra | None = None  # shards with further captions, named extra:txt, extra:json:<field> in caption_weights
     counts: LocalFile | None = None  # usable samples of each remote shard, JSON: sizes.json or {shard name: number}
     select: Select = field(default_factory=Select)
 
     def __post_init__(self) -> None:
         require(self.weight >= 0, f"a source's weight={self.weight} must not be negative; 0 switches it off")
+        require_member("a source's caption", self.caption)
+        if self.caption_weights is not None:
+            self._check_weights(self.caption_weights)
+        names = self.caption_shares
         require(
-            self.caption != "" and self.caption != "json:",
-            f"a source's caption={self.caption!r} must be a member's suffix, such as txt, or json:<field>",
+            self.extra is None or any(name.startswith(EXTRA) for name in names),
+            "a source's extra is set, and its caption_weights has no caption of it; name one, such as extra:txt",
         )
+
+    def _check_weights(self, weights: dict[str, float]) -> None:
+        require(
+            bool(weights),
+            "a source's caption_weights={} names no caption; write each with its weight, such as {txt: 1, "
+            "json:recaption: 2}, or null",
+        )
+        require(
+            self.caption == SourceSettings.caption,
+            f"a source's caption={self.caption!r} and its caption_weights are both set; name all captions in "
+            "caption_weights, and leave caption out",
+        )
+        for caption, weight in weights.items():
+            member = caption.removeprefix(EXTRA)
+            require(
+                member == caption or self.extra is not None,
+                f"a source's caption_weights has {caption}, and its extra is null; name the shards in extra.urls",
+            )
+            require_member("a name in a source's caption_weights", member)
+            require(
+                member.startswith("json:") or ":" not in member,
+                f"a name in a source's caption_weights={caption!r} is no member's suffix, such as txt, and no "
+                "json:<field>",
+            )
+            require(
+                0 < weight < math.inf,
+                f"a source's caption_weights has {caption}: {weight}; a weight must be above 0: leave out what is not "
+                "to be drawn",
+            )
+        require(
+            bool(self.own_captions),
+            "a source's caption_weights has captions of the extra shards only; name one of the samples' own too, such "
+            "as txt, for those that the extra shards lack",
+        )
+
+    @property
+    def own_captions(self) -> dict[str, float] | None:
+        """`caption_weights` without what lies in extra shards."""
+        weights = self.caption_weights
+        return weights and {name: weight for name, weight in weights.items() if not name.startswith(EXTRA)}
+
+    @property
+    def caption_shares(self) -> dict[str, float]:
+        """Each caption that a sample may give, and how often it is drawn where a sample has all of them; sum 1."""
+        weights = self.caption_weights or {self.caption: 1.0}
+        return {caption: weight / sum(weights.values()) for caption, weight in weights.items()}
+
+
+def require_member(what: str, caption: str) -> None:
+    """Raise UserError unless a caption can be there: `what` says which setting it is."""
+    require(
+        caption.removeprefix("json:") != "",
+        f"{what}={caption!r} must be a member's suffix, such as txt, or json:<field>",
+    )
 
 
 @dataclass(frozen=True)

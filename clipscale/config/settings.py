@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from clipscale.config.data import Data, Replay, SourceSettings
+from clipscale.config.data import Data, Replay, SourceSettings, require_member
 from clipscale.errors import require
 from clipscale.paths import LocalFile, LocalPath, ShardUrls, WeightsPath
 
@@ -255,7 +255,8 @@ class Validation:
         _check_evaluation(
             "eval.validation", self.every_steps, self.every_samples, batch=self.batch, samples=self.samples
         )
-        _check_caption("eval.validation", self.caption)
+        if self.caption is not None:
+            require_member("eval.validation.caption", self.caption)
 
     @property
     def enabled(self) -> bool:
@@ -274,18 +275,11 @@ class Retrieval:
 
     def __post_init__(self) -> None:
         _check_evaluation("eval.retrieval", self.every_steps, self.every_samples, batch=self.batch)
-        _check_caption("eval.retrieval", self.caption)
+        require_member("eval.retrieval.caption", self.caption)
 
     @property
     def enabled(self) -> bool:
         return self.urls is not None
-
-
-def _check_caption(key: str, caption: str | None) -> None:
-    require(
-        caption not in ("", "json:"),
-        f"{key}.caption={caption!r} must be a member's suffix, such as txt, or json:<field>",
-    )
 
 
 def _check_evaluation(key: str, every_steps: int, every_samples: int, **at_least_one: int) -> None:
@@ -373,13 +367,15 @@ class Config:
             require(not isinstance(value, float) or math.isfinite(value), f"{key}={value} must be a finite number")
 
     def held_out(self, its: Validation | Retrieval) -> SourceSettings:
-        """The shards of an evaluation. A validation has its own caption or the rule of the sources that are trained on;
-        a retrieval takes all captions of a picture."""
+        """The shards of an evaluation. A validation has its own caption or the rule of the sources that are trained on,
+        extra shards aside; a retrieval takes all captions of a picture."""
         if isinstance(its, Retrieval):
             return SourceSettings(its.urls, caption=its.caption, captions="whole")
-        rules = {(source.caption, source.captions) for source in self.data.sources.values() if source.weight > 0}
-        caption, captions = rules.pop() if len(rules) == 1 else ("txt", "whole")
-        return SourceSettings(its.urls, caption=its.caption or caption, captions=captions)
+        trained = [source for source in self.data.sources.values() if source.weight > 0]
+        agree = len({(*(source.own_captions or [source.caption]), source.captions) for source in trained}) == 1
+        rule = trained[0] if agree else SourceSettings("")
+        caption, weights = (rule.caption, rule.own_captions) if its.caption is None else (its.caption, None)
+        return SourceSettings(its.urls, caption=caption, captions=rule.captions, caption_weights=weights)
 
     @property
     def warmup_samples(self) -> int:

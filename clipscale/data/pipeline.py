@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clipscale.config.data import Data
+from clipscale.config.data import Data, SourceSettings
 from clipscale.counter import fold
 from clipscale.data.order.mixture import Mixture, begin, quotas, resumed
 from clipscale.data.order.order import Order, Resampled, default_streams, rank_positions
 from clipscale.data.order.repeats import count_repeats
 from clipscale.data.shard.index_many import Track
-from clipscale.data.shard.report import require_few_bad
+from clipscale.data.shard.report import require_captions, require_few_bad
 from clipscale.data.source import Source, open_source, repeated_shards
 from clipscale.errors import UserError, require
 from clipscale.tell import tell
@@ -113,7 +113,7 @@ class Pipeline:
             "streams": {source.name: order.streams for source, order in pairs},
             "epoch_length": {source.name: order.epoch_length for source, order in pairs},
             "content": {source.name: source.fingerprint() for source in self.sources},
-            "caption": {name: [source.caption, source.captions] for name, source in captions.items()},
+            "caption": {name: [_caption(source), source.captions] for name, source in captions.items()},
         }
         return {
             "seed": self.seed,
@@ -197,6 +197,7 @@ def build_pipeline(
     for source in sources:
         if begun.get(source.name) != source.fingerprint():  # what a run has begun with, it may end with
             require_few_bad(source.name, source.shards, data)
+            require_captions(source.name, source.shards)
     return pipeline
 
 
@@ -307,6 +308,12 @@ def _pixels(data: Data) -> dict[str, Any]:
         "max_pixels": data.max_pixels,
         "augment": [augment.flip, *augment.color_jitter, augment.color_jitter_prob, augment.grayscale],
     }
+
+
+def _caption(source: SourceSettings) -> str | list[list[str | float]]:
+    """Of one caption its name; of several each with its share, for their order counts too."""
+    shares = source.caption_shares
+    return next(iter(shares)) if len(shares) == 1 else [[*share] for share in shares.items()]
 
 
 def _in_full(recorded: dict[str, Any], data: Data) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
     source = open_source("shapes", config.data.sources["shapes"], config.data, need="pairs")
     sample = source.read(shard=3, index=17)        # Sample(key, image bytes, caption or label bytes)
-    text = source.caption(sample.note, draw)       # by the source's caption rule
+    text = source.caption(sample.note, draw)       # by the source's caption rule, or its rule `sample.which`
 
 Samples are read with `pread` on files that stay open: no seek, no lock held meanwhile, any thread. Nothing is kept for
 each sample, only for each shard. A source can be pickled: its copy opens files of its own.
@@ -27,8 +27,9 @@ from clipscale.data.bad import MASK_CAUSES, BadSample, RefusedSample
 from clipscale.data.fetch.cache import Expected, FetchError, ShardCache
 from clipscale.data.fetch.urls import expand_urls, is_local, masked
 from clipscale.data.shard import report
-from clipscale.data.shard.captions import CaptionError, CaptionRule
+from clipscale.data.shard.captions import CaptionError, Captions
 from clipscale.data.shard.counts import declared_counts, doubts, usable
+from clipscale.data.shard.extra import extra_shards, extra_stamp
 from clipscale.data.shard.handles import OpenFile, OpenFiles, OpenSidecar, read_exactly, read_pair
 from clipscale.data.shard.index import Index, Shard
 from clipscale.data.shard.index_many import Renew, Track, index_shards, write_refused
@@ -45,6 +46,7 @@ class Sample(NamedTuple):
     key: str
     image: bytes
     note: bytes  # the member that holds the caption, or the label
+    which: int = 0  # of the source's captions, where it has several
 
 
 class Lost(NamedTuple):
@@ -58,24 +60,25 @@ class Source:
     """Samples of several shards. `counts` [S]: usable samples of each shard, or those declared."""
 
     def __init__(
-        self, name: str, shards: list[Shard], index: Index, caption: CaptionRule, cache: ShardCache | None
+        self, name: str, shards: list[Shard], index: Index, captions: Captions, cache: ShardCache | None
     ) -> None:
         self.name, self.shards, self.need = name, shards, index.rules.need
         self.counts = np.array([shard.samples for shard in shards], np.int64)
         self.samples = int(self.counts.sum())
-        self._index, self._caption, self._cache = index, caption, cache
+        self._index, self._captions, self._cache = index, captions, cache
         self._found: dict[int, Shard] = {}  # declared shards that were indexed since
         self._prepare()
 
     def _prepare(self) -> None:
         self._tars = OpenFiles(self._open_tar)
         self._sidecars = OpenFiles(self._open_sidecar)
+        self._extras = OpenFiles(self._open_extra)
         self._lost = OpenFiles(self._list_lost)  # of declared shards with fewer usable samples than declared
         self._indexing = threading.Lock()
         self._outages = Outages(self.name)
 
     def __getstate__(self) -> dict[str, Any]:
-        made_anew = ("_tars", "_sidecars", "_lost", "_indexing", "_outages")
+        made_anew = ("_tars", "_sidecars", "_extras", "_lost", "_indexing", "_outages")
         return {name: value for name, value in vars(self).items() if name not in made_anew}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -86,11 +89,12 @@ class Source:
         """Changes with the content of any shard, with which samples of it are used and with what of them is the
         caption; not with where shards lie. Of declared shards, names and numbers of samples are all that counts."""
         facts = [(shard.identity, shard.samples) for shard in self.shards]
-        caption = self._caption if self.need == "pairs" else None
+        caption = self._captions.identity if self.need == "pairs" else None
         return hashlib.sha256(repr((facts, caption)).encode()).hexdigest()[:16]
 
-    def read(self, shard: int, index: int) -> Sample:
-        """One sample's bytes. A shard that cannot be read is tried again with each sample (a remote one after a pause,
+    def read(self, shard: int, index: int, draw: float = 0.0) -> Sample:
+        """One sample's bytes; of several captions that which `draw`, in [0, 1), chooses among those that the sample
+        has, for 0 the first. A shard that cannot be read is tried again with each sample (a remote one after a pause,
         see `data.fetch.again_seconds`); that it fails, and that it is back, is told once.
 
         Raises:
@@ -103,15 +107,17 @@ class Source:
             sidecar = self._sidecars.get(shard)  # held while it is read, as the tar is
             if index >= sidecar.records.samples:
                 raise self._shortage(shard, index)
-            row = sidecar.records.read(index)
-            key = row.key
+            rows = sidecar.records.read_notes(index)
+            which = self._captions.choose([row is not None for row in rows], draw) if len(rows) > 1 else 0
+            key = rows[which].key
             tar = self._tars.get(shard)  # held while it is read, so that another thread cannot make it close
-            sample = Sample(key, *read_pair(tar.number, row))
+            extra = self._extras.get(shard) if self.need == "pairs" and self._captions.extra[which] else None
+            sample = Sample(key, *read_pair(tar.number, rows[which], extra and extra.number), which)
         except OSError as error:
             shown = masked(self.shards[shard].url)
             if error.errno is not None:  # the system's: a handle that went stale stays so
-                self._tars.drop(shard)
-                self._sidecars.drop(shard)
+                for files in (self._tars, self._sidecars, self._extras):
+                    files.drop(shard)
             if error.errno is not None or isinstance(error, FetchError):  # not of this sample alone
                 self._outages.failed(shard, shown, error)
             raise OSError(f"shard {shown}, {key}: {error}{self.copy_of(self.shards[shard].url)}") from error
@@ -141,14 +147,15 @@ class Source:
             key = lost[index - known.samples].key
         return masked(self.shards[shard].url), key
 
-    def caption(self, note: bytes, draw: int = 0) -> str:
-        """The caption in a sample's note; `draw` (64 bits) chooses where the source's `captions` is random.
+    def caption(self, note: bytes, draw: int = 0, which: int = 0) -> str:
+        """The caption in a sample's note; `draw` (64 bits) chooses where the source's `captions` is random, `which` is
+        the sample's.
 
         Raises:
             BadSample: there is none.
         """
         try:
-            return self._caption.pick(note, draw)
+            return self._captions.rules[which].pick(note, draw)
         except CaptionError as error:
             cause = str(error)
             raise BadSample(cause if cause in MASK_CAUSES else "caption cannot be used", cause) from error
@@ -205,6 +212,7 @@ class Source:
         """Let go of the open files; a later read opens them again."""
         self._tars.clear()
         self._sidecars.clear()
+        self._extras.clear()
         self._lost.clear()
         if self._cache is not None:
             self._cache.close()
@@ -228,13 +236,22 @@ class Source:
             raise OSError("the shard changed since this run began (its size or time)")
         return file
 
+    def _open_extra(self, shard: int) -> OpenFile:
+        known = self._shard(shard)
+        path = self._index.extra[known.url]
+        file = OpenFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        if not extra_stamp(file.number).items() <= known.extra.items():
+            raise OSError(f"its extra shard {path} changed since this run began (its size or time)")
+        return file
+
     def _open_sidecar(self, shard: int) -> OpenSidecar:
         known = self._shard(shard)
         if not known.sidecar:
             known = self._found[shard] = self._index_declared(known)
         file = OpenFile(os.open(known.sidecar, os.O_RDONLY | os.O_CLOEXEC))
         try:
-            return OpenSidecar(file, Records.of(file.number, known.identity))
+            notes = len(self._captions.rules) if self.need == "pairs" else 1
+            return OpenSidecar(file, Records.of(file.number, known.identity, notes))
         except OSError as error:
             raise OSError(f"{error} ({known.sidecar})") from error
 
@@ -276,7 +293,7 @@ def repeated_shards(sources: Iterable[Source]) -> Iterator[str]:
     for source in sources:
         for shard in filter(lambda shard: shard.samples, source.shards):
             here = (source.name, masked(shard.url))
-            name, url = first.setdefault((shard.identity if shard.sidecar else shard.url, source._caption), here)
+            name, url = first.setdefault((shard.identity if shard.sidecar else shard.url, source._captions), here)
             if (name, url) != here:
                 found.setdefault((name, source.name), []).append((url, here[1]))
     for (one, other), shards in found.items():
@@ -323,7 +340,8 @@ def open_source(
         UserError: a shard that is not there or cannot be read, or no usable sample in any.
     """
     urls = expand_urls(source.urls, data.allow_pipe)
-    index = Index(Rules.of(source, data, need), data.index_dir, data.cache_dir, data.hash)
+    extra = extra_shards(name, urls, source) if need == "pairs" else {}
+    index = Index(Rules.of(source, data, need), data.index_dir, data.cache_dir, data.hash, extra=extra)
     remote = not all(map(is_local, urls))
     cache = ShardCache(data.cache_dir, data.cache_bytes, data.fetch, data.allow_pipe) if remote else None
 
@@ -335,8 +353,7 @@ def open_source(
         found = index_shards(wanted, index, cache, label=f"indexing {name}", renew=renew, **indexing)
         indexed.update((shard.url, shard) for shard in found)
         shards = indexed | {url: Shard.declared(url, count) for url, count in declared.items()}
-        caption = CaptionRule.of(source.caption, source.captions)
-        return Source(name, [shards[url] for url in urls], index, caption, cache)
+        return Source(name, [shards[url] for url in urls], index, Captions.of(source), cache)
 
     def began_with(declared: dict[str, int]) -> bool:
         return with_declared(declared).fingerprint() == recorded

@@ -51,7 +51,7 @@ class ShardPictures:
         shard = int(np.searchsorted(self._cum, i, side="right")) - 1
         sample = self.source.read(shard, i - int(self._cum[shard]))
         if self.source.need == "pairs":
-            return sample.image, self.source.caption(sample.note).encode()
+            return sample.image, self.source.caption(sample.note, which=sample.which).encode()
         return sample.image, sample.note
 
     def notes(self) -> Iterator[bytes]:

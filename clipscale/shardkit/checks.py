@@ -24,11 +24,11 @@ from clipscale.config.data import Select
 from clipscale.data.fetch.cache import ShardCache
 from clipscale.data.fetch.urls import is_local
 from clipscale.data.pixels.decode import picture_size
-from clipscale.data.shard.captions import CaptionError, CaptionRule
+from clipscale.data.shard.captions import CaptionError, CaptionRule, caption_rules
 from clipscale.data.shard.group import group, why_passed
 from clipscale.data.shard.index_many import opened
 from clipscale.data.shard.judge import IMAGE_SUFFIXES, Judge, picture_of
-from clipscale.data.shard.tar import list_members, passed_member
+from clipscale.data.shard.tar import Listing, list_members, passed_member
 
 DIGEST_BYTES = 16
 
@@ -38,7 +38,7 @@ class Wanted:
     """What a sample should be."""
 
     need: Literal["any", "pairs", "labelled"]  # beside the picture: any: a caption or a label
-    caption: str  # as a source of the config has it: txt, json:<field>
+    caption: str | tuple[str, ...]  # as a source of the config has it: txt, json:<field>; or several
     max_pixels: int
 
 
@@ -82,13 +82,12 @@ def check_shard(url: str, wanted: Wanted, cache: ShardCache | None) -> Checked:
 class _Check:
     def __init__(self, url: str, tar: bytes, wanted: Wanted, copy: str) -> None:
         self.tar, self.listing, self.copy = tar, list_members(tar), copy
-        self.rule = CaptionRule.of(wanted.caption)
-        self.caption_suffix = None if wanted.need == "labelled" else self.rule.suffix
+        self.rules = () if wanted.need == "labelled" else caption_rules(wanted.caption)
         self.judge = Judge(
             tar,
             self.listing,
             need=wanted.need,
-            caption=self.rule,
+            captions=caption_rules(wanted.caption),
             select=Select(check="decode"),
             max_pixels=wanted.max_pixels,
             every_json=True,
@@ -116,7 +115,7 @@ class _Check:
             for fault in self.judge.faults(key, sample):
                 faulty.add(fault.member)
                 self._problem(key, first if fault.member is None else fault.member, fault.cause, fault.detail)
-            self._measure(number, picture_of(sample), sample.get(self.caption_suffix), faulty)
+            self._measure(number, picture_of(sample), first_caption(self.tar, self.listing, sample, self.rules), faulty)
             found.usable += len(found.problems) == before
         for kind in self._passed_over(passed):
             not_read[kind] += 1
@@ -144,17 +143,16 @@ class _Check:
         name, offset = self.listing.names[member], self.listing.offsets[member]
         self.found.problems.append(Problem(key, name, offset, cause, detail))
 
-    def _measure(self, number: int, picture: int | None, caption: int | None, faulty: set[int | None]) -> None:
+    def _measure(self, number: int, picture: int | None, caption: str, faulty: set[int | None]) -> None:
         """Sizes and digests of what the sample has, where no fault was found in it."""
         if picture is not None and picture not in faulty:
             data = self.listing.data(self.tar, picture)
             height, width, _ = picture_size(data)
             self.pictures.append((number, len(data), width, height))
             self.picture_digests.append(digest(data))
-        if caption is not None and caption not in faulty:
-            text = self.rule.pick(self.listing.data(self.tar, caption))
-            self.captions.append((number, len(text)))
-            self.caption_digests.append(digest(text.encode()))
+        if caption:
+            self.captions.append((number, len(caption)))
+            self.caption_digests.append(digest(caption.encode()))
 
 
 def _rows(digests: list[bytes]) -> np.ndarray:
@@ -165,15 +163,19 @@ def digest(data: bytes) -> bytes:
     return hashlib.sha256(data).digest()[:DIGEST_BYTES]
 
 
-def look_up_sample(url: str, number: int, caption: str, cache: ShardCache | None) -> tuple[str, str]:
+def look_up_sample(url: str, number: int, caption: str | tuple[str, ...], cache: ShardCache | None) -> tuple[str, str]:
     """(key, caption) of a sample by its number in the shard; an empty caption where there is none."""
-    rule = CaptionRule.of(caption)
     with opened(url, cache) as tar:
         listing = list_members(tar)
         key, sample = next(islice(group(listing.names), number, None))
+        return key, first_caption(tar, listing, sample, caption_rules(caption))
+
+
+def first_caption(tar: bytes, listing: Listing, sample: dict[str, int], rules: tuple[CaptionRule, ...]) -> str:
+    """By the first of the rules that finds one; empty: none does."""
+    for rule in rules:
         member = sample.get(rule.suffix)
-        if member is None:
-            return key, ""
-        with suppress(CaptionError):
-            return key, rule.pick(listing.data(tar, member))
-        return key, ""
+        if member is not None and listing.sizes[member] <= rule.max_bytes:
+            with suppress(CaptionError):
+                return rule.pick(listing.data(tar, member))
+    return ""

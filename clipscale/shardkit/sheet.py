@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from clipscale.data.bad import BadSample
 from clipscale.data.fetch.urls import masked
 from clipscale.data.pixels.decode import decode, picture_size
-from clipscale.data.shard.captions import CaptionError, CaptionRule
+from clipscale.data.shard.captions import CaptionError, CaptionRule, caption_rules
 from clipscale.data.shard.judge import IMAGE_SUFFIXES, MAX_PICTURE_BYTES
 from clipscale.data.shard.labels import MAX_LABEL_BYTES
 from clipscale.data.shard.select import group
@@ -38,7 +38,7 @@ GREY, MARGIN, LINES, LINE_PIXELS, LETTER_PIXELS = (128, 128, 128), 8, 4, 16, 7
 @dataclass(frozen=True)
 class Tile:
     key: str
-    text: str  # the caption, else the label
+    text: str  # the caption (several in lines), else the label
     picture: Image.Image | None
     fault: str  # why there is no picture
     size: str  # of the picture as stored: '500 x 375'
@@ -48,7 +48,7 @@ class Tile:
 class Look:
     """How samples are read."""
 
-    caption: str  # as a source of the config has it: txt, json:<field>
+    caption: str | tuple[str, ...]  # as a source of the config has it: txt, json:<field>; or several
     max_pixels: int
     side: int  # of a tile, pixels
 
@@ -81,12 +81,15 @@ def read_tile(tar: bytes, listing: Listing, key: str, sample: dict[str, int], lo
             return None
         return listing.data(tar, number)
 
-    rule = CaptionRule.of(look.caption)
-    note, label = member(rule.suffix, rule.max_bytes), member("cls", MAX_LABEL_BYTES)
-    try:
-        text = rule.pick(note) if note is not None else ""
-    except CaptionError as error:
-        text = f"[{error}]"
+    def caption(rule: CaptionRule) -> str:
+        note = member(rule.suffix, rule.max_bytes)
+        try:
+            return rule.pick(note) if note is not None else ""
+        except CaptionError as error:
+            return f"[{error}]"
+
+    text = "\n".join(filter(None, map(caption, caption_rules(look.caption))))
+    label = member("cls", MAX_LABEL_BYTES)
     if label is not None:
         text = f"{text} [label {label.decode('utf-8', 'backslashreplace').strip()}]".strip()
     data = next((member(suffix, MAX_PICTURE_BYTES) for suffix in IMAGE_SUFFIXES if suffix in sample), b"")

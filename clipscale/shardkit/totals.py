@@ -72,7 +72,7 @@ class Totals:
         shard = int(np.searchsorted(self.starts, number, side="right")) - 1
         return shard, number - self.starts[shard]
 
-    def report(self, urls: list[str], caption: str, cache: ShardCache | None, seconds: float) -> dict:
+    def report(self, urls: list[str], caption: str | tuple[str, ...], cache: ShardCache | None, seconds: float) -> dict:
         samples, size = self.starts[-1], sum(shard["bytes"] for shard in self.shards)
         duplicates = {}
         for name, digests in self.digests.items():

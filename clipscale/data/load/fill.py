@@ -22,7 +22,7 @@ from clipscale.data.bad import BadSample
 from clipscale.data.load.blocks import Blocks
 from clipscale.data.pipeline import Pipeline, Share
 from clipscale.data.pixels.decode import DRAWS_PER_SAMPLE, Decoding, load_picture
-from clipscale.data.source import Source
+from clipscale.data.source import Sample, Source
 
 _DETAIL_CHARACTERS = 400
 
@@ -84,11 +84,13 @@ class Filler:
         if self._ahead_steps:
             self._fetch_ahead(job)
         crops = uniform(draw(fold(pipe.seed, "crop"), positions)[:, None], np.arange(DRAWS_PER_SAMPLE)[None, :])
+        members = uniform(fold(pipe.seed, "caption member"), positions)
         choices = draw(fold(pipe.seed, "caption"), positions)
         for slot, (source_id, _, shard, index) in enumerate(zip(*pipe.locate(positions), strict=True)):
             source = pipe.sources[source_id]
             try:
-                captions.append(self._fill_slot(images[slot], source, shard, index, crops[slot], choices[slot]))
+                sample = _read(source, shard, index, members[slot])
+                captions.append(self._fill_slot(images[slot], source, sample, crops[slot], choices[slot]))
             except BadSample as bad:
                 where, key = source.where(shard, index)
                 skips.append(
@@ -101,14 +103,10 @@ class Filler:
         return Done(job.number, skips, checksum(images))
 
     def _fill_slot(
-        self, out_3SS: torch.Tensor, source: Source, shard: int, index: int, crop: np.ndarray, choice: np.uint64
+        self, out_3SS: torch.Tensor, source: Source, sample: Sample, crop: np.ndarray, choice: np.uint64
     ) -> str:
         """Write one picture; returns its caption."""
-        try:
-            sample = source.read(shard, index)
-        except OSError as error:
-            raise BadSample("cannot be read", str(error)) from error
-        caption = source.caption(sample.note, int(choice))
+        caption = source.caption(sample.note, int(choice), sample.which)
         load_picture(sample.image, crop, self._decoding, self.pipeline.image_size, out_3SS)
         return caption
 
@@ -118,6 +116,13 @@ class Filler:
         source, _, shard, _ = self.pipeline.locate(later)
         for i in np.unique(source):
             self.pipeline.sources[i].prefetch(np.unique(shard[source == i]).tolist())
+
+
+def _read(source: Source, shard: int, index: int, member: float) -> Sample:
+    try:
+        return source.read(shard, index, member)
+    except OSError as error:
+        raise BadSample("cannot be read", str(error)) from error
 
 
 def checksum(images: torch.Tensor) -> np.ndarray:

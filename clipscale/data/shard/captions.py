@@ -3,6 +3,8 @@
     rule = CaptionRule.of("txt", "whole")                    # the .txt member as it stands
     rule = CaptionRule.of("json:caption.long", "random")     # {"caption": {"long": ["a dog", "a brown dog"]}}
     rule.pick(note, draw)                                    # 'a brown dog', from the member's bytes and a 64-bit draw
+    captions = Captions.of(source)                           # of a source whose samples have several: a rule each
+    captions.choose([True, False, True], 0.9)                # 2: by their weights, of those that the sample has
 
 The pieces of a text are its lines that are not empty, those of a JSON list its items. Bytes that give no caption raise
 `CaptionError`, whose message is one of CAPTION_FAULTS.
@@ -11,13 +13,17 @@ The pieces of a text are its lines that are not empty, those of a JSON list its 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from clipscale.config.data import EXTRA, SourceSettings
+
 MAX_CAPTION_BYTES = 1 << 16
 MAX_JSON_BYTES = 1 << 20
+NO_CAPTION = "no caption"
 CAPTION_FAULTS = (
-    "no caption",
+    NO_CAPTION,
     "empty caption",
     "caption is not UTF-8",
     "caption above 64 KiB",
@@ -76,11 +82,11 @@ class CaptionRule:
         try:
             found = look_up(parse_json(note), self.field)
         except (LookupError, TypeError) as error:
-            raise CaptionError("no caption") from error
+            raise CaptionError(NO_CAPTION) from error
         except ValueError as error:
             raise CaptionError("broken JSON") from error
         if found is None:
-            raise CaptionError("no caption")
+            raise CaptionError(NO_CAPTION)
         texts = found if isinstance(found, list) else [found]
         if not all(isinstance(text, str) for text in texts):
             raise CaptionError("caption is not text")
@@ -91,6 +97,47 @@ class CaptionRule:
         if size > MAX_CAPTION_BYTES:
             raise CaptionError("caption above 64 KiB")
         return found
+
+
+@dataclass(frozen=True)
+class Captions:
+    """What the samples of a source have as captions. C of them."""
+
+    rules: tuple[CaptionRule, ...]  # [C]
+    shares: tuple[float, ...]  # [C], how often each is drawn of a sample that has all; sum 1
+    extra: tuple[bool, ...]  # [C], whether it lies in an extra shard
+
+    @classmethod
+    def of(cls, source: SourceSettings) -> Captions:
+        shares = source.caption_shares
+        extra = tuple(name.startswith(EXTRA) for name in shares)
+        return cls(caption_rules(tuple(shares), source.captions), tuple(shares.values()), extra)
+
+    @property
+    def identity(self) -> CaptionRule | Captions:
+        """What of a note is the caption, for `repr`: that of a source with one caption is the same in all versions."""
+        return self.rules[0] if len(self.rules) == 1 else self
+
+    def choose(self, there: Sequence[bool], draw: float = 0.0) -> int:
+        """The number of the caption that `draw`, in [0, 1), chooses of those that are `there` [C], by their shares
+        among them; the first of them for 0."""
+        left = draw * sum(share for share, is_there in zip(self.shares, there, strict=True) if is_there)
+        last = 0
+        for number, (share, is_there) in enumerate(zip(self.shares, there, strict=True)):
+            if not is_there:
+                continue
+            if left < share:
+                return number
+            left, last = left - share, number
+        return last  # where the sum was rounded
+
+
+def caption_rules(
+    captions: str | tuple[str, ...], pick_as: Literal["whole", "first", "random"] = "whole"
+) -> tuple[CaptionRule, ...]:
+    """Of one caption or of several, each as a source has it, or its extra shards."""
+    names = (captions,) if isinstance(captions, str) else captions
+    return tuple(CaptionRule.of(name.removeprefix(EXTRA), pick_as) for name in names)
 
 
 def _is_blank(text: str) -> bool:

@@ -19,10 +19,10 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
-from clipscale.config.data import Select
+from clipscale.config.data import EXTRA, Select
 from clipscale.data.fetch.cache import FetchError, ShardCache
 from clipscale.data.fetch.urls import is_local, masked, scheme_of
-from clipscale.data.shard.captions import CaptionRule
+from clipscale.data.shard.captions import caption_rules
 from clipscale.data.shard.index import Index, Shard, basename
 from clipscale.data.shard.index_many import Track, index_shards
 from clipscale.data.shard.select import Rules
@@ -88,8 +88,9 @@ def refusing_settings(rules: Rules) -> str:
     """The settings by which samples that are there, with a picture and a .txt, can be refused; empty: none."""
     if rules.need != "pairs":
         return "the label"
-    caption = CaptionRule.of(rules.caption)
-    found = [] if (caption.suffix, caption.field) == ("txt", ()) else [f"caption={rules.caption}"]
+    own = [name for name in rules.captions if not name.startswith(EXTRA)]
+    texts = [rule.suffix for rule in caption_rules(tuple(own)) if not rule.field]
+    found = [] if "txt" in texts else [f"caption={' or '.join(own)}"]
     usual = dataclasses.asdict(Select(uid_field=rules.select.uid_field))  # the field alone refuses nothing
     select = dataclasses.asdict(rules.select)
     return ", ".join(found + [f"select.{key}={value}" for key, value in select.items() if value != usual[key]])

@@ -70,8 +70,8 @@ class OpenFiles:
             self._files.clear()
 
 
-def read_pair(file: int, row: Row) -> tuple[bytes, bytes]:
-    """Picture and note, by one read where they are neighbours.
+def read_pair(file: int, row: Row, notes: int | None = None) -> tuple[bytes, bytes]:
+    """Picture and note, by one read where they are neighbours. `notes`: the file of the note, where it is another.
 
     Raises:
         OSError: the file is shorter, or the row cannot be one.
@@ -80,6 +80,8 @@ def read_pair(file: int, row: Row) -> tuple[bytes, bytes]:
     start, end = min(image, note), max(image + image_size, note + note_size)
     if image_size > MAX_PICTURE_BYTES or note_size > MAX_JSON_BYTES or end >= 2**63:
         raise OSError(f"its index claims a picture of {image_size} bytes at {image}, a note of {note_size} at {note}")
+    if notes is not None:
+        return read_exactly(file, image, image_size), read_exactly(notes, note, note_size)
     if end - start - image_size - note_size > _NEIGHBOUR_BYTES:
         return read_exactly(file, image, image_size), read_exactly(file, note, note_size)
     both = read_exactly(file, start, end - start)

@@ -26,8 +26,9 @@ from urllib.parse import urlsplit
 
 from clipscale.data.fetch.urls import is_local
 from clipscale.data.shard import sidecar
+from clipscale.data.shard.extra import extra_stamp, join
 from clipscale.data.shard.lost import lost_samples
-from clipscale.data.shard.select import Rules, select_samples
+from clipscale.data.shard.select import Chosen, Rules, select_samples
 from clipscale.data.shard.tar import list_members, mapped
 from clipscale.errors import UserError, reason
 from clipscale.files import cache_folder, hash_file
@@ -56,8 +57,10 @@ class Shard:
     not_read: dict[str, int] = field(default_factory=dict)  # members not looked at, by suffix or why in no sample
     cut: str = ""  # why the archive ends early; empty: it does not
     unread: int = 0  # bytes behind the last member of an archive that is cut
+    captions: dict[str, int] = field(default_factory=dict)  # samples that have each of several; empty: one is asked for
     lost: int = 0  # samples that it held before it was cut, where that is known
     changed: str = ""  # how its bytes differ from those indexed before; empty: they do not
+    extra: dict[str, int] = field(default_factory=dict)  # size, time and crc32 of the extra shard, where there is one
     seen: dict[str, Any] = field(default_factory=dict, compare=False)  # of a local shard's inode, and by which host
     etag: str | None = None  # of a remote shard, as its server named it when these bytes came
 
@@ -75,6 +78,7 @@ class Index:
     cache_dir: str | None = None
     hash: Hash = "crc32"
     lazily: bool = False
+    extra: dict[str, str] = field(default_factory=dict)  # by shard, the local one with its extra captions
 
     def known(self, url: str) -> Shard | None:
         """The shard as its sidecar has it; None where there is none, or one of other bytes.
@@ -85,7 +89,7 @@ class Index:
         stat = os.stat(url) if is_local(url) else None
         for place in self._places(url, self._tag):
             facts = sidecar.read_facts(place)
-            if self._fits(facts, stat) and not _is_doubtful(place, facts, stat):
+            if self._fits(url, facts, stat) and not _is_doubtful(place, facts, stat):
                 return _shard(url, place, facts)
         return None
 
@@ -107,10 +111,12 @@ class Index:
         with mapped(file) as tar:
             listing = list_members(tar)
             chosen = select_samples(tar, listing, self.rules)
+        chosen, extra = self._joined(url, chosen)
         stamp = _stamp(url, stat)
         if _stamp(url, os.stat(file)) != stamp:
             raise OSError("it was written to while it was indexed")
         facts = stamp | hashes | {"refused": chosen.refused, "not_read": chosen.not_read, "cut": listing.cut}
+        facts |= {name: value for name, value in (("captions", chosen.captions), ("extra", extra)) if value}
         facts |= {"unread": 0, "lost": 0} | (_seen(stat) if is_local(url) else {})
         if listing.cut:
             found = len(chosen.keys) + sum(chosen.refused.values())
@@ -130,9 +136,24 @@ class Index:
             "data.index_dir name a folder that can be written"
         ) from cause
 
-    def _fits(self, facts: dict[str, Any], stat: os.stat_result | None) -> bool:
-        """Whether these facts of a sidecar are all there, and of a shard of this size and time."""
+    def _joined(self, url: str, chosen: Chosen) -> tuple[Chosen, dict[str, int]]:
+        """The samples with their extra captions, and the facts of the extra shard; empty where there is none."""
+        path = self.extra.get(url)
+        if path is None:
+            return chosen, {}
+        facts = extra_stamp(path) | {"crc32": hash_file(path, crc32=True, sha256=False)["crc32"]}
+        with mapped(path) as tar:
+            chosen = join(chosen, self.rules, tar, path)
+        if not extra_stamp(path).items() <= facts.items():
+            raise OSError(f"its extra shard {path} was written to while it was indexed")
+        return chosen, facts
+
+    def _fits(self, url: str, facts: dict[str, Any], stat: os.stat_result | None) -> bool:
+        """Whether these facts of a sidecar are all there, and of a shard (and an extra one) of this size and time."""
         if not facts.keys() >= _FACTS or (self.hash == "sha256" and not facts["sha256"]):
+            return False
+        path = self.extra.get(url)
+        if path is not None and not extra_stamp(path).items() <= facts.get("extra", {}).items():
             return False
         return stat is None or (facts["bytes"], facts.get("mtime_ns")) == (stat.st_size, stat.st_mtime_ns)
 
@@ -141,7 +162,11 @@ class Index:
         places = self._places(url, self._tag)
         for place in places:
             facts = sidecar.read_facts(place)
-            if not self._fits(facts, stat) or not _is_doubtful(place, facts, stat) or facts["crc32"] != hashes["crc32"]:
+            if (
+                not self._fits(url, facts, stat)
+                or not _is_doubtful(place, facts, stat)
+                or facts["crc32"] != hashes["crc32"]
+            ):
                 continue
             facts |= _seen(stat)
             for target in places:
@@ -172,6 +197,9 @@ class Index:
         return {"crc32": found["crc32"], "sha256": found["sha256"]}
 
     def _places(self, url: str, tag: str) -> list[Path]:
+        if tag and url in self.extra:  # one for each extra shard that it goes with
+            extra = os.path.abspath(self.extra[url]).encode(errors="surrogatepass")
+            tag = f"{tag}-{hashlib.sha1(extra).hexdigest()[:8]}"
         name = ".".join(filter(None, [basename(url), tag, "index"]))
         where = os.path.abspath(url) if is_local(url) else url
         place = hashlib.sha1(where.encode(errors="surrogatepass"))  # file names may be no UTF-8
@@ -236,4 +264,5 @@ def _shard(url: str, place: Path, facts: dict[str, Any], changed: str = "") -> S
     known = {name: facts[name] for name in _FACTS}
     seen = {name: facts[name] for name in _SEEN if name in facts}
     own = {"mtime_ns": facts.get("mtime_ns"), "etag": facts.get("etag"), "seen": seen}
+    own |= {name: facts.get(name, {}) for name in ("captions", "extra")}
     return Shard(url, str(place), changed=changed, **own, **known)

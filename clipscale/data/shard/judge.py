@@ -1,6 +1,6 @@
 """What is wrong with a sample: indexing asks for the first fault, checking for all.
 
-    judge = Judge(tar, listing, need="pairs", caption=CaptionRule.of("txt"), select=Select(), max_pixels=50_000_000)
+    judge = Judge(tar, listing, need="pairs", captions=caption_rules("txt"), select=Select(), max_pixels=50_000_000)
     for key, sample in group(listing.names):            # '000017', {'jpg': 34, 'txt': 35}
         fault = judge.first_fault(key, sample)          # Fault(member=35, cause='empty caption'), or None: it is usable
 
@@ -10,12 +10,20 @@ label.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 from clipscale.config.data import Select
 from clipscale.data.bad import BadSample
-from clipscale.data.shard.captions import MAX_JSON_BYTES, CaptionError, CaptionRule, look_up, parse_json
+from clipscale.data.shard.captions import (
+    MAX_JSON_BYTES,
+    NO_CAPTION,
+    CaptionError,
+    CaptionRule,
+    look_up,
+    parse_json,
+)
 from clipscale.data.shard.group import lying_apart
 from clipscale.data.shard.labels import MAX_LABEL_BYTES, TOO_LARGE, LabelError, label_of
 from clipscale.data.shard.tar import Listing
@@ -60,6 +68,7 @@ class Judge:
 
     Args:
         need: beside the picture: a caption, a label, or either ("any").
+        captions: of which a sample needs one.
         select: what else a sample must be.
         max_pixels: of a picture, where `select` has all decoded.
         every_json: JSON must be whole even where neither the caption nor `select` asks for it.
@@ -74,17 +83,17 @@ class Judge:
         listing: Listing,
         *,
         need: Literal["any", "pairs", "labelled"],
-        caption: CaptionRule,
+        captions: tuple[CaptionRule, ...],
         select: Select,
         max_pixels: int,
         every_json: bool = False,
     ) -> None:
         self._tar, self._listing, self._sizes = tar, listing, listing.sizes
-        self._need, self._caption_rule, self._select, self._max_pixels = need, caption, select, max_pixels
-        self._caption_suffix, self._max_caption_bytes = caption.suffix, caption.max_bytes
+        self._need, self._captions, self._select, self._max_pixels = need, captions, select, max_pixels
+        self._caption_suffixes = {rule.suffix for rule in captions}
         self._uids = None if select.uids is None else UidList.open(select.uids)
-        self.allowed = {*IMAGE_SUFFIXES, "txt", "json", "cls", caption.suffix}
-        caption_is_json = need != "labelled" and caption.suffix == "json"  # then the caption's fault is the JSON's
+        self.allowed = {*IMAGE_SUFFIXES, "txt", "json", "cls", *self._caption_suffixes}
+        caption_is_json = need != "labelled" and self._caption_suffixes == {"json"}  # then its fault is the JSON's
         asks_json = self._uids is not None or select.score_field is not None or (every_json and not caption_is_json)
         checks = {  # not bound to this judge: it would keep itself, and with it the tar, alive
             Judge._picture: True,
@@ -104,9 +113,31 @@ class Judge:
         return None
 
     def faults(self, key: str, sample: dict[str, int]) -> list[Fault]:
-        """All of them, in the order in which `first_fault` looks for one."""
+        """All of them, in the order in which `first_fault` looks for one; of captions also those of a sample that has
+        another one."""
         found = [check(self, key, sample) for check in self._checks]
-        return [fault for fault in found if fault is not None]
+        if self._need != "labelled" and len(self._captions) > 1:
+            found += [
+                fault for fault in self.captions(sample) if isinstance(fault, Fault) and fault.cause != NO_CAPTION
+            ]
+        once = {(fault.member, fault.cause): fault for fault in reversed(found) if fault is not None}
+        return [fault for fault in found if fault is not None and once[fault.member, fault.cause] is fault]
+
+    def captions(self, sample: dict[str, int]) -> list[int | Fault]:
+        """The member that holds each of the captions, or why the sample lacks it."""
+        return [self._caption_in(rule, sample) for rule in self._captions]
+
+    def uid(self, key: str, sample: dict[str, int], field: str) -> str | None:
+        """What `field` of the JSON, or the key for __key__, says that the sample is."""
+        if field == "__key__":
+            return key
+        member = sample.get("json")
+        if member is None or self._sizes[member] > MAX_JSON_BYTES:
+            return None
+        with suppress(ValueError):
+            uid = _found(parse_json(self._listing.data(self._tar, member)), field)
+            return uid if isinstance(uid, str) else None
+        return None
 
     @cached_property
     def _apart(self) -> dict[str, list[set[str]]]:  # looked for where something is missing only
@@ -128,21 +159,35 @@ class Judge:
         return None
 
     def _caption(self, key: str, sample: dict[str, int]) -> Fault | None:
-        member = sample.get(self._caption_suffix)
-        if member is None:
-            label_will_do = self._need != "pairs"
-            if label_will_do and "cls" in sample:
+        """Where a sample has none of the captions: what is wrong with the first that is there and bad."""
+        faults = []
+        for rule in self._captions:
+            found = self._caption_in(rule, sample)
+            if not isinstance(found, Fault):
                 return None
-            if self._lies_elsewhere(key, sample, self._caption_suffix, *(("cls",) if label_will_do else ())):
-                return Fault(None, APART)
-            return Fault(None, "neither caption nor label" if label_will_do else "no caption")
-        if self._sizes[member] > self._max_caption_bytes:
-            return Fault(member, self._caption_rule.too_large)
+            faults.append(found)
+        fault = min(faults, key=lambda fault: (fault.cause == NO_CAPTION, fault.member is not None))
+        if fault.member is not None:
+            return fault
+        label_will_do = self._need != "pairs"
+        if label_will_do and "cls" in sample:
+            return None
+        if self._lies_elsewhere(key, sample, *self._caption_suffixes, *(("cls",) if label_will_do else ())):
+            return Fault(None, APART)
+        return Fault(None, "neither caption nor label" if label_will_do else NO_CAPTION)
+
+    def _caption_in(self, rule: CaptionRule, sample: dict[str, int]) -> int | Fault:
+        """The member that holds a caption by this rule, or why there is none."""
+        member = sample.get(rule.suffix)
+        if member is None:
+            return Fault(None, NO_CAPTION)
+        if self._sizes[member] > rule.max_bytes:
+            return Fault(member, rule.too_large)
         try:
-            self._caption_rule.pick(self._listing.data(self._tar, member))
+            rule.pick(self._listing.data(self._tar, member))
         except CaptionError as error:
             return Fault(member, str(error))
-        return None
+        return member
 
     def _label(self, key: str, sample: dict[str, int]) -> Fault | None:
         member = sample.get("cls")

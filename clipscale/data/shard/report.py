@@ -3,6 +3,7 @@
 for line in findings("cc3m", shards, copy_of): tell(line)        # damaged and changed shards, refused samples by cause
 require_samples("cc3m", shards, "pairs", settings, copy_of)      # UserError: no usable sample; all that is known of why
 require_few_bad("cc3m", shards, data)                          # UserError: above data.max_refused_fraction
+require_captions("cc3m", shards)                               # UserError: one of several captions that no sample has
 
 `copy_of(url)` says where the copy of a remote shard lies: '' or ' (its copy: /cache/x.tar)'.
 """
@@ -55,6 +56,34 @@ def findings(name: str, shards: list[Shard], copy_of: Callable[[str], str]) -> I
     if causes:
         usable = counted(sum(shard.samples for shard in shards), "is usable", "are usable")
         yield f"source {name!r}: {counted(causes.total(), 'sample')} refused ({_table(causes)}); {usable}"
+    yield from lacking(name, shards)
+
+
+def lacking(name: str, shards: list[Shard]) -> Iterable[str]:
+    """Which of several captions how many samples lack: a line each."""
+    indexed = [shard for shard in shards if shard.captions]
+    samples = sum(shard.samples for shard in indexed)
+    for caption, count in having(indexed).items():
+        if count < samples:
+            lack = counted(samples - count, "sample lacks", "samples lack")
+            yield f"source {name!r}: {lack} the caption {caption}, of {samples:,}; theirs is drawn from the others"
+
+
+def having(shards: list[Shard]) -> dict[str, int]:
+    """How many usable samples have each of several captions, as far as shards are indexed."""
+    captions = dict.fromkeys(caption for shard in shards for caption in shard.captions)
+    return {caption: sum(shard.captions.get(caption, 0) for shard in shards) for caption in captions}
+
+
+def require_captions(name: str, shards: list[Shard]) -> None:
+    """Raises UserError where all shards are indexed, and one of several captions is in no sample of them."""
+    absent = [caption for caption, count in having(shards).items() if not count]
+    require(
+        not absent or not all(shard.sidecar for shard in shards),
+        f"source {name!r}: none of its {sum(shard.samples for shard in shards):,} usable samples has the caption "
+        f"{absent and absent[0]}; mend its name in data.sources.{name}.caption_weights (or extra.uid_field, by which "
+        "extra captions are joined), or take it out",
+    )
 
 
 def damage(shard: Shard) -> str:
@@ -73,7 +102,8 @@ def require_samples(
     """Raises UserError where no sample is usable, with all that is known of why."""
     if sum(shard.samples for shard in shards):
         return
-    place = source.caption if source.caption.startswith("json:") else f".{source.caption}"
+    names = source.caption_shares
+    place = " or ".join(name if name.startswith("json:") else f".{name}" for name in names)
     urls = masked(source.urls)
     nowhere = (
         f"its shard ({urls}) holds no" if len(shards) == 1 else f"none of its {len(shards):,} shards ({urls}) holds a"

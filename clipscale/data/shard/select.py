@@ -22,8 +22,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from clipscale.config.data import Data, Select, SourceSettings
-from clipscale.data.shard.captions import CaptionRule
+from clipscale.config.data import EXTRA, Data, Select, SourceSettings
+from clipscale.data.shard.captions import caption_rules
 from clipscale.data.shard.group import group, why_passed
 from clipscale.data.shard.judge import Fault, Judge, picture_of
 from clipscale.data.shard.tar import Listing, passed_member
@@ -38,17 +38,25 @@ class Rules:
     """What decides which samples of a shard are used. The rest of a source's settings do not matter here."""
 
     need: Need = "pairs"
-    caption: str = "txt"  # as a source has it; of no meaning to labelled pictures
+    caption: str | tuple[str, ...] = "txt"  # as a source has it, or several; of no meaning to labelled pictures
     select: Select = field(default_factory=Select)
     max_pixels: int = Data.max_pixels  # of a picture, where all are decoded
     uids_hash: str | None = None  # of the content of `select.uids`
+    extra_uid: str | None = None  # uid_field of extra shards; null: there are none
 
     @classmethod
     def of(cls, source: SourceSettings, data: Data, need: Need) -> Rules:
         """Raises UserError for a uid file that cannot be used."""
         uids = source.select.uids
-        caption = source.caption if need == "pairs" else "txt"
-        return cls(need, caption, source.select, data.max_pixels, None if uids is None else UidList.open(uids).hash)
+        several = tuple(source.caption_shares) if need == "pairs" else ("txt",)
+        caption = several if len(several) > 1 else several[0]
+        extra_uid = source.extra.uid_field if need == "pairs" and source.extra is not None else None
+        uids_hash = None if uids is None else UidList.open(uids).hash
+        return cls(need, caption, source.select, data.max_pixels, uids_hash, extra_uid)
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        return (self.caption,) if isinstance(self.caption, str) else self.caption
 
     @property
     def tag(self) -> str:
@@ -60,6 +68,8 @@ class Rules:
             facts["max_pixels"] = self.max_pixels
         if self.need == "labelled":
             facts["label"] = "digits"  # sidecars without this hold labels that are no number
+        if self.extra_uid is not None:
+            facts["extra_uid"] = self.extra_uid
         if facts == {"need": "pairs", "caption": "txt", "uids": None} | _NO_SELECTION:
             return ""
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
@@ -72,20 +82,24 @@ class Chosen(NamedTuple):
     """The usable samples, in the shard's order; n of them."""
 
     keys: list[str]
-    spans: np.ndarray  # int64 [n, 4]: offset and size of the picture, offset and size of the note; bytes
+    spans: np.ndarray  # int64 [n, 2 + 2 C]: offset and size of the picture, and of each note, 0 and 0 for none; bytes
     refused: dict[str, int]  # samples left out, by the first cause
     not_read: dict[str, int]  # members that nothing looks at, by suffix, or why they are in no sample
+    captions: dict[str, int]  # usable samples that have each of several captions; empty: one is asked for
+    uids: list[str | None]  # [n], by which extra captions are joined; empty: none are
 
 
 def select_samples(tar: bytes, listing: Listing, rules: Rules) -> Chosen:
     """Raises UserError for a uid file that cannot be used."""
     judge = _judge(tar, listing, rules)
-    note_suffix = CaptionRule.of(rules.caption).suffix if rules.need == "pairs" else "cls"
+    several = rules.captions if rules.need == "pairs" and len(rules.captions) > 1 else ()
+    note_suffix = "cls" if rules.need == "labelled" else caption_rules(rules.caption)[0].suffix
+    uids: list[str | None] = []
     allowed = judge.allowed
     refused: Counter[str] = Counter()
     not_read: Counter[str] = Counter(passed_member(tar, offset)[1] for offset in listing.passed)
     passed: list[int] = []
-    keys, pictures, notes = [], [], []
+    keys, members = [], []  # of each usable sample the numbers of its picture and its notes, -1 for none, in turn
     for key, sample in group(listing.names, passed):
         if not allowed.issuperset(sample):
             not_read.update(f".{suffix[:40]}" for suffix in sample if suffix not in allowed)
@@ -94,13 +108,22 @@ def select_samples(tar: bytes, listing: Listing, rules: Rules) -> Chosen:
             refused[fault.cause] += 1
             continue
         keys.append(key)
-        pictures.append(picture_of(sample))
-        notes.append(sample[note_suffix])
+        members.append(picture_of(sample))
+        if several:
+            own = iter(judge.captions(sample))
+            notes = (None if name.startswith(EXTRA) else next(own) for name in several)
+            members += [note if isinstance(note, int) else -1 for note in notes]
+        else:
+            members.append(sample[note_suffix])
+        if rules.extra_uid is not None:
+            uids.append(judge.uid(key, sample, rules.extra_uid))
     not_read.update(why_passed(listing.names[number]) for number in passed)
-    offsets, sizes = np.array(listing.offsets, np.int64), np.array(listing.sizes, np.int64)
-    columns = [column[rows] for rows in (pictures, notes) for column in (offsets, sizes)] if keys else []
-    spans = np.stack(columns, axis=1) if keys else np.empty((0, 4), np.int64)
-    return Chosen(keys, spans, dict(refused), _told(not_read))
+    width = 1 + max(1, len(several))
+    columns = np.array(members, np.int64).reshape(-1, width)
+    facts = (np.array([*numbers, 0], np.int64) for numbers in (listing.offsets, listing.sizes))  # -1: the 0
+    spans = np.stack([of_member[columns] for of_member in facts], axis=2).reshape(-1, 2 * width)
+    having = dict(zip(several, (columns[:, 1:] >= 0).sum(axis=0).tolist(), strict=False))
+    return Chosen(keys, spans, dict(refused), _told(not_read), having, uids)
 
 
 def refused_samples(tar: bytes, listing: Listing, rules: Rules) -> Iterator[tuple[str, int, Fault]]:
@@ -117,8 +140,8 @@ def refused_samples(tar: bytes, listing: Listing, rules: Rules) -> Iterator[tupl
 
 
 def _judge(tar: bytes, listing: Listing, rules: Rules) -> Judge:
-    caption = CaptionRule.of(rules.caption)
-    return Judge(tar, listing, need=rules.need, caption=caption, select=rules.select, max_pixels=rules.max_pixels)
+    captions = caption_rules(tuple(name for name in rules.captions if not name.startswith(EXTRA)))
+    return Judge(tar, listing, need=rules.need, captions=captions, select=rules.select, max_pixels=rules.max_pixels)
 
 
 def _told(not_read: Counter[str]) -> dict[str, int]:

@@ -14,7 +14,7 @@ from clipscale.errors import require
 from clipscale.escape import shown
 from clipscale.files import write_file
 from clipscale.paths import path_option, shards_option
-from clipscale.shardkit.commands.options import add_jobs, add_reading, path
+from clipscale.shardkit.commands.options import add_jobs, add_reading, captions_of, path
 from clipscale.words import counted
 
 WHAT = "verify shards to their last byte, and find duplicates"
@@ -24,11 +24,13 @@ examples:
   PROGRAM 'data/train-*.tar'
   PROGRAM data/a.tar 'data/b-{000..099}.tar' --json report.json --broken broken.jsonl
   PROGRAM 'https://host/set/{00000..00099}.tar' --cache-dir /scratch/cache --need pairs
-  PROGRAM 'laion/*.tar' --caption json:long_caption
+  PROGRAM 'laion/*.tar' --caption json:long_caption --caption txt
 
 Findings: pictures that the loader could not decode, missing or bad captions and labels, broken JSON, members that are
 not read (other suffixes, hidden files, links), members of a sample that lie apart, keys that occur twice in a shard,
 archives that are cut short, damaged or never filled to their end, shards that cannot be read.
+Of several captions (--caption given more than once) a sample needs one; one that is there and bad is a finding too.
+Sizes and duplicates are of the first that it has.
 Duplicates (equal picture bytes, equal captions, equal pairs, over all shards) are told and are no findings.
 
 --broken lists every finding, a line of JSON each: shard, key, member, offset (of the member's first byte in the shard),
@@ -69,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     from clipscale.shardkit.checks import Wanted
     from clipscale.shardkit.totals import check_shards  # with torch
 
-    wanted = Wanted(arguments.need, arguments.caption, arguments.max_pixels)
+    wanted = Wanted(arguments.need, captions_of(arguments), arguments.max_pixels)
     places = {"scratch": arguments.scratch, "broken": arguments.broken, "cache_dir": arguments.cache_dir}
     report = check_shards(urls, wanted, jobs=arguments.jobs, **places)
     if arguments.json:

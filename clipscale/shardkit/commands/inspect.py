@@ -7,7 +7,7 @@ import argparse
 from clipscale.errors import require
 from clipscale.files import whole_file
 from clipscale.paths import shards_option
-from clipscale.shardkit.commands.options import add_reading, natural, path, positive
+from clipscale.shardkit.commands.options import add_reading, captions_of, natural, path, positive
 from clipscale.tell import say
 from clipscale.words import counted
 
@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     require(len(urls) == 1, f"{name!r} names {counted(len(urls), 'shard')}: give one")
     from clipscale.shardkit.sheet import Look, draw_sheet, read_tiles, write_page  # with torch
 
-    look = Look(arguments.caption, arguments.max_pixels, arguments.tile)
+    look = Look(captions_of(arguments), arguments.max_pixels, arguments.tile)
     wanted = (arguments.start, arguments.samples, arguments.seed)
     tiles, samples = read_tiles(urls[0], look, *wanted, arguments.cache_dir)
     broken = sum(tile.picture is None for tile in tiles)
