@@ -101,8 +101,8 @@ def test_captions_are_name_short_names_and_group(made):
     groups = {"dog face": ["animal mammal"], "cat face": ["animal mammal"], "aland flag": ["country flag"]}
     short = {"dog face": ["dog"], "cat face": ["cat"], "aland flag": []}
     tone = "light skin tone", "medium-light and dark skin tone"
-    groups |= {f"waving hand sign, {its}": ["hand fingers open"] for its in tone}
-    short |= {f"waving hand sign, {its}": [f"wave, {its}"] for its in tone}
+    groups |= {"waving hand sign": ["hand fingers open"]} | {f"waving hand sign, {its}": [] for its in tone}
+    short |= {"waving hand sign": ["wave"]} | {f"waving hand sign, {its}": [f"wave, {its}"] for its in tone}
     [kept] = (made / "unseen.txt").read_text().splitlines()
     for name in groups.keys() & found:
         assert found[name] == short[name] + (groups[name] if name != kept else [])

@@ -4,8 +4,9 @@
     made = convert(packages, Path("shards"), test="twitter", unseen=100, per_shard=500, seed=0, overwrite=False)
     made.counts         # {'train': 3355, 'validation': 100, 'test': 1842, ...}
 
-A caption is a line: the emoji's name, its other short names and, of pictures that train, its group ("animal mammal").
-Emoji that the data call replaced are left out, and of the test those drawn like an earlier one (flags of islands).
+A caption is a line: the emoji's name, its other short names and, to train on, its group ("animal mammal"; not of skin
+tones, or groups would be half of all captions). Emoji that the data call replaced are left out, and of the test those
+drawn like an earlier one (flags of islands).
 Pictures lie on white and stay PNG, 64 pixels a side, so that readers which drop transparency see the same.
 """
 
@@ -229,7 +230,8 @@ def _write(prefix: Path, drawings: list[Drawing], classes: list[str], per_shard:
     split = prefix.name
     with ShardWriter(prefix, samples_per_shard=per_shard) as writer, progress_bar(split) as progress:
         for drawing in drawings:
-            captions = [*drawing.captions, drawing.group] if split == "train" else drawing.captions
+            grouped = split == "train" and not drawing.tone
+            captions = [*drawing.captions, drawing.group] if grouped else drawing.captions
             facts = {"name": drawing.name, "group": drawing.group, "tone": drawing.tone}
             facts |= {"unified": drawing.unified, "vendor": drawing.vendor}
             sample = {"png": drawing.png, "txt": "\n".join(captions), "json": facts}

@@ -17,8 +17,9 @@ example:
   npm pack emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0
   PROGRAM emoji-datasource-google-16.0.0.tgz emoji-datasource-twitter-16.0.0.tgz --output runs/emoji-shards
 
-The result, in the output folder; captions are lines (name, short names; to train on also the group):
-  train-*.tar       the other vendors' drawings, in all skin tones, but for the emoji that are kept from training
+The result, in the output folder; captions are lines, name and short names:
+  train-*.tar       the other vendors' drawings in all skin tones, but for emoji that are kept from training; without
+                    a tone the group is a caption too (animal mammal)
   validation-*.tar  their drawings of those
   test-*.tar        the test vendor's, without skin tones: labelled (.cls: a line of classnames.txt), and for retrieval
   groups-*.tar      the same pictures, labelled by group (a line of groups.txt)
