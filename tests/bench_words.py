@@ -1,8 +1,9 @@
-"""What is typed behind `clipscale bench loss`, `data` and `step`, as the benchmarks get it; and what they print."""
+"""What is typed behind `clipscale bench loss`, `data`, `step`, `eval`, as the benchmarks get it; what they print."""
 
 import pytest
 
 from clipscale.bench.data.options import DataBench, data_options
+from clipscale.bench.eval.options import EvalBench, eval_options
 from clipscale.bench.loss.options import LossBench, loss_options
 from clipscale.bench.step.options import StepBench, step_options
 from clipscale.cli import main, parse
@@ -18,6 +19,10 @@ def data_bench(*words: str) -> DataBench:
 
 def step_bench(*words: str) -> StepBench:
     return step_options(parse(["bench", "step", *words])[1])
+
+
+def eval_bench(*words: str) -> EvalBench:
+    return eval_options(parse(["bench", "eval", *words])[1])
 
 
 def printed_by(words: list[str], **changed: object) -> str:

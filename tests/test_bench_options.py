@@ -85,6 +85,7 @@ _EXAMPLES = {
     "loss": "  clipscale bench loss --peers --batches 16k,64k,256k",
     "data": "  clipscale bench data --check",
     "step": "  clipscale bench step --peers",
+    "eval": "  clipscale bench eval --models ViT-L-14",
     "plot": "  clipscale bench plot bench-results/",
 }
 

@@ -70,6 +70,7 @@ LAWS |= {
     "bench.loss": GROUND | {"loss", "bench.common"},
     "bench.data": GROUND | DATA | {"bench.common"},
     "bench.step": GROUND | STAGES | DATA | ASSEMBLY | {"bench.common"},
+    "bench.eval": GROUND | STAGES | DATA | ASSEMBLY | {"bench.common", "bench.data", "bench.step"},
     "bench.gpu": GROUND | {"data.load", "towers", "loss", "step", "bench.common", "bench.loss", "bench.step"},
     "bench": GROUND | {"bench.common", "bench.loss", "bench.data", "bench.step"},
     "data_tools": GROUND | {"shardkit"},
@@ -223,6 +224,7 @@ def test_imports_go_downwards_only():
         ("clipscale.bench.data.report", "from clipscale.bench.loss import report"),
         ("clipscale.bench.loss.inputs", "from clipscale.data.pipeline import Pipeline"),
         ("clipscale.bench.loss.measure", "from clipscale.bench.gpu.timing import timed"),
+        ("clipscale.bench.eval.measure", "from clipscale.bench.gpu.timing import timed"),
         ("clipscale.bench.gpu.parts", "from clipscale.data.source import Source"),
         ("clipscale.bench.redraw", "from clipscale.loss import contrastive_grads"),
         ("data_tools.make_shards", "from clipscale.towers import Tower"),
@@ -307,7 +309,7 @@ below = [["eval", "zeroshot"], *(["shards", name] for name in commands.COMMANDS)
 for words in [[], *([name] for name in COMMANDS if name != "bench"), *below]:
     ends_well(main, [*words, "--help"])
 assert "clipscale.bench" not in sys.modules  # its options are read by its own command alone
-for words in ["bench"], ["bench", "loss"], ["bench", "data"], ["bench", "gpu"], ["bench", "plot"]:
+for words in ["bench"], ["bench", "loss"], ["bench", "data"], ["bench", "eval"], ["bench", "gpu"], ["bench", "plot"]:
     ends_well(main, [*words, "--help"])
 for script in Path("data_tools").glob("*.py"):
     sys.argv = [str(script), "--help"]

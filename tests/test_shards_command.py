@@ -14,7 +14,13 @@ from clipscale.shardkit.commands import run_script
 from clipscale.shardkit.destination import building
 from clipscale.tell import tell
 
-SCRIPTS = {"make": "make_shards", "check": "check_shards", "inspect": "inspect_shard", "imagenet": "imagenet_shards"}
+SCRIPTS = {
+    "make": "make_shards",
+    "check": "check_shards",
+    "inspect": "inspect_shard",
+    "imagenet": "imagenet_shards",
+    "emoji": "make_emoji",
+}
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""`clipscale bench loss|data|step|gpu|plot`: what bench/ measures. Its options are read by this command alone."""
+"""`clipscale bench loss|data|step|eval|gpu|plot`: what bench/ measures. Its options are read by this command alone."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import shlex
 
 from clipscale.bench.data.options import add_data_arguments, data_options
+from clipscale.bench.eval.options import add_eval_arguments, eval_options
 from clipscale.bench.gpu.options import add_gpu_arguments, gpu_options, listed
 from clipscale.bench.loss.options import add_loss_arguments, loss_options
 from clipscale.bench.step.options import add_step_arguments, step_options
@@ -27,12 +28,16 @@ _STEP = """\
   clipscale bench step --peers
   clipscale bench step --models ViT-B-32,ViT-L-14 --batches 4k,32k --peers --parity
 """
+_EVAL = """\
+  clipscale bench eval
+  clipscale bench eval --models ViT-L-14 --pictures 50k --threads 16
+"""
 _GPU = """\
   clipscale bench gpu --minutes 25
   clipscale bench gpu --only device,pieces,towers --minutes 5
 """
 _PLOT = "  clipscale bench plot bench-results/loss-cpu.json\n"
-EXAMPLES = f"examples:\n{_LOSS}{_DATA}{_STEP}{_GPU}{_PLOT}"
+EXAMPLES = f"examples:\n{_LOSS}{_DATA}{_STEP}{_EVAL}{_GPU}{_PLOT}"
 LEFT = "the cases already measured are written"
 
 
@@ -45,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_loss_arguments(subject("loss", "the contrastive loss alone, beside its peers", _LOSS))
     add_data_arguments(subject("data", "the way of pictures to the training process", _DATA))
     add_step_arguments(subject("step", "a whole training step, beside open_clip's", _STEP))
+    add_eval_arguments(subject("eval", "a zero-shot evaluation: what share of its time is the image tower's", _EVAL))
     add_gpu_arguments(subject("gpu", "a GPU's first hour: every benchmark and test that needs one, in minutes", _GPU))
     plot = subject("plot", "draw the pictures of a result again", _PLOT)
     plot.add_argument("result", type=path_option, metavar="RESULT.json", help="what another clipscale bench wrote")
@@ -67,6 +73,11 @@ def run(arguments: argparse.Namespace, words: list[str]) -> int:
         from clipscale.bench.step.bench import bench_step
 
         return bench_step(chosen, shlex.join(["clipscale", *words]))
+    if arguments.subject == "eval":
+        chosen = eval_options(arguments)
+        from clipscale.bench.eval.bench import bench_eval
+
+        return bench_eval(chosen, shlex.join(["clipscale", *words]))
     if arguments.subject == "gpu":
         return _run_gpu(arguments, words)
     options = loss_options(arguments)

@@ -1,4 +1,4 @@
-"""`clipscale shards make|check|inspect|imagenet`: shardkit's commands, which data_tools/ offers too."""
+"""`clipscale shards make|check|inspect|imagenet|emoji`: shardkit's commands, which data_tools/ offers too."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ examples:
   clipscale shards check 'shards/*.tar'
   clipscale shards inspect shards/train-0000.tar --output sheet.html
   clipscale shards imagenet ILSVRC2012_img_train.tar --output imagenet
+  clipscale shards emoji emoji-datasource-google-16.0.0.tgz emoji-datasource-twitter-16.0.0.tgz --output emoji
 """
 LEFT = "no shard was added, no report was written"
 

@@ -52,10 +52,10 @@ def tiny_shards(folder: str | Path, samples: int) -> str:
     return _shards(Path(folder), "tiny", samples, lambda number: _tiny_pictures()[number % 256])
 
 
-def photo(number: int) -> bytes:
-    """Picture `number`, as the bytes of a JPEG file."""
+def photo(number: int, short: int = _SHORT, long: int = _LONG) -> bytes:
+    """Picture `number`, as the bytes of a JPEG file; `short` and `long`: its sides in pixels."""
     draws = uniform(fold(0, "photo", number), np.arange(24))
-    height, width = (_SHORT, _LONG) if draws[0] < 0.75 else (_LONG, _SHORT)
+    height, width = (short, long) if draws[0] < 0.75 else (long, short)
 
     def window(field: np.ndarray, top: float, left: float) -> np.ndarray:
         y, x = int(top * (_FIELD - height)), int(left * (_FIELD - width))

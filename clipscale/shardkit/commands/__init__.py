@@ -18,10 +18,11 @@ from types import ModuleType
 
 from clipscale.errors import UserError
 from clipscale.escape import one_line
-from clipscale.shardkit.commands import check, imagenet, inspect, make
+from clipscale.shardkit.commands import check, emoji, imagenet, inspect, make
 from clipscale.tell import listening
 
-COMMANDS = {"make": make, "check": check, "inspect": inspect, "imagenet": imagenet}  # of `clipscale shards`
+# of `clipscale shards`
+COMMANDS = {"make": make, "check": check, "inspect": inspect, "imagenet": imagenet, "emoji": emoji}
 
 
 def describe(parser: argparse.ArgumentParser, command: ModuleType, program: str) -> None:
