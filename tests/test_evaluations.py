@@ -38,6 +38,7 @@ def place(tmp_path_factory) -> Path:
         write_shard(root / f"{name}.tar", samples)
     (root / "names.txt").write_text("cat\ndog\nowl")
     (root / "templates.txt").write_text("{}\na {}")
+    (root / "two.txt").write_text("owl\ndog")
     return root
 
 
@@ -155,7 +156,10 @@ def evaluate(rank: int, size: int, place: str, chunk: int) -> tuple[dict[str, fl
     )
     config = apply_overrides(
         config,
-        [f"eval.validation.urls={place}/pairs/*.tar", "eval.validation.batch=6", f"eval.zeroshot_sets.a.batch={chunk}"],
+        [
+            *(f"eval.validation.urls={place}/pairs/*.tar", "eval.validation.batch=6"),
+            *(f"eval.zeroshot_sets.a.batch={chunk}", f"eval.zeroshot_sets.b.subset={place}/two.txt"),
+        ],
     )
     towers = build_towers(MODEL, seed=1)
     with torch.no_grad():
@@ -170,6 +174,7 @@ def evaluate(rank: int, size: int, place: str, chunk: int) -> tuple[dict[str, fl
 def test_the_result_is_the_same_for_any_number_of_ranks_and_any_chunk(place, ranks):
     alone, tables = evaluate(0, 1, str(place), 100)
     assert {row["pictures"] for row in tables["a"]["classes"]} == {5}
+    assert [row["pictures"] for row in tables["b"]["classes"]] == [0, 4]
     assert 0 < alone["a/top1"] < 1
     assert alone["a/pictures"] == 15
     assert alone["validation/pairs"] == 12
