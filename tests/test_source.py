@@ -82,7 +82,7 @@ def test_threads_and_pickled_copies_read_the_same_with_few_open_files(tmp_path, 
     for reader in (source, copy):
         with ThreadPoolExecutor(8) as pool:
             numbers = [(s, i) for _ in range(5) for i in range(9) for s in range(7)]
-            found = list(pool.map(lambda n, reader=reader: tuple(reader.read(*n)), numbers))
+            found = list(pool.map(lambda n, reader=reader: reader.read(*n)[:3], numbers))
         assert found == [expected[s * 9 + i] for s, i in numbers]
     assert len(os.listdir("/proc/self/fd")) <= before + 4
     source.close()
