@@ -170,7 +170,7 @@ def test_a_job_that_is_told_to_leave_goes_on_as_if_nothing_had_been(slurm, urls,
 def test_the_end_of_its_time_puts_a_job_back(slurm, urls, twin, folder):
     words = ("run.leave_before_seconds=1765", "train.samples=100_000")  # of half an hour
     job = Job(slurm, folder, urls, "--signal=B:USR1@5", words=words)
-    until(lambda: restarts(job) == 1, 240, f"it is not put back: {job.said()}")
+    until(lambda: restarts(job) == 1, 400, f"it is not put back: {job.said()}")
     slurm.call("scancel", job.id)
     assert "the time limit" in job.said()
 
