@@ -12,11 +12,14 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
+import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 
 _patch_tensor, _patch_language = interpreter._patch_lang_tensor, interpreter._patch_lang
+_find_np_dtype = interpreter._get_np_dtype
 _patched: set[str] = set()
+_np_dtypes: dict[str, np.dtype] = {}
 
 
 def _patch_lang_tensor(tensor: type, *scope: object) -> None:
@@ -33,7 +36,16 @@ def _patch_lang(fn: Callable) -> SimpleNamespace:
     return SimpleNamespace(restore=lambda: None)
 
 
+def _get_np_dtype(dtype: tl.dtype) -> np.dtype:
+    """Once for each type: a table of all of them, made anew for every value, is a tenth of the interpreter's time."""
+    name = dtype.scalar.name
+    if name not in _np_dtypes:
+        _np_dtypes[name] = _find_np_dtype(dtype)
+    return _np_dtypes[name]
+
+
 interpreter._patch_lang_tensor, interpreter._patch_lang = _patch_lang_tensor, _patch_lang
+interpreter._get_np_dtype = _get_np_dtype
 
 
 class TileProduct(torch.autograd.Function):

@@ -3,7 +3,7 @@
     python resume_harness.py FOLDER 20 1 2 5    # a run of 20 steps, killed at these; prints one JSON object: what each
                                                 # experiment found
     python resume_harness.py FOLDER 20 staged@4 # in the save of step 4, once it is staged and training has gone on
-    python resume_harness.py FOLDER 20 3 --kills-only    # and nothing else: no mirror, no other ranks, no full disk
+    python resume_harness.py FOLDER 20 3,7 9 --kills-only # one killed at 3, again at 7; another at 9; no more than that
 
 Forking after the imports makes a training cost a second instead of eight; it is safe because this process never
 computes anything itself.
@@ -20,6 +20,7 @@ import signal
 import socket
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -255,12 +256,18 @@ def main(folder: Path, steps: int, kills: list[int | str], *, kills_only: bool) 
     print(json.dumps(report))
 
 
-def killed(folder: Path, data: Data, wanted: dict, kill_at: int | str) -> dict:
-    config = setup(folder / f"kill-{kill_at}", data)
-    run(config, kill_at=kill_at)
+def killed(folder: Path, data: Data, wanted: dict, kills: int | str) -> dict:
+    """What is as in the run that was never interrupted; and whether each resume began with what the one before it had
+    trained: if that were trained again from an older checkpoint, nobody would see what a resume had broken."""
+    each = str(kills).split(",")
+    config = setup(folder / f"kill-{'-'.join(each)}", data)
+    for kill_at in each:
+        run(config, kill_at=int(kill_at) if kill_at.isdigit() else kill_at)
     run(config)
     found = outcome(config)
-    return {key: bitwise_equal(found[key], wanted[key]) for key in wanted}
+    begun = [json.loads(line)["step"] for line in (config.parent / "run" / "attempts.jsonl").read_text().splitlines()]
+    built_upon = all(one < its_next for one, its_next in pairwise(begun[1:]))
+    return {key: bitwise_equal(found[key], wanted[key]) for key in wanted} | {"built_upon": built_upon}
 
 
 def from_the_mirror(folder: Path, data: Data, wanted: dict) -> dict:

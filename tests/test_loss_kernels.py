@@ -110,7 +110,7 @@ def test_no_less_exact_than_plain_torch(pairs, width, loads, precision, monkeypa
     """At most 1.1 times the rival's error, plus 1e-6 of the reference, both as root mean squares over draws: in one
     few roundings decide, and the error of a single number may happen to be near 0. In fp16 both make the same ones, but
     for what a GPU cuts off."""
-    few_programs = {"rows": 128, "columns": 128} if DEVICE == "cpu" else {}  # the interpreter is slow
+    few_programs = {"rows": 128, "columns": 128} if DEVICE == "cpu" and pairs > 2 else {}  # the interpreter is slow
     shape = run_with(monkeypatch, SHAPES[loads]._replace(**few_programs))
     for scale in (1.0, 14.3, 100.0):
         errors, rivals = [], []

@@ -288,12 +288,18 @@ sys.exit(main(["train", *sys.argv[1:]]))
 
 @pytest.mark.slow
 def test_torchrun_starts_the_ranks_again_and_they_go_on(tmp_path, urls):
+    """To the same bits as two ranks that torchrun never saw."""
     (tmp_path / "twin").mkdir()
     (tmp_path / "dies.py").write_text(DIES_ONCE)
-    for folder, words in ((tmp_path / "twin", ["-m", "clipscale", "train"]), (tmp_path, [str(tmp_path / "dies.py")])):
-        process = torchrun("--max-restarts=1", *words, write_config(folder, urls), "checkpoint.every_steps=2")
-        _, said = process.communicate(timeout=300)
-        assert process.returncode == 0, said
+    words, port = ["checkpoint.every_steps=2", "device=cpu"], free_port()
+    twin = write_config(tmp_path / "twin", urls)
+    ranks = [start(TRAIN, twin, rank, 2, port, "nothing", *words, **LOADED) for rank in (0, 1)]
+    with ranks[0], ranks[1]:
+        pass
+    assert [rank.status for rank in ranks] == [0, 0]
+    process = torchrun("--max-restarts=1", str(tmp_path / "dies.py"), write_config(tmp_path, urls), *words)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
     one, other = (load_checkpoint(find_checkpoint(str(folder / "run"))) for folder in (tmp_path, tmp_path / "twin"))
     assert one.step == other.step == 4
     assert all(torch.equal(one.model[key], other.model[key]) for key in other.model)

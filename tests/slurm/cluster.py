@@ -1,4 +1,4 @@
-"""A real Slurm of two nodes on this host, for tests: no cgroups, no accounting, nothing outside one folder.
+"""A real Slurm of ten nodes on this host, for tests: no cgroups, no accounting, nothing outside one folder.
 
 with cluster(folder) as slurm:
     job = slurm.submit("slurm/train.sbatch", "tiny.yaml")
@@ -54,22 +54,24 @@ JobFileAppend=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={port1} CPUs=8 RealMemory=8000 State=UNKNOWN
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={port2} CPUs=8 RealMemory=8000 State=UNKNOWN
-PartitionName=low  Nodes=n[1-2] Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=60 MaxTime=60 State=UP
-PartitionName=sharp Nodes=n[1-2] Default=NO PriorityTier=1 PreemptMode=REQUEUE GraceTime=0 MaxTime=60 State=UP
-PartitionName=high Nodes=n[1-2] Default=NO PriorityTier=10 PreemptMode=OFF MaxTime=60 State=UP
+{nodes}
+PartitionName=low  Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=60 MaxTime=60 State=UP
+PartitionName=sharp Nodes=ALL Default=NO PriorityTier=1 PreemptMode=REQUEUE GraceTime=0 MaxTime=60 State=UP
+PartitionName=high Nodes=ALL Default=NO PriorityTier=10 PreemptMode=OFF MaxTime=60 State=UP
 """
-# cred_expire is also how long a job that was put back must wait; nodes with more cores than the host has.
+# cred_expire is also how long a job that was put back must wait.
+NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=16 RealMemory=8000 State=UNKNOWN"
+NODES = [f"n{number}" for number in range(1, 11)]  # with more cores than the host has
 
 
 class Cluster:
     def __init__(self, run: Path) -> None:
         self.run = run
         self._processes: dict[str, subprocess.Popen] = {}
-        ports = _free_ports(3)
-        names = {"host": socket.gethostname().partition(".")[0], "user": os.environ.get("USER", "root"), "run": run}
-        conf = CONF.format(**names, port=ports[0], port1=ports[1], port2=ports[2])
+        port, *ports = _free_ports(1 + len(NODES))
+        host, user = socket.gethostname().partition(".")[0], os.environ.get("USER", "root")
+        nodes = [NODE.format(name=name, host=host, port=its) for name, its in zip(NODES, ports, strict=True)]
+        conf = CONF.format(host=host, user=user, run=run, port=port, nodes="\n".join(nodes))
         (run / "slurm.conf").write_text(conf)
         self.environment = os.environ | {"SLURM_CONF": str(run / "slurm.conf")}
 
@@ -79,14 +81,14 @@ class Cluster:
         key = self.run / "munge.key"
         key.touch(mode=0o600)
         key.write_bytes(os.urandom(1024))
-        for name in ("state", "spool.n1", "spool.n2"):
+        for name in ("state", *(f"spool.{node}" for node in NODES)):
             (self.run / name).mkdir()
         files = {name: f"--{name}={self.run / 'munged'}.{name}" for name in ("pid-file", "log-file", "seed-file")}
         socket_file = f"--socket={self.run / 'munge.socket'}"
         self._begin("munged", "munged", "--foreground", "--force", f"--key-file={key}", socket_file, *files.values())
         until(lambda: (self.run / "munge.socket").exists(), 20, "munged does not come up")
         self._begin("slurmctld", "slurmctld", "-D")
-        for node in ("n1", "n2"):
+        for node in NODES:
             self.begin_node(node)
         until(self._idle, 60, "Slurm does not come up")
 
@@ -104,9 +106,9 @@ class Cluster:
 
     def stop(self) -> None:
         subprocess.run(["scancel", "--user", "root"], env=self.environment, capture_output=True, check=False)
-        for name in ("n1", "n2", "slurmctld", "munged"):
+        for name in (*NODES, "slurmctld", "munged"):
             if process := self._processes.pop(name, None):
-                for pid in _descendants(process.pid) if name in ("n1", "n2") else ():  # the jobs' processes
+                for pid in _descendants(process.pid) if name in NODES else ():  # the jobs' processes
                     os.kill(pid, signal.SIGKILL)
                 process.terminate()  # slurmctld would wait in vain for a helper of its own that was killed
                 try:
@@ -126,7 +128,7 @@ class Cluster:
             text=True,
             check=False,
         )
-        return sum(map(int, done.stdout.split())) == 2
+        return sum(map(int, done.stdout.split())) == len(NODES)
 
     # --- jobs ---------------------------------------------------------------------------------------------------------
 
@@ -143,7 +145,7 @@ class Cluster:
         match = re.search(rf"\b{name}=(\S+)", self.call("scontrol", "show", "job", "--oneliner", job))
         return match[1]
 
-    def wait(self, job: str, state: str, seconds: float = 240) -> None:
+    def wait(self, job: str, state: str, seconds: float = 400) -> None:
         last = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 
         def reached() -> bool:
@@ -171,7 +173,7 @@ def until(condition: Callable[[], bool], seconds: float, what: str | Callable[[]
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, what() if callable(what) else what
-        time.sleep(0.25)
+        time.sleep(0.5)
 
 
 def present() -> bool:

@@ -1,7 +1,7 @@
 """slurm/*.sbatch in a real Slurm: what is put back into the queue goes on where it was, and nothing else is put back.
 
 Each job trains a tiny model on two nodes, a rank each; a step takes a little longer than it must, so that what is done
-to the job falls into its middle. What does not get in one another's way happens at once, in threads.
+to the job falls into its middle. All happens at once, in threads: what takes a node away, or both, has its own two.
 """
 
 from __future__ import annotations
@@ -53,13 +53,14 @@ class Job:
         *options: str,
         words: tuple[str, ...] = (),
         script: Path = TRAIN,
+        nodes: str = "n[1-2]",
         **launch: str,
     ) -> None:
         folder.mkdir(exist_ok=True)
         self.slurm, self.folder, self.run = slurm, folder, folder / "run"
         words = (f"train.samples={8 * STEPS}", "checkpoint.every_steps=1000", *words)
-        options = ("--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1", "--time=10", *options)
-        options = (*options, f"--output={folder}/%a.out")
+        options = ("--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1", "--time=30", *options)
+        options = (*options, f"--output={folder}/%a.out", f"--nodelist={nodes}")
         environment = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "CLIPSCALE_FAULT": "slow@*:*"}
         environment |= {"CLIPSCALE_SITE": str(folder / "none"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         environment |= {"PATH": path()} | launch
@@ -82,12 +83,14 @@ class Job:
             assert self.slurm.fact(self.id, "JobState") not in ("FAILED", "CANCELLED"), self.said()
             return len(self.rows()) >= step
 
-        until(there, 240, f"step {step} is not reached: {self.said()}")
+        until(there, 400, f"step {step} is not reached: {self.said()}")
 
     def said(self) -> str:
         return "".join(path.read_text() for path in self.folder.glob("*.out"))
 
     def assert_equals(self, twin: Job) -> None:
+        self.slurm.wait(twin.id, "COMPLETED")
+        assert restarts(twin) == 0
         assert [row["step"] for row in self.rows()] == list(range(1, STEPS + 1))
         assert [row["loss"] for row in self.rows()] == [row["loss"] for row in twin.rows()]
         one, other = (load_checkpoint(find_checkpoint(str(job.run))) for job in (self, twin))
@@ -98,10 +101,7 @@ class Job:
 @pytest.fixture(scope="module")
 def twin(slurm, urls, tmp_path_factory) -> Job:
     """Nothing happens to it."""
-    job = Job(slurm, tmp_path_factory.mktemp("twin"), urls)
-    slurm.wait(job.id, "COMPLETED")
-    assert job.slurm.fact(job.id, "Restarts") == "0"
-    return job
+    return Job(slurm, tmp_path_factory.mktemp("twin"), urls)
 
 
 def path() -> str:
@@ -113,9 +113,9 @@ def restarts(job: Job) -> int:
     return int(job.slurm.fact(job.id, "Restarts"))
 
 
-def high_priority(slurm: Cluster) -> None:
-    """A job that takes both nodes whole, and whoever is there has to go."""
-    options = ("--partition=high", "--nodes=2", "--ntasks-per-node=1", "--exclusive", "--output=/dev/null")
+def high_priority(slurm: Cluster, nodes: str) -> None:
+    """A job that takes these nodes whole, and whoever is there has to go."""
+    options = ("--partition=high", f"--nodelist={nodes}", "--ntasks-per-node=1", "--exclusive", "--output=/dev/null")
     slurm.call("sbatch", "--parsable", *options, "--wrap", "sleep 3")
 
 
@@ -168,9 +168,9 @@ def test_a_job_that_is_told_to_leave_goes_on_as_if_nothing_had_been(slurm, urls,
 
 @at_once
 def test_the_end_of_its_time_puts_a_job_back(slurm, urls, twin, folder):
-    words = ("run.leave_before_seconds=85", "train.samples=100_000")
-    job = Job(slurm, folder, urls, "--time=2", "--signal=B:USR1@5", words=words)
-    until(lambda: restarts(job) == 1, 240, f"it is not put back: {job.said()}")
+    words = ("run.leave_before_seconds=1765", "train.samples=100_000")  # of half an hour
+    job = Job(slurm, folder, urls, "--signal=B:USR1@5", words=words)
+    until(lambda: restarts(job) == 1, 400, f"it is not put back: {job.said()}")
     slurm.call("scancel", job.id)
     assert "the time limit" in job.said()
 
@@ -222,48 +222,58 @@ def test_a_task_of_an_array_comes_back_alone_also_under_torchrun(slurm, urls, tw
     assert (restarts(first), restarts(second)) == (1, 0)
 
 
-# --- with both nodes to itself ----------------------------------------------------------------------------------------
+# --- also at once, on other nodes -------------------------------------------------------------------------------------
 
 
-def test_a_job_that_is_preempted_goes_on_as_if_nothing_had_been(slurm, urls, twin, tmp_path):
-    job = Job(slurm, tmp_path / "job", urls, "--exclusive")
-    job.until_step(5)
-    high_priority(slurm)
-    assert_went_on(job, twin)
-
-
-def test_a_job_that_lost_a_node_comes_back_and_is_evaluated_afterwards(slurm, urls, twin, tmp_path):
-    job = Job(slurm, tmp_path / "job", urls, words=("checkpoint.every_steps=3",))
+@at_once
+def test_a_job_that_lost_a_node_comes_back_and_is_evaluated_afterwards(slurm, urls, twin, folder):
+    job = Job(slurm, folder / "job", urls, words=("checkpoint.every_steps=3",), nodes="n[3-4]")
     options = (f"--dependency=afterany:{job.id}", "--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1")
-    options = (*options, "--time=10", f"--output={tmp_path}/eval.out")
-    environment = {"PYTHONPATH": str(ROOT), "CLIPSCALE_SITE": str(tmp_path / "none"), "PATH": path()}
-    evaluation = slurm.submit(EVAL, str(tmp_path / "job" / "run"), options=options, **environment)
+    options = (*options, "--time=10", "--nodelist=n3", f"--output={folder}/eval.out")
+    environment = {"PYTHONPATH": str(ROOT), "CLIPSCALE_SITE": str(folder / "none"), "PATH": path()}
+    evaluation = slurm.submit(EVAL, str(job.run), options=options, **environment)
     job.until_step(5)
-    slurm.lose_node("n2")
-    slurm.begin_node("n2")
-    slurm.call("scontrol", "update", "nodename=n2", "state=resume")
+    slurm.lose_node("n4")
+    slurm.begin_node("n4")
+    slurm.call("scontrol", "update", "nodename=n4", "state=resume")
     until(lambda: restarts(job) >= 1, 120, f"it is not put back: {job.said()}")
     slurm.wait(job.id, "COMPLETED")
     job.assert_equals(twin)
     slurm.wait(evaluation, "FAILED")  # this run has no labelled pictures, and says so
-    assert "no pictures to classify" in (tmp_path / "eval.out").read_text()
+    assert "no pictures to classify" in (folder / "eval.out").read_text()
 
 
-def test_preemption_of_jobs_that_hear_no_signal_of_their_own(slurm, urls, twin, tmp_path):
-    """Slurm's SIGTERM goes to the ranks only; without a grace it has put the job back before they have saved."""
-    plain = tmp_path / "train.sbatch"
+@at_once
+def test_a_job_that_is_preempted_goes_on_as_if_nothing_had_been(slurm, urls, twin, folder):
+    slurm.wait(twin.id, "COMPLETED")  # the others have begun: so many imports at once are enough
+    job = Job(slurm, folder, urls, "--exclusive", nodes="n[5-6]")
+    job.until_step(5)
+    high_priority(slurm, "n[5-6]")
+    assert_went_on(job, twin)
+
+
+def preempt_the_deaf(slurm: Cluster, urls: str, twin: Job, folder: Path, nodes: str, *options: str) -> Job:
+    slurm.wait(twin.id, "COMPLETED")  # as above
+    plain = folder / "train.sbatch"
     plain.write_text("".join(line for line in TRAIN.open() if "--signal=" not in line))
-    words = ("checkpoint.every_steps=3",)
-    graceful = Job(slurm, tmp_path / "graceful", urls, words=words, script=plain)
-    sharp = Job(slurm, tmp_path / "sharp", urls, "--partition=sharp", words=words, script=plain)
-    for job in (graceful, sharp):
-        job.until_step(2)
-    high_priority(slurm)
-    for job in (graceful, sharp):
-        until(lambda job=job: restarts(job) == 1, 120, f"it is not put back: {job.said()}")
-    for job in (graceful, sharp):
-        slurm.wait(job.id, "COMPLETED")
-        assert restarts(job) == 1
-        job.assert_equals(twin)
-    assert "back into the queue: SIGTERM" in graceful.said()
-    assert "back into the queue" not in sharp.said(), "Slurm had done it"
+    job = Job(slurm, folder, urls, *options, words=("checkpoint.every_steps=3",), script=plain, nodes=nodes)
+    job.until_step(2)
+    high_priority(slurm, nodes)
+    until(lambda: restarts(job) == 1, 120, f"it is not put back: {job.said()}")
+    slurm.wait(job.id, "COMPLETED")
+    assert restarts(job) == 1
+    job.assert_equals(twin)
+    return job
+
+
+@at_once
+def test_preemption_of_a_job_that_hears_no_signal_of_its_own(slurm, urls, twin, folder):
+    """Slurm's SIGTERM goes to the ranks only."""
+    assert "back into the queue: SIGTERM" in preempt_the_deaf(slurm, urls, twin, folder, "n[7-8]").said()
+
+
+@at_once
+def test_preemption_without_a_grace(slurm, urls, twin, folder):
+    """Slurm has put the job back before its ranks have saved."""
+    job = preempt_the_deaf(slurm, urls, twin, folder, "n[9-10]", "--partition=sharp")
+    assert "back into the queue" not in job.said(), "Slurm had done it"
