@@ -42,7 +42,7 @@ def test_every_round_is_a_whole_evaluation(result):
     for cell in (*COLUMNS, *cells(row)):
         assert cell in page
         assert cell in printed
-    assert "12 JPEGs of 500 x 375, 5 at once, 1 threads" in page
+    assert "12 JPEGs of 500 x 375, 5 at once, 1 decoding thread." in page
 
 
 def test_ratios_are_those_of_each_round():

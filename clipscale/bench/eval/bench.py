@@ -23,6 +23,7 @@ from clipscale.errors import SharedError
 from clipscale.fit_tokenizer import fitting_tokenizer
 from clipscale.open_clip_files import check_model
 from clipscale.towers import autocast_dtype, build_towers
+from clipscale.words import counted
 
 COLUMNS = ("model", "pictures/s", "quartiles", "n", "in the tower", "of the tower alone", "decode ms", "tower ms")
 
@@ -101,7 +102,7 @@ def markdown(document: dict[str, Any]) -> str:
     settings = document["arguments"]
     what = (
         f"Zero-shot evaluation of {settings['pictures']:,} JPEGs of {WIDTH} x {HEIGHT}, {settings['batch']} at once, "
-        f"{settings['threads']} threads that decode."
+        f"{counted(settings['threads'], 'decoding thread')}."
     )
     table = markdown_table(COLUMNS, [cells(row) for row in document["evals"]])
     return "\n".join([*heading(document, "Evaluation"), what, "", *table, "", LAST_LINE, ""])
