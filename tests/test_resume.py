@@ -13,9 +13,9 @@ import pytest
 TESTS = Path(__file__).parent
 
 
-# Before the first checkpoint, at the end of an epoch, in the last step; and in a save that is in flight.
+# Before the first checkpoint, at the end of an epoch, in the last step; and in saves that are in flight.
 STEPS = 10
-KILLS = (1, 5, 10, "staged@4", "written@6")
+KILLS = ("1,5,10", "staged@4,written@8")
 MORE_STEPS = 20
 CHAINS = (
     "1,5,9,13,17,published@20",
