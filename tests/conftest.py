@@ -27,16 +27,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # the loss kernels on CPU tensors; read when they are imported
 
 LONGEST_FIRST = (
-    *("test_loss_kernels", "test_resume", "test_quickstart", "test_workers", "test_loss_compile", "test_remote"),
-    *(
-        "test_make_shards",
-        "test_bench_data",
-        "test_ranks",
-        "test_train",
-        "test_zeroshot",
-        "test_wheel",
-        "test_tokenize",
-    ),
+    *("test_quickstart", "test_step_memory", "test_loss_kernels", "test_resume", "test_watchdog", "test_workers"),
+    *("test_loss_compile", "test_export", "test_bench_gpu", "test_remote", "test_make_shards", "test_bench_data"),
+    *("test_ranks", "test_evaluations", "test_train", "test_zeroshot", "test_wheel", "test_tokenize"),
 )
 """Files that begin early, so that with several processes (a file to each at a time) none has the last one alone."""
 

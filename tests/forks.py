@@ -140,7 +140,8 @@ def _leave(code: object) -> None:
 
 
 if __name__ == "__main__":
-    import loading  # noqa: F401 (torch, open_clip, and most of the package)
+    import loading  # noqa: F401 (torch and most of the package)
+    import open_clip  # noqa: F401
 
     from clipscale.data.tokenize import build_tokenizer
 

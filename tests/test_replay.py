@@ -191,11 +191,11 @@ def test_recomputing_needs_only_what_the_first_pass_could_read(tmp_path, monkeyp
     readings: Counter[tuple[int, int]] = Counter()
     really_read = Source.read
 
-    def read_once(self: Source, shard: int, index: int) -> Sample:
+    def read_once(self: Source, shard: int, index: int, *draw: float) -> Sample:
         readings[shard, index] += 1
         if (shard, index) == (0, 7) and readings[shard, index] == {"first": 1, "second": 2}[which]:
             raise OSError("503 Service Unavailable")
-        return really_read(self, shard, index)
+        return really_read(self, shard, index, *draw)
 
     monkeypatch.setattr(Source, "read", read_once)
     pipe = pipeline(write_pairs(tmp_path, 2, 20, broken={33}), 40)

@@ -15,7 +15,7 @@ run: {{dir: {run}, log_every_steps: 1}}
 model:
   embed_dim: 16
   vision: {{image_size: 16, patch_size: 8, width: 32, layers: 1, head_width: 16}}
-  text: {{context_length: 8, width: 8, heads: 2, layers: 1}}
+  text: {{context_length: 8, width: 32, heads: 2, layers: 1}}
 data: {{sources: {{mine: {{urls: "{urls}"}}}}, threads: 1, loader: inline}}
 train: {{global_batch: 8, samples: 32}}
 gradcache: {{image_chunk: 3, text_chunk: 5, keep_bytes: 0}}

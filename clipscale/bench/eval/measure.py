@@ -1,8 +1,8 @@
 """One zero-shot evaluation with a clock in it: `evaluate_zeroshot` itself, on a folder of JPEGs.
 
     tree = write_tree(Path("pictures"), 1024)              # 500 x 375, in class folders, with a template
-    case = Case(towers, tree, batch=256, threads=2)
-    case.round()                    # Round(loop_seconds=41.2, forward_seconds=40.6, alone_seconds=39.9)
+    case = Case(towers, tokenize, tree, batch=256, threads=2)
+    case.round(world)                  # Round(loop_seconds=41.2, forward_seconds=40.6, alone_seconds=39.9)
 
 The loop is that over the pictures: the classifier, made once before it, is not timed. What is read and decoded while
 the tower is busy takes no time of its own, but may slow the tower where both want the same cores; so the tower's rate
@@ -25,6 +25,7 @@ from clipscale.config import Config, ZeroShot
 from clipscale.config.data import Data
 from clipscale.data.tokenize import Tokenize
 from clipscale.dist import World
+from clipscale.eval.classifier import Classifiers
 from clipscale.eval.mode import evaluating
 from clipscale.eval.pictures import batches
 from clipscale.eval.view import View
@@ -65,19 +66,20 @@ class Case:
     """A model on a tree. Raises UserError as `load_task`."""
 
     def __init__(self, towers: Towers, tokenize: Tokenize, tree: ZeroShot, *, batch: int, threads: int) -> None:
-        self._towers, self._tokenize, self._batch, self._threads = towers, tokenize, batch, threads
+        self._towers, self._batch, self._threads = towers, batch, threads
         self._task = load_task(tree, Data())
         self._view = View.of(Config(), towers)
+        alone = World(0, 1, 0, towers.text.device)
+        self._classifier = Classifiers(towers, tokenize, batch, alone).of(self._task.classnames, self._task.templates)
 
     def round(self, world: World) -> Round:
         watch = _Watch(self._towers)
         evaluate_zeroshot(
             replace(self._towers, image=watch.tower),
             self._task,
-            self._tokenize,
+            self._classifier,
             world,
             batch=self._batch,
-            text_chunk=self._batch,
             view=self._view,
             threads=self._threads,
             walk=watch.walk,
@@ -109,7 +111,6 @@ class _Watch:
         self.tower = _Timed(self, towers)
 
     def walk(self, batches: Iterable) -> Iterator:
-        """The last that is walked are the pictures."""
         start = time.perf_counter()
         yield from batches
         self.loop_seconds = time.perf_counter() - start
