@@ -103,7 +103,7 @@ def test_transform_is_open_clips():
         torch.testing.assert_close(again, wanted)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_the_baseline_gives_what_webdataset_gives(shards, workers):
     """Every sample with a caption, with open_clip's pixels where the crop is the whole picture."""
     settings = Baseline(workers, batch=5, image_size=32, sample_shuffle=4, sample_shuffle_initial=2)

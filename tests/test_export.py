@@ -164,7 +164,7 @@ def _png(picture: Image.Image) -> bytes:
 
 
 @pytest.mark.needs("transformers")
-@pytest.mark.parametrize("model", [NAMED, MODEL], ids=["quick_gelu", "gelu"])
+@pytest.mark.parametrize("model", [NAMED, pytest.param(MODEL, marks=pytest.mark.slow)], ids=["quick_gelu", "gelu"])
 def test_transformers_makes_the_same_embeddings(model, few, tmp_path):
     from transformers import AutoProcessor, CLIPModel
 

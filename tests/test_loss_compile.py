@@ -16,29 +16,23 @@ OLD_ASSEMBLER = tuple(int(part) for part in triton.__version__.split(".")[:2]) <
 """Triton 3.4's spills up to 200 bytes of some shapes, which then lose when they are timed."""
 
 
-SHAPES = [
-    ("first", (90,)),
-    pytest.param(("first", (80, 100)), marks=pytest.mark.slow),
-    pytest.param(("other", tuple(LIMITS)), marks=pytest.mark.slow),
-]
-"""The shape that is taken untuned, all others that may be tuned; and for which GPUs."""
+pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module", params=SHAPES, ids=str)
+@pytest.fixture(scope="module", params=["first", "other"])
 def compiled(request):
-    """ "first" or "other", and what became of its shapes."""
+    """The shape that is taken untuned, or all others that may be tuned; and what became of them, for each GPU."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    which, capabilities = request.param
-    command = [sys.executable, Path(__file__).with_name("compile_kernels.py"), which, *map(str, capabilities)]
+    command = [sys.executable, Path(__file__).with_name("compile_kernels.py"), request.param, *map(str, LIMITS)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
-    return which, capabilities, [json.loads(line) for line in done.stdout.splitlines()]
+    return request.param, [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def test_kernels_use_the_tensor_cores_and_nothing_spills(compiled):
-    which, capabilities, found = compiled
+    which, found = compiled
     cases = [case for case in found if case["case"] != "control"]
-    for capability in capabilities:
+    for capability in LIMITS:
         mine = [case for case in cases if case["capability"] == capability]
         precisions = {case["precision"] for case in mine}
         assert precisions == {"fp16", "tf32", "fp32"} | ({"bf16"} if which == "first" else set())

@@ -588,6 +588,7 @@ def test_refusals_of_other_prefixes_stay_listed(tool, pictures, tmp_path):
     assert listed == [("train", "gone.jpg", "missing file"), ("test", "pics/pic1.jpg", "empty caption")]
 
 
+@pytest.mark.slow
 def test_as_a_command(pictures, tmp_path):
     source = write_csv(tmp_path / "list.csv", ["filepath", "caption"], [["pics/pic0.jpg", "x"], ["pics/pic1.jpg", "y"]])
     command = [sys.executable, str(TOOL)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -86,22 +86,25 @@ def some_steps(
     return {"losses": losses, "grads": grads, "parameters": towers.model.state_dict()}
 
 
-def every_case(rank: int, size: int) -> dict:
-    found = {(dtype, name): some_steps(rank, size, masked, dtype) for dtype in BARS for name, masked in MASKS.items()}
-    drawing = {(dtype, DRAWING): some_steps(rank, size, MASKS[UNEQUAL], dtype, by_chunk=False) for dtype in BARS}
-    return found | drawing
+def cases_of(rank: int, size: int, dtype: torch.dtype) -> dict:
+    found = {name: some_steps(rank, size, masked, dtype) for name, masked in MASKS.items()}
+    return found | {DRAWING: some_steps(rank, size, MASKS[UNEQUAL], dtype, by_chunk=False)}
 
 
-@pytest.fixture(scope="module")
-def one_rank() -> dict:
-    return every_case(0, 1)
+@cache
+def one_rank(dtype: torch.dtype) -> dict:
+    return cases_of(0, 1, dtype)
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_ranks_agree_with_one_process(size, one_rank):
-    for found_by_case in run_ranks(every_case, size):
-        for case, wanted in one_rank.items():
-            found, bar = found_by_case[case], BARS[case[0]]
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [(2, torch.float32), *(pytest.param(4, dtype, marks=pytest.mark.slow) for dtype in BARS)],
+)
+def test_ranks_agree_with_one_process(size, dtype):
+    bar = BARS[dtype]
+    for found_by_case in run_ranks(cases_of, size, dtype):
+        for case, wanted in one_rank(dtype).items():
+            found = found_by_case[case]
             assert found["losses"] == pytest.approx(wanted["losses"], rel=bar)
             for step in range(STEPS):
                 assert worst_error(found["grads"][step], wanted["grads"][step]) <= bar
@@ -109,16 +112,16 @@ def test_ranks_agree_with_one_process(size, one_rank):
                 torch.testing.assert_close(found["parameters"][name], parameter, rtol=bar, atol=bar / 10)
 
 
-def test_masks_matter(one_rank):
+def test_masks_matter():
     """A control: the two masks are different problems, so agreement on both says something."""
-    equal, unequal = (one_rank[torch.float64, name]["grads"][0] for name in MASKS)
+    equal, unequal = (one_rank(torch.float32)[name]["grads"][0] for name in MASKS)
     assert worst_error(equal, unequal) > 1e-2
 
 
-def test_positions_matter(one_rank):
+def test_positions_matter():
     """A control: other draws are another problem."""
-    moved = some_steps(0, 1, MASKS[UNEQUAL], torch.float64, by_chunk=False, offset=1)
-    assert worst_error(moved["grads"][0], one_rank[torch.float64, DRAWING]["grads"][0]) > 1e-2
+    moved = some_steps(0, 1, MASKS[UNEQUAL], torch.float32, by_chunk=False, offset=1)
+    assert worst_error(moved["grads"][0], one_rank(torch.float32)[DRAWING]["grads"][0]) > 1e-2
 
 
 def missing_reduction(rank: int, size: int) -> float:

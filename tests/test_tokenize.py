@@ -141,6 +141,7 @@ print(json.dumps([tokenize.name, tokenize(captions).tolist(), "open_clip" in sys
 """
 
 
+@pytest.mark.slow
 def test_a_tokenizer_goes_to_another_process():
     """Where CLIP's own needs one file of open_clip, not all of it."""
     again = pickle.loads(pickle.dumps(SHORT))

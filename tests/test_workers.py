@@ -57,6 +57,7 @@ def tokenize_and_tell(captions: list[str]) -> torch.Tensor:
     return tokenize(captions)
 
 
+@pytest.mark.slow
 def test_what_the_loaders_process_tells_is_heard_here(urls):
     heard = []
     loader = open_loader(dataclasses.replace(pipeline(urls, 40), tokenize=tokenize_and_tell), 40, mode="process")
@@ -79,6 +80,7 @@ def test_a_loader_that_is_killed_is_an_error_within_seconds(urls, when):
     loader.close()
 
 
+@pytest.mark.slow
 def test_signals_to_it_do_not_end_it(urls):
     """Also those that come while it starts."""
     expected = read(pipeline(urls, 40), 3, 40)
@@ -188,6 +190,7 @@ class Foreign:
         return int, ("not a number",)
 
 
+@pytest.mark.slow
 def test_why_it_ended_is_told_also_to_one_who_is_still_sending_jobs(urls):
     pipe = dataclasses.replace(pipeline(urls, 40), tokenize=Foreign())
     loader = open_loader(pipe, 40, mode="process", chunk=1, ahead=2000)
@@ -212,6 +215,7 @@ def test_a_fault_of_ours_comes_with_its_traceback(urls):
     loader.close()
 
 
+@pytest.mark.slow
 def test_close_gives_up_what_is_not_decoded(urls):
     pipe = dataclasses.replace(pipeline(urls, 192, allow_repeats=True), tokenize=slow)
     loader = open_loader(pipe, 192, mode="process", threads=1, chunk=16, ahead=60)
@@ -242,6 +246,7 @@ def test_files_in_the_working_directory_are_not_taken_for_modules(urls, tmp_path
     subprocess.run([sys.executable, script, urls], cwd=tmp_path, env=environment, timeout=300, check=True)
 
 
+@pytest.mark.slow
 def test_a_mixture_of_many_shards_has_files_enough(tmp_path):
     """Of each source 64 stay open, with an index each: eight sources come to 1,024, the limit of many systems."""
     pipe = pipeline(write_pairs(tmp_path, 60, 2, size=8), 120, image_size=8)
