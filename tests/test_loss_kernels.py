@@ -90,7 +90,9 @@ def draws_for(pairs, scale, precision):
         return 72
     if DEVICE == "cuda":
         return 24 if hard or pairs < 63 else 4
-    return 1 if pairs == 1 else 2 if pairs == 200 else 12 if hard else 4
+    if pairs == 1:
+        return 1
+    return 4 if hard or pairs == 2 else 2  # of many pairs each draw is many
 
 
 WIDTHS = {32: "pointers", 80: "descriptors", 130: "pointers", 768: "descriptors"}
