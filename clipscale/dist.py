@@ -47,7 +47,7 @@ class World:
         return self.total(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
-        """The same of a tensor on this rank's device, in its own type and in place; collective."""
+        """The same of a tensor of any shape on this rank's device, in its own type and in place; collective."""
         if self.size > 1:
             dist.all_reduce(values)
         return values

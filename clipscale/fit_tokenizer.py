@@ -18,8 +18,8 @@ from torch import Tensor
 
 from clipscale.data.tokenize import Tokenizer
 from clipscale.errors import UserError, require
-from clipscale.open_clip_files import TokenizerChoice
 from clipscale.towers import Towers
+from clipscale.upstream.open_clip_files import TokenizerChoice
 
 _TRIED = ["", "a photo of a cat", string.printable, "two dogs, one long walk " * 100]
 

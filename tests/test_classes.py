@@ -9,7 +9,7 @@ import pytest
 from clipscale.config import ZeroShot
 from clipscale.errors import UserError
 from clipscale.eval.classes import Classes, class_folders, find_classes
-from clipscale.open_clip_files import imagenet_classes
+from clipscale.upstream.open_clip_files import imagenet_classes
 
 IDS = [f"n{number:08}" for number in range(1000)]
 

@@ -170,7 +170,7 @@ def evaluate(rank: int, size: int, place: str, chunk: int) -> tuple[dict[str, fl
     return suite.run_all(), suite.details()
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("ranks", [3, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (2, 4))])
 def test_the_result_is_the_same_for_any_number_of_ranks_and_any_chunk(place, ranks):
     alone, tables = evaluate(0, 1, str(place), 100)
     assert {row["pictures"] for row in tables["a"]["classes"]} == {5}

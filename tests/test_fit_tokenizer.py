@@ -20,9 +20,9 @@ from clipscale.data import tokenize as tokenize_module
 from clipscale.errors import UserError
 from clipscale.export.export import export_model
 from clipscale.fit_tokenizer import fitting_tokenizer
-from clipscale.open_clip_files import TokenizerChoice
 from clipscale.towers import Towers, build_towers
 from clipscale.training.trainer import train
+from clipscale.upstream.open_clip_files import TokenizerChoice
 from clipscale.weights.find import Found
 from clipscale.weights.target import find_target
 

@@ -17,12 +17,13 @@ ROOT = Path(__file__).resolve().parents[1]
 TELEMETRY = {
     f"telemetry.{name}" for name in ("board", "faults", "goodput", "growing", "parts", "parts_picture", "runlog")
 }
+UPSTREAM = {f"upstream.{name}" for name in ("open_clip_files", "open_clip_flags", "timm_files")}
 RESILIENCE = {f"resilience.{name}" for name in ("beats", "injection", "leaving", "watchdog")}
 GROUND = {
     *("__init__", "errors", "counter", "escape", "words", "paths", "tell", "files", "progress", "pool", "dist"),
     *("config", "launch", "schedule", "remembered", "device", "deterministic"),
-    *("open_clip_files", "open_clip_flags", "counter_torch", "bits", "timm_files"),
-    *("telemetry", *TELEMETRY, "resilience", *RESILIENCE),
+    *("counter_torch", "bits"),
+    *("telemetry", *TELEMETRY, "resilience", *RESILIENCE, "upstream", *UPSTREAM),
 }
 STAGES = {"data", "towers", "loss"}
 ASSEMBLY = {"step", "parallel", "optim", "checkpoint", "fit_tokenizer", "eval"}
@@ -38,6 +39,9 @@ LAWS: dict[str, set[str]] = {
     "words": set(),
     "paths": {"errors"},
     "tell": {"errors", "escape"},
+    "upstream": set(),
+    "upstream.open_clip_flags": set(),
+    "upstream.timm_files": {"errors"},
     "telemetry": set(),
     "telemetry.faults": {"tell"},
     "resilience": set(),

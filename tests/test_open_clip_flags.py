@@ -1,4 +1,4 @@
-"""clipscale/open_clip_flags.py: every flag of open_clip has a row, and each row's key is a setting."""
+"""clipscale/upstream/open_clip_flags.py: every flag of open_clip has a row, and each row's key is a setting."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from clipscale.cli import main
 from clipscale.config.help import find_settings
-from clipscale.open_clip_flags import FLAGS, explain, markdown_table
+from clipscale.upstream.open_clip_flags import FLAGS, explain, markdown_table
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "from_open_clip.md"
 

@@ -13,12 +13,12 @@ import pytest
 from shards import picture, write_pairs, write_shard
 from tiny import tiny_config, write_config
 
-from clipscale import open_clip_files
 from clipscale.checkpoint import RunFolder
 from clipscale.cli import main
 from clipscale.errors import SharedError, UserError
 from clipscale.preflight.checks import check_training
 from clipscale.training.trainer import train
+from clipscale.upstream import open_clip_files
 
 COUNTED = ["data.sources.mine.urls=http://127.0.0.1:9/0.tar", "data.sources.mine.counts=counts.json"]
 NAMED = ["model.vision=null", "model.text=null", "model.name=ViT-B-32"]

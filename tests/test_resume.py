@@ -60,9 +60,9 @@ def test_the_run_holds_what_makes_it_hard(report):
     assert report["distinct_keys"] == 20  # 80 slots of 20 samples: three epoch boundaries
 
 
-@pytest.mark.parametrize("kill_at", KILLS)
-def test_killed_and_resumed_is_bit_for_bit_the_same(report, kill_at):
-    assert unlike(report, kill_at) == []
+@pytest.mark.parametrize("kills", KILLS)
+def test_killed_and_resumed_is_bit_for_bit_the_same(report, kills):
+    assert unlike(report, kills) == []
 
 
 @pytest.mark.slow

@@ -24,8 +24,8 @@ from clipscale.eval.per_class import class_table
 from clipscale.eval.subset import Subset, find_subset
 from clipscale.eval.view import View
 from clipscale.eval.zeroshot import ZeroShotResult, ZeroShotTask, check_task, evaluate_zeroshot, load_task
-from clipscale.open_clip_files import imagenet_classes
-from clipscale.timm_files import SUBSETS, imagenet_subset, imagenet_synsets
+from clipscale.upstream.open_clip_files import imagenet_classes
+from clipscale.upstream.timm_files import SUBSETS, imagenet_subset, imagenet_synsets
 
 NAMES = ["ant", "bee", "cat", "cat", "dog", "elk"]  # two of one name, as ImageNet has
 

@@ -21,12 +21,12 @@ from clipscale.config import Config, Model
 from clipscale.dist import World
 from clipscale.errors import UserError
 from clipscale.files import read_rows
-from clipscale.open_clip_files import pretrained_tags
 from clipscale.preflight.checks import check_training
 from clipscale.telemetry.parts import Parts
 from clipscale.towers import Tower, Towers, build_towers
 from clipscale.training.learner import Learner
 from clipscale.training.trainer import train
+from clipscale.upstream.open_clip_files import pretrained_tags
 from clipscale.weights.start import begin_from
 
 SETTINGS = {

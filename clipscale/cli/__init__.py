@@ -26,9 +26,9 @@ from clipscale.errors import INTERRUPTED, RESTART, Interrupted, RestartError, Sh
 from clipscale.escape import one_line
 from clipscale.files import write_file
 from clipscale.launch import under_launcher
-from clipscale.open_clip_flags import explain
 from clipscale.telemetry.growing import FULL
 from clipscale.tell import listening
+from clipscale.upstream.open_clip_flags import explain
 from clipscale.words import did_you_mean
 
 COMMANDS = {

@@ -26,7 +26,7 @@ from clipscale.config import Config, flat
 from clipscale.config.read import escaped, read_file, read_word, read_yaml, write_yaml
 from clipscale.config.recipes import find_config
 from clipscale.errors import UserError, require
-from clipscale.open_clip_flags import explain
+from clipscale.upstream.open_clip_flags import explain
 
 
 class Layer(NamedTuple):

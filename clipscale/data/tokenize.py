@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from clipscale.errors import UserError
-from clipscale.open_clip_files import CLIP_TOKENS, TokenizerChoice, module_of
+from clipscale.upstream.open_clip_files import CLIP_TOKENS, TokenizerChoice, module_of
 
 if TYPE_CHECKING:
     import open_clip  # takes twice as long to import as torch: where a tokenizer of its is built, and nowhere else

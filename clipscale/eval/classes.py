@@ -21,8 +21,8 @@ from clipscale.data.shard.labels import LabelError, label_of
 from clipscale.errors import UserError, require
 from clipscale.eval.lines import read_lines
 from clipscale.eval.subset import Subset, find_subset
-from clipscale.open_clip_files import imagenet_classes, imagenet_templates
-from clipscale.timm_files import SUBSETS, imagenet_subset, imagenet_synsets
+from clipscale.upstream.open_clip_files import imagenet_classes, imagenet_templates
+from clipscale.upstream.timm_files import SUBSETS, imagenet_subset, imagenet_synsets
 from clipscale.words import counted
 
 IMAGENET, KEY = "imagenet", "eval.zeroshot"

@@ -7,8 +7,8 @@
 Prompts go through the text tower by length, in chunks cut at their longest (towers/rows.py), a chunk for each rank in
 turn. Any number of ranks gives the same bits, and what is kept is what would be made again.
 
-Kept in memory alone: on a GPU ImageNet's 80,000 prompts take seconds, and a file would have to answer for the weights,
-the chunk, the types and the libraries that it came from.
+Kept in memory alone: a file would have to answer for the weights, the chunk, the types and the libraries that it came
+from.
 
 Shapes: C classes, K templates, P = C x K prompts, M of a chunk, L tokens, D width.
 """

@@ -19,7 +19,7 @@ from typing import Any
 
 from clipscale.errors import UserError, require
 from clipscale.eval.lines import lines_of, read_file
-from clipscale.timm_files import SUBSETS, imagenet_subset, imagenet_synsets
+from clipscale.upstream.timm_files import SUBSETS, imagenet_subset, imagenet_synsets
 from clipscale.words import counted, did_you_mean
 
 

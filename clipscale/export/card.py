@@ -12,8 +12,8 @@ from typing import Any
 from clipscale.config import Config
 from clipscale.export.check import Format
 from clipscale.files import read_rows, write_file
-from clipscale.open_clip_files import model_fields
 from clipscale.towers import Towers
+from clipscale.upstream.open_clip_files import model_fields
 from clipscale.weights.find import Found
 
 _OPEN = {

@@ -22,8 +22,8 @@ from torch import Tensor
 from clipscale.config import Model
 from clipscale.errors import UserError, reason
 from clipscale.files import write_file
-from clipscale.open_clip_files import model_fields
 from clipscale.towers import Towers
+from clipscale.upstream.open_clip_files import model_fields
 from clipscale.weights.find import CONFIG, WEIGHTS
 
 _PLAIN = ("text_projection", "positional_embedding", "token_embedding.", "transformer.", "ln_final.")

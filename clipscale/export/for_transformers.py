@@ -30,8 +30,8 @@ from transformers.utils.logging import disable_progress_bar
 from clipscale.config import Model
 from clipscale.export.common import refused
 from clipscale.export.differences import measure
-from clipscale.open_clip_files import CLIP_TOKENS, model_fields, module_of
 from clipscale.towers import Towers
+from clipscale.upstream.open_clip_files import CLIP_TOKENS, model_fields, module_of
 
 _VISION = {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "patch_dropout"}
 _TEXT = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"}

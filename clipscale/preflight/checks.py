@@ -33,9 +33,9 @@ from clipscale.errors import UserError, require
 from clipscale.eval.classes import class_templates, find_classes
 from clipscale.eval.wds import labelled_shards
 from clipscale.launch import check_ranks, launched, told_once
-from clipscale.open_clip_files import check_model
 from clipscale.preflight.prepare import prepare_files
 from clipscale.preflight.sense import odd_pairs
+from clipscale.upstream.open_clip_files import check_model
 from clipscale.weights.find import Found, find_weights
 from clipscale.weights.target import find_target
 

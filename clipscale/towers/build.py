@@ -26,10 +26,10 @@ from clipscale.config import Model, Preprocess
 from clipscale.counter import fold
 from clipscale.deterministic import naming_who_is_not
 from clipscale.errors import UserError, require
-from clipscale.open_clip_files import TokenizerChoice, check_model, model_fields
 from clipscale.towers.captions import CaptionCut
 from clipscale.towers.draws import draw_by_position, draws_by_chunk
 from clipscale.towers.tower import Tower, normalise_pixels, refuse_batchnorm, token_ids
+from clipscale.upstream.open_clip_files import TokenizerChoice, check_model, model_fields
 
 
 @dataclass

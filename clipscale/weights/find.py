@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from clipscale.checkpoint import find_checkpoint, load_config_of
 from clipscale.config import Model, Preprocess
 from clipscale.errors import UserError, reason, require
-from clipscale.open_clip_files import pretrained_tags
+from clipscale.upstream.open_clip_files import pretrained_tags
 from clipscale.words import did_you_mean
 
 CONFIG = "open_clip_config.json"

@@ -12,8 +12,8 @@ from open_clip.pretrained import get_pretrained_cfg
 
 from clipscale.config import Model, Preprocess
 from clipscale.errors import UserError, require
-from clipscale.open_clip_files import model_fields
 from clipscale.towers import Towers
+from clipscale.upstream.open_clip_files import model_fields
 from clipscale.weights.find import Found, find_weights, preprocess_from
 from clipscale.weights.match import take_over
 from clipscale.weights.read import read_weights

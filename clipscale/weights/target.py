@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from clipscale.checkpoint import load_config_of
 from clipscale.config import Config, Model, Preprocess
 from clipscale.config.load import apply_overrides
-from clipscale.open_clip_files import check_model, known_models
 from clipscale.tell import tell
+from clipscale.upstream.open_clip_files import check_model, known_models
 from clipscale.weights.find import Found, find_weights
 
 if TYPE_CHECKING:

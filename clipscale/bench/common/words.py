@@ -67,6 +67,13 @@ def several(option: str, text: str, parse: Callable[[str, str], T]) -> tuple[T, 
     return tuple(dict.fromkeys(parse(option, word) for word in text.split(",")))
 
 
+def names(option: str, text: str) -> tuple[str, ...]:
+    """Several words by commas, none of them empty."""
+    found = several(option, text, lambda _, word: word.strip())
+    require(all(found), f"{option}={text}: an empty name; give names by commas")
+    return found
+
+
 def one_of(choices: tuple[str, ...]) -> Callable[[str, str], str]:
     def parse(option: str, word: str) -> str:
         require(word in choices, f"{option}={word}: unknown; choose from {', '.join(choices)}")

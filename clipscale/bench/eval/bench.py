@@ -21,8 +21,8 @@ from clipscale.config import ZeroShot
 from clipscale.dist import World, start_world
 from clipscale.errors import SharedError
 from clipscale.fit_tokenizer import fitting_tokenizer
-from clipscale.open_clip_files import check_model
 from clipscale.towers import autocast_dtype, build_towers
+from clipscale.upstream.open_clip_files import check_model
 from clipscale.words import counted
 
 COLUMNS = ("model", "pictures/s", "quartiles", "n", "in the tower", "of the tower alone", "decode ms", "tower ms")
@@ -57,11 +57,11 @@ def bench_eval(options: EvalBench, command: str) -> int:
 
 def _measured(model: str, tree: ZeroShot, options: EvalBench, world: World) -> dict[str, Any]:
     towers = build_towers(model_config(model), device=world.device, autocast=autocast_dtype("auto", world.device))
-    case = Case(towers, fitting_tokenizer(towers), tree, batch=options.batch, threads=options.threads)
-    case.round(world)  # untimed: memory and kernels are found
+    case = Case(towers, fitting_tokenizer(towers), tree, world, batch=options.batch, threads=options.threads)
+    case.round()  # untimed: memory and kernels are found
     rounds = []
     for number in range(options.rounds):
-        rounds.append(case.round(world))
+        rounds.append(case.round())
         rate = short(options.pictures / rounds[-1].loop_seconds)
         print(
             f"{model}, round {number + 1} of {options.rounds}: {rate} pictures a second, "

@@ -1,8 +1,8 @@
 """One zero-shot evaluation with a clock in it: `evaluate_zeroshot` itself, on a folder of JPEGs.
 
     tree = write_tree(Path("pictures"), 1024)              # 500 x 375, in class folders, with a template
-    case = Case(towers, tokenize, tree, batch=256, threads=2)
-    case.round(world)                  # Round(loop_seconds=41.2, forward_seconds=40.6, alone_seconds=39.9)
+    case = Case(towers, tokenize, tree, world, batch=256, threads=2)
+    case.round()                       # Round(loop_seconds=41.2, forward_seconds=40.6, alone_seconds=39.9)
 
 The loop is that over the pictures: the classifier, made once before it, is not timed. What is read and decoded while
 the tower is busy takes no time of its own, but may slow the tower where both want the same cores; so the tower's rate
@@ -65,20 +65,23 @@ def write_tree(folder: Path, pictures: int) -> ZeroShot:
 class Case:
     """A model on a tree. Raises UserError as `load_task`."""
 
-    def __init__(self, towers: Towers, tokenize: Tokenize, tree: ZeroShot, *, batch: int, threads: int) -> None:
-        self._towers, self._batch, self._threads = towers, batch, threads
-        self._task = load_task(tree, Data())
+    def __init__(
+        self, towers: Towers, tokenize: Tokenize, tree: ZeroShot, world: World, *, batch: int, threads: int
+    ) -> None:
+        self._towers, self._world, self._batch, self._threads = towers, world, batch, threads
+        self._task = task = load_task(tree, Data())
         self._view = View.of(Config(), towers)
-        alone = World(0, 1, 0, towers.text.device)
-        self._classifier = Classifiers(towers, tokenize, batch, alone).of(self._task.classnames, self._task.templates)
+        self._classifier = Classifiers(towers, tokenize, batch, world).of(task.classnames, task.templates)
+        some = range(min(batch, len(task.pictures)))
+        [(self._ready, _, _)] = batches(task.pictures, some, batch=len(some), view=self._view, threads=threads)
 
-    def round(self, world: World) -> Round:
+    def round(self) -> Round:
         watch = _Watch(self._towers)
         evaluate_zeroshot(
             replace(self._towers, image=watch.tower),
             self._task,
             self._classifier,
-            world,
+            self._world,
             batch=self._batch,
             view=self._view,
             threads=self._threads,
@@ -95,11 +98,9 @@ class Case:
         return (time.thread_time() - start) / count
 
     def _alone(self) -> float:
-        total, tower = len(self._task.pictures), self._towers.image
-        some = range(min(self._batch, total))
-        [(images, _, _)] = batches(self._task.pictures, some, batch=len(some), view=self._view, threads=self._threads)
+        tower, share = self._towers.image, len(self._ready) / len(self._task.pictures)
         with evaluating(self._towers), torch.no_grad():
-            return seconds_of(lambda: tower(images.to(tower.device)), tower.device) * total / len(some)
+            return seconds_of(lambda: tower(self._ready.to(tower.device)), tower.device) / share
 
 
 class _Watch:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from clipscale.bench.common.words import add_output_arguments, file_name, one_of, parse_size, several, whole
+from clipscale.bench.common.words import add_output_arguments, file_name, names, one_of, parse_size, whole
 from clipscale.errors import require
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -43,12 +43,10 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
 
 def eval_options(arguments: argparse.Namespace) -> EvalBench:
     """UserError for a word that is not what its option takes."""
-    models = several("--models", arguments.models, lambda _, word: word.strip())
-    require(all(models), f"--models={arguments.models}: an empty name; give names by commas")
     pictures = parse_size("--pictures", arguments.pictures)
     require(pictures >= 1, f"--pictures={arguments.pictures}: must be at least 1")
     return EvalBench(
-        models=models,
+        models=names("--models", arguments.models),
         pictures=pictures,
         batch=whole("--batch", arguments.batch, minimum=1),
         threads=whole("--threads", arguments.threads, minimum=1),

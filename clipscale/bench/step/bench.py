@@ -24,7 +24,7 @@ from clipscale.bench.step.trainee import OPTIM, build_trainee, model_config
 from clipscale.device import is_out_of_memory
 from clipscale.dist import start_world
 from clipscale.errors import SharedError, UserError, require
-from clipscale.open_clip_files import check_model
+from clipscale.upstream.open_clip_files import check_model
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {"models": (SMALL,), "batches": (256, 512), "image_chunk": 64, "text_chunk": 64, "precision": "fp32"},

@@ -9,7 +9,16 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from clipscale.bench.common.words import add_output_arguments, file_name, one_of, parse_size, positive, several, whole
+from clipscale.bench.common.words import (
+    add_output_arguments,
+    file_name,
+    names,
+    one_of,
+    parse_size,
+    positive,
+    several,
+    whole,
+)
 from clipscale.errors import require
 from clipscale.paths import path_option
 
@@ -66,10 +75,8 @@ def step_options(arguments: argparse.Namespace) -> StepBench:
     batches = None if arguments.batches is None else several("--batches", arguments.batches, parse_size)
     for batch in batches or ():
         require(batch >= 2, f"--batches={arguments.batches}: a batch of {batch} is too small; give at least 2 pairs")
-    models = None if arguments.models is None else several("--models", arguments.models, lambda _, word: word.strip())
-    require(models is None or all(models), f"--models={arguments.models}: an empty name; give names by commas")
     return StepBench(
-        models=models,
+        models=None if arguments.models is None else names("--models", arguments.models),
         batches=batches and tuple(sorted(batches)),
         image_chunk=_chunk("--image-chunk", arguments.image_chunk),
         text_chunk=_chunk("--text-chunk", arguments.text_chunk),

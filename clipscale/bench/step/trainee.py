@@ -28,9 +28,9 @@ from clipscale.config import Model, Optim
 from clipscale.config.load import load_config
 from clipscale.config.recipes import list_recipes
 from clipscale.counter import fold
-from clipscale.open_clip_files import known_models
 from clipscale.optim import build_optimizer
 from clipscale.towers import Towers, autocast_dtype, build_towers
+from clipscale.upstream.open_clip_files import known_models
 
 OPTIM = Optim(lr=5e-4, eps=1e-6)
 _SMALL = Model(
