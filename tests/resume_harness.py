@@ -160,11 +160,11 @@ def run(
 def outcome(config_path: Path) -> dict:
     """Everything that must not depend on interruptions."""
     folder = config_path.parent / "run"
-    checkpoint = max((folder / "checkpoints").iterdir())
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    checkpoint = folder / "checkpoints" / f"step-{rows[-1]['step']:09}"
     # Mapped: a copy would start torch's threads, and this process forks.
     tensors = read_tree(checkpoint / "model.safetensors", mapped=True)
     optimizer = read_tree(checkpoint / "optimizer.safetensors", mapped=True)
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     slots: dict[int, dict[int, str]] = {}  # step -> position -> key
     consistent = True
     for path in config_path.parent.glob("seen-*.jsonl"):
@@ -248,6 +248,7 @@ def main(folder: Path, steps: int, kills: list[int | str], *, kills_only: bool) 
     twin = setup(folder / "twin", data)
     run(twin)
     wanted = outcome(twin)
+    assert wanted["steps"] == [*range(1, steps + 1)]
     report = {"same_world": {kill_at: killed(folder, data, wanted, kill_at) for kill_at in kills}}
     if not kills_only:
         report["masked"], report["steps"], report["keys"] = wanted["masked"], wanted["steps"], len(wanted["slots"])
