@@ -22,7 +22,9 @@ from clipscale.data.pixels.decode import center_square
 from clipscale.pool import map_in_processes
 from clipscale.tell import listening
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a job that a shell put in the background
+# Ignored in a job that a shell put in the background, and under nohup.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # the loss kernels on CPU tensors; read when they are imported
 
