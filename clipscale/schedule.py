@@ -74,8 +74,9 @@ def evaluations_due(config: Config, step: int, last_step: int) -> list[str]:
 
 def save_due(config: Config, step: int, last_step: int) -> bool:
     """Whether a checkpoint comes after `step` steps: one is due, or the evaluation that tells the best one is."""
-    judge = (config.checkpoint.best or "").rpartition("/")[0]
-    return is_due(config.checkpoint.every_steps, step, last_step) or judge in evaluations_due(config, step, last_step)
+    return is_due(config.checkpoint.every_steps, step, last_step) or _judge(config) in evaluations_due(
+        config, step, last_step
+    )
 
 
 def others_left(config: Config, step: int, last_step: int) -> dict[str, int]:
@@ -87,4 +88,9 @@ def others_left(config: Config, step: int, last_step: int) -> dict[str, int]:
     }
     left = {name: times_due(steps, step, last_step) for name, steps in every.items()}
     saves = times_due(config.checkpoint.every_steps, step, last_step)
-    return left | {"checkpoint": max(saves, left.get((config.checkpoint.best or "").rpartition("/")[0], 0))}
+    return left | {"checkpoint": max(saves, left.get(_judge(config), 0))}
+
+
+def _judge(config: Config) -> str:
+    """Name of the evaluation whose score tells the best checkpoint, of the weights or of their average; "": none."""
+    return (config.checkpoint.best or "").rpartition("/")[0].removeprefix("ema/")

@@ -52,6 +52,7 @@ model:
 data: {{sources: {{s: {{urls: "{urls}"}}}}, threads: 3, loader: inline, max_bad_fraction: 0.5}}
 train: {{global_batch: 8, samples: {samples}}}
 optim: {{lr: 1.0e-2, warmup_steps: 3, kind: {kind}}}
+ema: {{half_life_samples: 40}}
 gradcache: {{image_chunk: 3, text_chunk: 5, keep_bytes: 240_000}}  # of the three chunks of pictures two are kept
 checkpoint: {{every_steps: 2, mirror: {mirror}, on_error: {on_error}, background: {background}}}
 """
@@ -165,6 +166,7 @@ def outcome(config_path: Path) -> dict:
     # Mapped: a copy would start torch's threads, and this process forks.
     tensors = read_tree(checkpoint / "model.safetensors", mapped=True)
     optimizer = read_tree(checkpoint / "optimizer.safetensors", mapped=True)
+    averages = read_tree(checkpoint / "ema.safetensors", mapped=True)
     slots: dict[int, dict[int, str]] = {}  # step -> position -> key
     consistent = True
     for path in config_path.parent.glob("seen-*.jsonl"):
@@ -175,6 +177,7 @@ def outcome(config_path: Path) -> dict:
     return {
         "tensors": tensors,
         "optimizer": optimizer["state"],
+        "averages": averages,
         "losses": [row["loss"] for row in rows],
         "grad_norms": [row["grad_norm"] for row in rows],
         "steps": [row["step"] for row in rows],

@@ -56,7 +56,7 @@ def test_pieces_of_a_large_tensor_are_told_apart():
 
 
 def test_alone_nothing_is_compared():
-    compare_ranks(nn.Linear(2, 2), World(0, 1, 0, torch.device("cpu")), step=1)
+    compare_ranks(nn.Linear(2, 2), {}, World(0, 1, 0, torch.device("cpu")), step=1)
 
 
 def drifting(rank: int, size: int, folder: str, urls: str) -> tuple[str, list[str], bool]:
@@ -102,20 +102,25 @@ def test_a_bit_lost_on_one_rank_ends_the_run_before_its_checkpoint_and_a_start_a
         assert healed
 
 
-def odd_one(rank: int, size: int) -> str:
+def odd_ones(rank: int, size: int) -> tuple[str, str]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     world = World(rank, size, rank, torch.device("cpu"))
-    compare_ranks(model, world, step=1)
+    averages = {"0.bias": torch.zeros(3)}
+    compare_ranks(model, averages, world, step=1)
+    averages["0.bias"][2] += rank == 2
+    with pytest.raises(RestartError) as average:
+        compare_ranks(model, averages, world, step=1)
     with torch.no_grad():
         model[1].weight[0, 0] += rank == 1
         model[1].bias[0] += rank == 0
     with pytest.raises(RestartError) as error:
-        compare_ranks(model, world, step=2)
-    return str(error.value)
+        compare_ranks(model, averages, world, step=2)
+    return str(average.value), str(error.value)
 
 
 def test_the_odd_one_of_several_ranks_is_named():
-    for told in run_ranks(odd_one, 3):
+    for average, told in run_ranks(odd_ones, 3):
+        assert average.startswith("step 1: rank 2 differs in the average of 0.bias: ")
         assert told.startswith("step 2: rank 1 differs in 1.weight: ")
         assert "start again" in told

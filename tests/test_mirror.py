@@ -17,6 +17,7 @@ from torch import nn
 from clipscale.checkpoint import RunState, Snapshot, find_checkpoint, save_checkpoint
 from clipscale.checkpoint import mirror as mirror_module
 from clipscale.checkpoint.mirror import Mirror, fetch_from_mirror, upload
+from clipscale.checkpoint.staging import state_bytes
 from clipscale.dist import World
 from clipscale.errors import UserError
 from clipscale.telemetry.faults import recording
@@ -259,7 +260,7 @@ def test_a_run_that_is_told_to_leave_does_not_wait_for_its_mirror(line, url, tmp
     optimizer = torch.optim.SGD(model.parameters())
     config = tiny_config(tmp_path, "x.tar", f"checkpoint.mirror={url}")
     with closing(Saver(config, World(0, 1, 0, torch.device("cpu")))) as saver:
-        saver.prepare(model, optimizer, None, step=0, saves=1)
+        saver.prepare(state_bytes(model, optimizer), None, step=0, saves=1)
         line.open.clear()
         saver.save(Snapshot(1, 8, model.state_dict(), optimizer.state_dict(), RunState(), config))
         saver.finish(leaving=True)

@@ -84,7 +84,15 @@ def unlike(report: dict, kills: int | str) -> list[str]:
 def test_resumed_from_the_mirror_alone_is_bit_for_bit_the_same(report):
     assert report["fetched"]
     assert [what for what, same in report["mirror"].items() if not same] == []
-    assert report["mirror"].keys() == {"tensors", "optimizer", "masked", "checkpoints", "slots", "consistent"}
+    assert report["mirror"].keys() == {
+        "tensors",
+        "optimizer",
+        "averages",
+        "masked",
+        "checkpoints",
+        "slots",
+        "consistent",
+    }
 
 
 @pytest.mark.parametrize("change", ["1 to 2", "2 to 1"])

@@ -5,8 +5,9 @@
     snapshot = load_checkpoint(found)
 
 A checkpoint is a folder `checkpoints/step-000000500` with model.safetensors (open_clip's CustomTextCLIP state dict),
-optimizer.safetensors, state.json (step, position and the fields of RunState), config.yaml and manifest.json
-(size and SHA-256 of each). Version 1 had model.pt and optimizer.pt in their place, and is still read.
+optimizer.safetensors, of a run that averages its weights ema.safetensors, state.json (step, position and the fields of
+RunState), config.yaml and manifest.json (size and SHA-256 of each). Version 1 had model.pt and optimizer.pt in place of
+the first two, and is still read.
 Randomness needs no state: it is keyed by the seed and by steps and positions (step/, data/), which are here.
 
 Found and verified without torch; it is imported only where tensors are written or read, and by writer.py, which writes
@@ -17,7 +18,7 @@ from clipscale.checkpoint.due import SaveClock
 from clipscale.checkpoint.find import find_checkpoint, newest_checkpoint, verify
 from clipscale.checkpoint.folder import RunFolder, refuse_held
 from clipscale.checkpoint.judge import first_bad
-from clipscale.checkpoint.load import load_checkpoint, load_config_of, load_model, load_state
+from clipscale.checkpoint.load import load_checkpoint, load_config_of, load_model, load_state, require_average
 from clipscale.checkpoint.retention import set_aside
 from clipscale.checkpoint.save import save_checkpoint
 from clipscale.checkpoint.snapshot import VERSION, RunState, Snapshot
@@ -41,6 +42,7 @@ __all__ = [
     "load_state",
     "newest_checkpoint",
     "refuse_held",
+    "require_average",
     "save_checkpoint",
     "saved_state",
     "set_aside",

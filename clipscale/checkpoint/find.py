@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clipscale.checkpoint.snapshot import FILES, FILES_OF_VERSION_1
+from clipscale.checkpoint.snapshot import AVERAGE, FILES, FILES_OF_VERSION_1
 from clipscale.errors import UserError, require
 from clipscale.files import hash_file
 from clipscale.telemetry.faults import report_fault
@@ -104,12 +104,13 @@ def verify(path: Path) -> str:
     """'' if every file has the size and hash that the manifest says, else what is wrong."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        for name in FILES_OF_VERSION_1 if "model.pt" in manifest else FILES:
-            found, wanted = facts(path / name), manifest[name]
-            if found != wanted:
+        wanted = FILES_OF_VERSION_1 if "model.pt" in manifest else FILES
+        for name in (*wanted, AVERAGE) if AVERAGE in manifest else wanted:
+            found, written = facts(path / name), manifest[name]
+            if found != written:
                 return (
                     f"{name} is not what was written (size or SHA-256 differs): {found['bytes']} bytes, "
-                    f"{found['sha256']}, not {wanted['bytes']} bytes, {wanted['sha256']}"
+                    f"{found['sha256']}, not {written['bytes']} bytes, {written['sha256']}"
                 )
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{type(error).__name__}: {error}"

@@ -14,14 +14,17 @@ if TYPE_CHECKING:
     import torch
 
 
-def first_bad(model: dict[str, torch.Tensor], optimizer: dict[str, Any]) -> str:
+def first_bad(
+    model: dict[str, torch.Tensor], optimizer: dict[str, Any], ema: dict[str, torch.Tensor] | None = None
+) -> str:
     """The first tensor with a NaN or an infinity, in words; '' where there is none.
 
     Args:
         model: a state dict.
         optimizer: an optimizer's state dict.
+        ema: averaged weights by name.
     """
-    name = first_not_finite(_tensors(model, optimizer))
+    name = first_not_finite(_tensors(model, optimizer, ema or {}))
     return f"{name} is not finite" if name else ""
 
 
@@ -43,9 +46,11 @@ def first_not_finite(named: Iterable[tuple[str, Any]]) -> str:
     return next((name for name, good in zip(names, finite, strict=True) if not good), "")
 
 
-def _tensors(model: dict[str, Any], optimizer: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _tensors(model: dict[str, Any], optimizer: dict[str, Any], ema: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     for name, tensor in model.items():
         yield f"weight {name}", tensor
+    for name, tensor in ema.items():
+        yield f"averaged weight {name}", tensor
     for parameter, slots in optimizer.get("state", {}).items():
         for name, tensor in slots.items():
             yield f"{name} of the optimizer's parameter {parameter}", tensor

@@ -14,10 +14,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from clipscale.checkpoint.snapshot import VERSION, RunState, Snapshot
+from clipscale.checkpoint.snapshot import AVERAGE, VERSION, RunState, Snapshot
 from clipscale.config import Config
 from clipscale.config.load import config_from_yaml
-from clipscale.errors import UserError
+from clipscale.errors import UserError, require
 from clipscale.tell import tell
 
 _OF_THE_SNAPSHOT = ("version", "step", "position")  # in state.json, beside RunState's
@@ -37,6 +37,7 @@ def load_checkpoint(path: Path) -> Snapshot:
     """
     state = json.loads((path / "state.json").read_text())
     version = state.pop("version")
+    average = _read(path, "ema", version) if (path / AVERAGE).is_file() else {}
     return Snapshot(
         step=state.pop("step"),
         position=state.pop("position"),
@@ -44,16 +45,30 @@ def load_checkpoint(path: Path) -> Snapshot:
         optimizer=_read(path, "optimizer", version),
         state=_run_state(path, state),
         config=load_config_of(path),
+        ema=average,
     )
 
 
-def load_model(path: Path) -> dict[str, Any]:
+def load_model(path: Path, *, ema: bool = False) -> dict[str, Any]:
     """A verified checkpoint's weights alone, which lie in their file: to be copied at once.
+
+    Args:
+        ema: averaged, as far as they were (those that were trained); `require_average` tells whether there are any.
 
     Raises:
         UserError: as `load_checkpoint`.
     """
-    return _read(path, "model", json.loads((path / "state.json").read_text())["version"], mapped=True)
+    version = json.loads((path / "state.json").read_text())["version"]
+    weights = _read(path, "model", version, mapped=True)
+    return weights | _read(path, "ema", version, mapped=True) if ema else weights
+
+
+def require_average(path: Path) -> None:
+    """UserError for a checkpoint without averaged weights."""
+    require(
+        (path / AVERAGE).is_file(),
+        f"checkpoint {path} has no averaged weights: its run had ema.half_life_samples=0; take its weights as they are",
+    )
 
 
 def load_state(path: Path) -> tuple[int, RunState]:

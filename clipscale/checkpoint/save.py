@@ -14,7 +14,7 @@ from pathlib import Path
 from clipscale.checkpoint.find import facts, remember_whole
 from clipscale.checkpoint.retention import drop_old
 from clipscale.checkpoint.room import free_bytes, why_unwritten
-from clipscale.checkpoint.snapshot import FILES, VERSION, Snapshot
+from clipscale.checkpoint.snapshot import AVERAGE, FILES, VERSION, Snapshot
 from clipscale.config.load import dump_config
 from clipscale.errors import UserError
 from clipscale.files import sync_file, sync_folder, synced_file
@@ -37,12 +37,12 @@ def save_checkpoint(run_dir: str, snapshot: Snapshot, keep: int) -> Path:
         for leftover in folder.glob("step-*.tmp-*"):
             shutil.rmtree(leftover)
         aside.mkdir(parents=True)
-        for name, tree in (("model", snapshot.model), ("optimizer", snapshot.optimizer)):
+        for name, tree in snapshot.trees.items():
             write_tree(aside / f"{name}.safetensors", tree)
             sync_file(aside / f"{name}.safetensors")
         _write(aside / "state.json", lambda file: file.write(json.dumps(state, indent=1).encode()))
         _write(aside / "config.yaml", lambda file: file.write(dump_config(snapshot.config).encode()))
-        manifest = {name: facts(aside / name) for name in FILES}
+        manifest = {name: facts(aside / name) for name in (*FILES, AVERAGE) if (aside / name).exists()}
         _write(aside / "manifest.json", lambda file: file.write(json.dumps(manifest, indent=1).encode()))
         sync_folder(aside)
         replaced = folder / f"{target.name}.tmp-replaced"
@@ -56,7 +56,7 @@ def save_checkpoint(run_dir: str, snapshot: Snapshot, keep: int) -> Path:
         drop_old(run_dir, snapshot.step, keep)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
-        why = why_unwritten(error, staged_bytes([snapshot.model, snapshot.optimizer]))
+        why = why_unwritten(error, staged_bytes(snapshot.trees))
         free = free_bytes(run_dir) >> 20
         raise UserError(f"checkpoint {target} cannot be written ({free} MiB free): {why}") from error
     return target

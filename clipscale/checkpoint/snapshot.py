@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 VERSION = 2
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "config.yaml")  # beside a checkpoint's manifest
+AVERAGE = "ema.safetensors"  # one more, of a run that averages its weights
 FILES_OF_VERSION_1 = ("model.pt", "optimizer.pt", "state.json", "config.yaml")
 
 
@@ -44,3 +45,9 @@ class Snapshot:
     optimizer: dict[str, Any]
     state: RunState
     config: Config
+    ema: dict[str, torch.Tensor] = field(default_factory=dict)  # averaged weights (training/ema.py); empty: none
+
+    @property
+    def trees(self) -> dict[str, dict[str, Any]]:
+        """What it holds in tensors, by the names of their files."""
+        return {"model": self.model, "optimizer": self.optimizer} | ({"ema": self.ema} if self.ema else {})

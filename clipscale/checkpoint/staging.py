@@ -40,7 +40,7 @@ class Staging:
 
     def take(self, snapshot: Snapshot) -> Snapshot:
         """A copy: tensors that share memory share it here too, and memory layouts stay."""
-        structure, tensors = flatten({"model": snapshot.model, "optimizer": snapshot.optimizer})
+        structure, tensors = flatten(snapshot.trees)
         if (needed := _bytes_of(tensors)) > self.nbytes:
             tell(f"the copy of the state grows from {short(self.nbytes)}B to {short(needed)}B: this save takes longer")
             self._allocate(needed)

@@ -154,7 +154,7 @@ def load_start(start: Start, world: World) -> tuple[Path | None, Snapshot | None
     while start.places:
         found = world.lead(partial(start.newest, bad))
         snapshot = world.each(partial(_load, found))
-        problem = first_bad(snapshot.model, snapshot.optimizer)
+        problem = first_bad(**snapshot.trees)
         if not problem:
             if world.is_main:
                 report_damage(bad, found)

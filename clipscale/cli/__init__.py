@@ -92,6 +92,10 @@ def parse(words: list[str]) -> tuple[ModuleType, argparse.Namespace]:
     if name is not None and command is None and name in list_recipes():
         parser.error(f"{name!r} is a recipe: `clipscale train {name}` trains it")
     arguments, unknown = parser.parse_known_args(words)
+    settings = vars(arguments).get("settings", vars(arguments).get("config"))
+    if settings is not None:  # argparse takes them in one place, and not behind options
+        settings += [word for word in unknown if _is_setting(word)]
+        unknown = [word for word in unknown if not _is_setting(word)]
     if unknown:
         known = dict.fromkeys(_options(parser))
         hints = dict.fromkeys(
@@ -102,6 +106,10 @@ def parse(words: list[str]) -> tuple[ModuleType, argparse.Namespace]:
         hints.pop("", None)
         parser.error("; ".join([f"unrecognized arguments: {' '.join(unknown)}", *hints]))
     return command, arguments
+
+
+def _is_setting(word: str) -> bool:
+    return "=" in word and not word.startswith("-")
 
 
 def _options(parser: argparse.ArgumentParser) -> Iterator[str]:

@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         its_parser.add_argument(
             "settings", nargs="*", metavar="key=value", help="changes to its config, such as the model's"
         )
+        its_parser.add_argument("--ema", action="store_true", help="of a run or checkpoint: the average of its weights")
         if kind in TASKS:
             its_parser.add_argument(
                 "--json",
@@ -67,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, words: list[str]) -> int:
     from clipscale.preflight.checks import check_evaluation
 
-    found, config, names = check_evaluation(arguments.checkpoint, arguments.kind, arguments.settings)
+    found, config, names = check_evaluation(arguments.checkpoint, arguments.kind, arguments.settings, ema=arguments.ema)
     files = {option: vars(arguments).get(option) for option in ("json", "classes")}
     for option, file in files.items():
         if file is not None:

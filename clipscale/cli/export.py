@@ -25,13 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{TARGETS}, to be exported",
     )
     parser.add_argument("settings", nargs="*", metavar="key=value", help="changes to its config, such as the model's")
+    parser.add_argument("--ema", action="store_true", help="of a run or checkpoint: the average of its weights")
     parser.add_argument("--format", choices=FORMATS, required=True, help="what is to open it")
     parser.add_argument("--output", type=path_option, required=True, metavar="FOLDER", help="a new folder")
 
 
 def run(arguments: argparse.Namespace, words: list[str]) -> int:
     check_export(arguments.format, arguments.output)
-    found, config = find_target(arguments.weights, arguments.settings)
+    found, config = find_target(arguments.weights, arguments.settings, ema=arguments.ema)
     from clipscale.export.export import export_model
 
     for line in export_model(found, config, arguments.format, arguments.output):

@@ -10,12 +10,13 @@ configs that come along.
 from clipscale.config.evaluation import EVALUATIONS, Eval, Retrieval, Validation, ZeroShot
 from clipscale.config.model import Model, Preprocess
 from clipscale.config.optim import Optim
-from clipscale.config.settings import Checkpoint, Config, GradCache, Loss, Run, Train, flat
+from clipscale.config.settings import Checkpoint, Config, Ema, GradCache, Loss, Run, Train, flat
 
 __all__ = [
     "EVALUATIONS",
     "Checkpoint",
     "Config",
+    "Ema",
     "Eval",
     "GradCache",
     "Loss",

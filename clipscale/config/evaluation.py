@@ -110,9 +110,9 @@ class Eval:
         names = [name for sets in self._sets().values() for name in sets]
         for name in names:
             require(
-                re.fullmatch(r"[^/\s]+", name) is not None and name not in (*EVALUATIONS, "seconds"),
+                re.fullmatch(r"[^/\s]+", name) is not None and name not in (*EVALUATIONS, "ema", "seconds"),
                 f"eval: {name!r} cannot be the name of a set: a word without '/', other than "
-                f"{', '.join(EVALUATIONS)} and seconds, which are columns already",
+                f"{', '.join(EVALUATIONS)}, ema and seconds, which are columns already",
             )
             require(names.count(name) == 1, f"eval: {name!r} is the name of two sets; rename one of them")
 

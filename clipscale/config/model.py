@@ -42,6 +42,7 @@ class Model:
     # Weights to begin with: a run, a checkpoint, an exported folder, a file of open_clip's or timm's, or one of
     # open_clip's tags for model.name. A run that resumes has its own.
     init: WeightsPath | None = None
+    init_ema: bool = False  # of a run or checkpoint: the average of its weights (ema)
     init_towers: Literal["both", "image", "text"] = "both"  # what is taken of them; both: the logit scale too
     init_strict: bool = True  # what has no counterpart of its shape is an error; false: it is told, and stays fresh
     init_context: Literal["stretch", "cut"] = "stretch"  # the text's positions where lengths differ; or the first ones
@@ -56,6 +57,10 @@ class Model:
             self.name is None or not self.vision,
             f"model.name={self.name!r} asks for an open_clip model, but model.vision and model.text describe another; "
             "set one of them to null (model.vision together with model.text)",
+        )
+        require(
+            self.init is not None or not self.init_ema,
+            "model.init_ema=true asks for averaged weights, and model.init names none; set it to a run or checkpoint",
         )
         require(self.embed_dim >= 1, f"model.embed_dim={self.embed_dim} must be at least 1")
         for name in ("image_size", "context_length"):

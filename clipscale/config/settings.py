@@ -71,6 +71,23 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Ema:
+    """An exponential moving average of the weights: evaluated, kept in checkpoints, exported."""
+
+    half_life_samples: int = 0  # after so many samples a step's weights count half as much; 0: no average
+    ramp_up: float = 0.05  # at first the half-life is this share of the samples seen; 0: the full one from the start
+    evaluate: Literal["both", "only"] = "both"  # while training: the weights and their average, or the average only
+
+    def __post_init__(self) -> None:
+        require(self.half_life_samples >= 0, f"ema.half_life_samples={self.half_life_samples} must not be negative")
+        require(self.ramp_up >= 0, f"ema.ramp_up={self.ramp_up} must not be negative")
+
+    @property
+    def enabled(self) -> bool:
+        return self.half_life_samples > 0
+
+
+@dataclass(frozen=True)
 class GradCache:
     """What decides the towers' memory: how much of a batch they take at once, and what of it they need only once."""
 
@@ -137,6 +154,7 @@ class Config:
     data: Data = field(default_factory=Data)
     train: Train = field(default_factory=Train)
     optim: Optim = field(default_factory=Optim)
+    ema: Ema = field(default_factory=Ema)
     gradcache: GradCache = field(default_factory=GradCache)
     replay: Replay = field(default_factory=Replay)
     loss: Loss = field(default_factory=Loss)

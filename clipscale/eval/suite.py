@@ -104,8 +104,11 @@ class EvalSuite:
         self.world.each(evaluation.try_out)
         return evaluation
 
-    def scores(self, name: str, *, step: int) -> dict[str, float]:
+    def scores(self, name: str, *, step: int, prefix: str = "") -> dict[str, float]:
         """As `run`, of a model that trains: what fails costs its own scores, by `eval.on_error`. Collective.
+
+        Args:
+            prefix: of the columns; it tells which of the model's weights are evaluated.
 
         Raises:
             SharedError: what failed, where the run is to end then.
@@ -113,18 +116,18 @@ class EvalSuite:
         """
         begin = time.perf_counter()
         try:
-            return self.run(name)
+            return {f"{prefix}{column}": value for column, value in self.run(name).items()}
         except Exception as error:  # whatever it is: a score is worth no run
             if self.world.size > 1 and not isinstance(error, SharedError):
                 raise  # this rank's alone, and the others wait for it
             if any(self.world.gather(self._told())):
                 raise CutShort from error
-            what = f"step {step}: the evaluation {name!r} failed: {reason(error)}"
+            what = f"step {step}: the evaluation {prefix + name!r} failed: {reason(error)}"
             if self.config.eval.on_error == "stop":
                 raise SharedError(f"{what}; mend it and start again, or set eval.on_error=report") from error
             lost = time.perf_counter() - begin
             report_fault("evaluation", what, action="its scores are missing", step=step, lost_seconds=lost)
-            return {f"{name}/failed": 1.0}
+            return {f"{prefix}{name}/failed": 1.0}
 
     def _walk(self, batches: Iterable[T]) -> Iterator[T]:
         """The same batches, while nobody tells this rank to leave."""

@@ -1,6 +1,6 @@
 """Ranks that have drifted apart: their parameters, which must be the same to the bit, are compared by a short hash.
 
-    compare_ranks(towers.model, world, step=100)      # collective; RestartError names rank and tensor
+    compare_ranks(towers.model, {}, world, step=100)  # collective; RestartError names rank and tensor
 
 Every rank computes the same updates from the same summed gradient, so a difference is a fault: of memory, of a GPU, of
 a driver, or of an operation that is not repeatable. Checkpoints are rank 0's alone, so a restart makes all equal again.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from clipscale.bits import hash_bits
 from clipscale.dist import World
@@ -18,8 +18,8 @@ from clipscale.errors import RestartError
 from clipscale.telemetry.faults import record_fault
 
 
-def compare_ranks(model: nn.Module, world: World, *, step: int) -> None:
-    """Compare the model's parameters and buffers over the ranks; collective. Alone, nothing.
+def compare_ranks(model: nn.Module, averages: dict[str, Tensor], world: World, *, step: int) -> None:
+    """Compare the model's parameters and buffers, and averages of them, over the ranks; collective. Alone, nothing.
 
     Raises:
         RestartError: on every rank, where they differ. It names the first tensor, by the model's order, in which ranks
@@ -27,7 +27,7 @@ def compare_ranks(model: nn.Module, world: World, *, step: int) -> None:
     """
     if world.size == 1:
         return
-    tensors = model.state_dict()
+    tensors = model.state_dict() | {f"the average of {name}": tensor for name, tensor in averages.items()}
     mine = torch.stack([hash_bits(tensor) for tensor in tensors.values()])
     everyone = [torch.empty_like(mine) for _ in range(world.size)]
     dist.all_gather(everyone, mine)

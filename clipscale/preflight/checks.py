@@ -87,7 +87,7 @@ def check_training(config: Config) -> list[str]:
         return notes + odd_pairs(config) + (prepare_files(config, saved.get("order")) if place.size == 1 else [])
 
 
-def check_evaluation(path: str, kind: str, words: list[str]) -> tuple[Found, Config, list[str]]:
+def check_evaluation(path: str, kind: str, words: list[str], *, ema: bool = False) -> tuple[Found, Config, list[str]]:
     """What is to be evaluated (weights/target.py: a run or any weights), verified, its config with `words` on top, and
     the names of its evaluations of this kind.
 
@@ -98,7 +98,7 @@ def check_evaluation(path: str, kind: str, words: list[str]) -> tuple[Found, Con
             every evaluation that is asked for. On a node's further ranks a SharedError.
     """
     with told_once():
-        found, config = find_target(path, words)
+        found, config = find_target(path, words, ema=ema)
         names = [name for name, its in config.eval.evaluations().items() if isinstance(its, EVALUATIONS[kind])]
         require(bool(names), _NOTHING_TO_DO[kind])
         _check_device(config.device)
@@ -115,7 +115,7 @@ def check_evaluation(path: str, kind: str, words: list[str]) -> tuple[Found, Con
 
 def _check_weights(model: Model) -> None:
     try:
-        find_weights(model.init, model.name)
+        find_weights(model.init, model.name, ema=model.init_ema)
     except UserError as error:
         raise UserError(f"model.init: {error}") from error
 
@@ -194,8 +194,10 @@ def _check_evaluation(name: str, config: Config, data: Data) -> None:
 
 def _check_best(config: Config) -> None:
     """Raise UserError unless checkpoint.best is a score of an evaluation that the run makes."""
+    of_weights = [""] * (not config.ema.enabled or config.ema.evaluate == "both") + ["ema/"] * config.ema.enabled
     scores = [
-        f"{name}/{score}"
+        f"{prefix}{name}/{score}"
+        for prefix in of_weights
         for name, its in config.eval.evaluations().items()
         for kind, judged in JUDGED_BY.items()
         if isinstance(its, EVALUATIONS[kind])

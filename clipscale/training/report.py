@@ -178,7 +178,8 @@ def _evaluated(row: dict[str, float], column: str) -> list[str]:
 
 
 def _title(name: str) -> str:
-    return "zero-shot" if name == "zeroshot" else f"zero-shot {name}"
+    average, name = name.startswith("ema/"), name.removeprefix("ema/")
+    return "ema " * average + ("zero-shot" if name == "zeroshot" else f"zero-shot {name}")
 
 
 def _recalls(row: dict[str, float], name: str) -> str:

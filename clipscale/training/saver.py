@@ -2,7 +2,7 @@
 setting's to say.
 
     saver = Saver(config, world)
-    saver.prepare(model, optimizer, step=0, saves=7)     # before the first step
+    saver.prepare(nbytes, None, step=0, saves=7)         # before the first step
     saver.save(snapshot)                          # under way
     saver.judge(scores, step=500)                 # that one is the best so far: it stays
     saver.failing                                 # one could not be written, and that is to end the run: save at once
@@ -20,14 +20,10 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-import torch
-from torch import nn
-
 from clipscale.checkpoint import Snapshot, first_bad, save_checkpoint
 from clipscale.checkpoint.best import is_better, keep_best
 from clipscale.checkpoint.mirror import Mirror
 from clipscale.checkpoint.room import require_room
-from clipscale.checkpoint.staging import state_bytes
 from clipscale.checkpoint.writer import CheckpointWriter
 from clipscale.config import Config
 from clipscale.dist import World
@@ -50,19 +46,17 @@ class Saver:
         """Whether the next save will end the run; the main rank's to ask."""
         return self._failed and self._settings.on_error == "stop"
 
-    def prepare(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, found: Path | None, *, step: int, saves: int
-    ) -> None:
+    def prepare(self, nbytes: int, found: Path | None, *, step: int, saves: int) -> None:
         """Take the host memory that saving in the background needs, before the step after `step`.
 
         Args:
+            nbytes: of a state (staging.py).
             found: the run's own checkpoint that it goes on from: the last run may have ended before it was mirrored.
             saves: how many are to come.
 
         Raises:
             SharedError: there is not so much memory, or the disk has no room for them.
         """
-        nbytes = state_bytes(model, optimizer)
         keep, best = self._settings.keep, self._settings.best is not None
         self._world.lead(partial(require_room, self._run_dir, nbytes, step=step, keep=keep, saves=saves, best=best))
         if self._settings.mirror is not None and self._world.is_main:
@@ -150,7 +144,7 @@ class Saver:
 
     def _publish(self, snapshot: Snapshot) -> None:
         """In the thread of the writer, with a copy of the state."""
-        if problem := first_bad(snapshot.model, snapshot.optimizer):
+        if problem := first_bad(**snapshot.trees):
             self._refuse(snapshot.step, problem)
             return
         try:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from clipscale.checkpoint import RunFolder, RunState, SaveClock, Snapshot, Start, begin_start, find_start, load_start
+from clipscale.checkpoint.staging import staged_bytes, state_bytes
 from clipscale.config import Config
 from clipscale.config.load import dump_config
 from clipscale.data.load.loader import StepBatch
@@ -49,6 +50,7 @@ from clipscale.telemetry.parts_picture import draw_run
 from clipscale.telemetry.runlog import Pace, RunLog, memory
 from clipscale.tell import tell
 from clipscale.towers import autocast_dtype, build_towers, try_backward
+from clipscale.training.ema import Ema
 from clipscale.training.feed import Feed, Skips
 from clipscale.training.learner import Learner
 from clipscale.training.report import evaluation_lines, left_line, start_lines, step_line, step_row, summary_lines
@@ -197,7 +199,7 @@ class Trainer:
                 wishes = self._wishes.agreed()
                 saves = bool(wishes) or save_due(config, self.steps_done, self.last_step)
                 if (every := config.train.check_ranks_every_steps) and (saves or self._due(every)):
-                    compare_ranks(self.towers.model, self.world, step=self.steps_done)
+                    compare_ranks(self.towers.model, self.ema.averages, self.world, step=self.steps_done)
                 if saves:
                     self._save_now(pace)
                 self._step_seconds = time.perf_counter() - begin
@@ -224,6 +226,7 @@ class Trainer:
         self.position += config.train.global_batch
         self.skips.account(batch, masked=result.pairs < config.train.global_batch, seen=self.position)
         self.towers.clamp_logit_scale()
+        self.ema.update(samples=self.position)
         repeats = self.feed.repeats(batch) if self._due(config.run.log_every_steps) else {}
         learned = {"logit_scale": math.exp(model.logit_scale.item()), "grad_norm": grad_norm, "lr": lr}
         row = step_row(self.steps_done, self.position, result, learned, masked=self.skips.counts.total())
@@ -284,7 +287,9 @@ class Trainer:
         scores = {}
         for name in self.evaluations.due(self.steps_done, self.last_step):
             with pace.other(name), self.parts.part("evaluation"):
-                scores |= self.evaluations.scores(name, step=self.steps_done)
+                for prefix, weights in self.ema.evaluated():
+                    with weights:
+                        scores |= self.evaluations.scores(name, step=self.steps_done, prefix=prefix)
         self.saver.judge(scores, step=self.steps_done)
         row = self.last_row = self.last_row | scores | pace.spent(self.parts.take())
         left = others_left(self.config, self.steps_done, self.last_step)
@@ -323,6 +328,7 @@ class Trainer:
                 health=self.guard.record(),
             ),
             config=self.config,
+            ema=self.ema.averages,
         )
         self.saver.save(snapshot, problem=self.guard.problem())
 
@@ -349,12 +355,15 @@ class Trainer:
             try_backward(self.towers)
         self.learner = Learner(config, self.towers, self.world, self.parts, self._wishes)
         self.learner.begin(snapshot)
+        self.ema = Ema(config, self.towers.model)
+        self.ema.begin(snapshot)
 
     def _prepare_saving(self, own: Path | None) -> None:
         """Closed before the log and the run's folder: what is being written is finished, however the run ends."""
         self.saver = self._resources.enter_context(closing(Saver(self.config, self.world)))
         saves = others_left(self.config, self.steps_done, self.last_step)["checkpoint"]
-        self.saver.prepare(self.towers.model, self.learner.optimizer, own, step=self.steps_done, saves=saves)
+        nbytes = state_bytes(self.towers.model, self.learner.optimizer) + staged_bytes(self.ema.averages)
+        self.saver.prepare(nbytes, own, step=self.steps_done, saves=saves)
 
     def _prepare_files(self, recorded: dict[str, Any] | None) -> None:
         """The first rank of a node writes what is missing."""

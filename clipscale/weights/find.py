@@ -9,13 +9,13 @@ No torch import: what is not there is told before anything is loaded.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from safetensors import SafetensorError, safe_open
 
-from clipscale.checkpoint import find_checkpoint, load_config_of
+from clipscale.checkpoint import find_checkpoint, load_config_of, require_average
 from clipscale.config import Model, Preprocess
 from clipscale.errors import UserError, reason, require
 from clipscale.upstream.open_clip_files import pretrained_tags
@@ -42,27 +42,39 @@ class Found:
 
     path: a checkpoint's folder, or the file of the weights; a tag's name.
     model: what the weights are of; None: a file or tag does not say.
+    ema: of a checkpoint, the average of its weights.
     """
 
     kind: Literal["checkpoint", "folder", "file", "tag"]
     path: Path
     model: Model | None = None
+    ema: bool = False
 
     @property
     def words(self) -> str:
         kinds = {"checkpoint": "checkpoint", "folder": "exported model", "file": "file", "tag": "weights of open_clip"}
-        return f"{kinds[self.kind]} {self.path}"
+        return f"{'averaged weights of ' * self.ema}{kinds[self.kind]} {self.path}"
 
 
-def find_weights(text: str, name: str | None) -> Found:
+def find_weights(text: str, name: str | None, *, ema: bool = False) -> Found:
     """
     Args:
         text: a path, or one of open_clip's tags.
         name: the open_clip model whose tag it may be.
+        ema: the average of a checkpoint's weights is meant.
 
     Raises:
-        UserError: nothing of the kind, or a checkpoint that does not verify.
+        UserError: nothing of the kind, a checkpoint that does not verify, or one without an average.
     """
+    found = _find(text, name)
+    if not ema:
+        return found
+    require(found.kind == "checkpoint", f"{found.words} has no averaged weights: only runs and checkpoints have")
+    require_average(found.path)
+    return replace(found, ema=True)
+
+
+def _find(text: str, name: str | None) -> Found:
     path = Path(text)
     if path.is_dir():
         if (path / CONFIG).is_file():

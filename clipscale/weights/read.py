@@ -40,7 +40,7 @@ def read_weights(found: Found, name: str | None = None) -> dict[str, Tensor]:
         UserError: no such weights, or some that are not finite.
     """
     if found.kind == "checkpoint":
-        state = load_model(found.path)
+        state = load_model(found.path, ema=found.ema)
     else:
         state = _as_towers(_tensors(_download(name, str(found.path)) if found.kind == "tag" else found.path))
     bad = first_not_finite(state.items())

@@ -33,7 +33,7 @@ def begin_from(config: Model, towers: Towers) -> list[str]:
         UserError: no such weights, or they do not fit.
     """
     try:
-        return fill_towers(find_weights(config.init, config.name), config, towers)
+        return fill_towers(find_weights(config.init, config.name, ema=config.init_ema), config, towers)
     except UserError as error:
         raise UserError(f"model.init: {error}") from error
 

@@ -29,20 +29,24 @@ TARGETS = (
 )
 
 
-def find_target(text: str, words: list[str]) -> tuple[Found, Config]:
+def find_target(text: str, words: list[str], *, ema: bool = False) -> tuple[Found, Config]:
     """What lies there, and its config (a run's own, else the default one of its model) with `words` on top.
+
+    Args:
+        ema: the average of a checkpoint's weights is meant.
 
     Raises:
         UserError: nothing of the kind, a damaged checkpoint, or a model that cannot be.
     """
     name, colon, tag = text.partition(":")
     if colon and name in known_models() and not os.path.exists(text):
-        found = find_weights(tag, name)
+        found = find_weights(tag, name, ema=ema)
         config = Config(model=Model(name=name))
     else:
-        found = find_weights(text, None)
+        found = find_weights(text, None, ema=ema)
         config = load_config_of(found.path) if found.kind == "checkpoint" else Config(model=found.model or Model())
-    model = replace(config.model, init=None, init_towers="both", init_strict=True)  # what the run began with is past
+    begun_with = {"init": None, "init_ema": False, "init_towers": "both", "init_strict": True}  # which is past
+    model = replace(config.model, **begun_with)
     config = apply_overrides(replace(config, model=model), words)
     check_model(config.model)
     return found, config
