@@ -15,7 +15,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TELEMETRY = {
-    f"telemetry.{name}" for name in ("board", "faults", "goodput", "growing", "parts", "parts_picture", "runlog")
+    f"telemetry.{name}"
+    for name in ("board", "faults", "goodput", "growing", "parts", "parts_picture", "runlog", "wandb_board")
 }
 UPSTREAM = {f"upstream.{name}" for name in ("open_clip_files", "open_clip_flags", "timm_files")}
 RESILIENCE = {f"resilience.{name}" for name in ("beats", "injection", "leaving", "watchdog")}

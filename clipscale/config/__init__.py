@@ -10,7 +10,7 @@ configs that come along.
 from clipscale.config.evaluation import EVALUATIONS, Eval, Retrieval, Validation, ZeroShot
 from clipscale.config.model import Model, Preprocess
 from clipscale.config.optim import Optim
-from clipscale.config.settings import Checkpoint, Config, Ema, GradCache, Loss, Run, Train, flat
+from clipscale.config.settings import Checkpoint, Config, Ema, GradCache, Loss, Run, Train, Wandb, flat
 
 __all__ = [
     "EVALUATIONS",
@@ -27,6 +27,7 @@ __all__ = [
     "Run",
     "Train",
     "Validation",
+    "Wandb",
     "ZeroShot",
     "flat",
 ]

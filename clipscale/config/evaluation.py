@@ -93,6 +93,14 @@ EVALUATIONS = {"validation": Validation, "zeroshot": ZeroShot, "retrieval": Retr
 """The kinds, as `clipscale eval` and `eval` call them; in the order in which they are made."""
 
 
+JUDGED_BY = {
+    "validation": ("loss", "image_accuracy", "text_accuracy"),
+    "zeroshot": ("top1", "top5", "mean_per_class_recall"),
+    "retrieval": tuple(f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)),
+}
+"""Scores that tell a better checkpoint from a worse one."""
+
+
 @dataclass(frozen=True)
 class Eval:
     """What is evaluated while training."""

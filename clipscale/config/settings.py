@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from clipscale.config.data import Data, Replay, SourceSettings
-from clipscale.config.evaluation import Eval, Retrieval, Validation
+from clipscale.config.evaluation import EVALUATIONS, JUDGED_BY, Eval, Retrieval, Validation
 from clipscale.config.model import Model
 from clipscale.config.optim import Optim
 from clipscale.errors import require
@@ -145,6 +145,16 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
+class Wandb:
+    """Curves at Weights & Biases too, beside TensorBoard; needs `pip install 'clipscale[wandb]'`."""
+
+    project: str | None = None  # null: none of it
+    entity: str | None = None  # user or team; null: the one that is logged in
+    name: str | None = None  # of the run there; null: the last part of run.dir
+    mode: Literal["online", "offline"] = "online"  # offline: into <run.dir>/wandb, for `wandb sync` later
+
+
+@dataclass(frozen=True)
 class Config:
     run: Run = field(default_factory=Run)
     seed: int = 0  # of the weights, the order of samples and everything drawn
@@ -160,6 +170,7 @@ class Config:
     loss: Loss = field(default_factory=Loss)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     eval: Eval = field(default_factory=Eval)
+    wandb: Wandb = field(default_factory=Wandb)
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**63, f"seed={self.seed} must lie in [0, 2^63)")
@@ -181,6 +192,18 @@ class Config:
         rule = trained[0] if agree else SourceSettings("")
         caption, weights = (rule.caption, rule.own_captions) if its.caption is None else (its.caption, None)
         return SourceSettings(its.urls, caption=caption, captions=rule.captions, caption_weights=weights)
+
+    def judged_by(self) -> list[str]:
+        """The scores of a run that tell a better checkpoint: of its weights, of their average, or of both."""
+        of_weights = [""] * (not self.ema.enabled or self.ema.evaluate == "both") + ["ema/"] * self.ema.enabled
+        return [
+            f"{prefix}{name}/{score}"
+            for prefix in of_weights
+            for name, its in self.eval.evaluations().items()
+            for kind, scores in JUDGED_BY.items()
+            if isinstance(its, EVALUATIONS[kind])
+            for score in scores
+        ]
 
     @property
     def warmup_samples(self) -> int:

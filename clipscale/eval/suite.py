@@ -8,7 +8,8 @@ for name in suite.due(step, last_step):         # ["validation", "zeroshot"]
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
@@ -104,30 +105,40 @@ class EvalSuite:
         self.world.each(evaluation.try_out)
         return evaluation
 
-    def scores(self, name: str, *, step: int, prefix: str = "") -> dict[str, float]:
+    def scores(
+        self, name: str, *, step: int, of: Sequence[tuple[str, AbstractContextManager]] = (("", nullcontext()),)
+    ) -> dict[str, float]:
         """As `run`, of a model that trains: what fails costs its own scores, by `eval.on_error`. Collective.
 
         Args:
-            prefix: of the columns; it tells which of the model's weights are evaluated.
+            of: what its columns begin with, and within which the model has the weights that are evaluated.
 
         Raises:
             SharedError: what failed, where the run is to end then.
             CutShort: on every rank, where any is told to leave meanwhile.
         """
+        found = {}
+        for prefix, weights in of:
+            with weights:
+                scores = self._scores(name, f"{prefix}{name}", step)
+            found |= {f"{prefix}{column}": value for column, value in scores.items()}
+        return found
+
+    def _scores(self, name: str, called: str, step: int) -> dict[str, float]:
         begin = time.perf_counter()
         try:
-            return {f"{prefix}{column}": value for column, value in self.run(name).items()}
+            return self.run(name)
         except Exception as error:  # whatever it is: a score is worth no run
             if self.world.size > 1 and not isinstance(error, SharedError):
                 raise  # this rank's alone, and the others wait for it
             if any(self.world.gather(self._told())):
                 raise CutShort from error
-            what = f"step {step}: the evaluation {prefix + name!r} failed: {reason(error)}"
+            what = f"step {step}: the evaluation {called!r} failed: {reason(error)}"
             if self.config.eval.on_error == "stop":
                 raise SharedError(f"{what}; mend it and start again, or set eval.on_error=report") from error
             lost = time.perf_counter() - begin
             report_fault("evaluation", what, action="its scores are missing", step=step, lost_seconds=lost)
-            return {f"{prefix}{name}/failed": 1.0}
+            return {f"{name}/failed": 1.0}
 
     def _walk(self, batches: Iterable[T]) -> Iterator[T]:
         """The same batches, while nobody tells this rank to leave."""

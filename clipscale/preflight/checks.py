@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import os
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from clipscale.checkpoint import (
@@ -22,7 +23,7 @@ from clipscale.checkpoint import (
     saved_state,
 )
 from clipscale.checkpoint.mirror import fetch_from_mirror
-from clipscale.config import EVALUATIONS, Config, Model, ZeroShot
+from clipscale.config import EVALUATIONS, Config, Model, Wandb, ZeroShot
 from clipscale.config.data import Data, SourceSettings
 from clipscale.data.fetch.urls import expand_urls, is_local
 from clipscale.data.pipeline import require_sources
@@ -39,12 +40,6 @@ from clipscale.upstream.open_clip_files import check_model
 from clipscale.weights.find import Found, find_weights
 from clipscale.weights.target import find_target
 
-JUDGED_BY = {
-    "validation": ("loss", "image_accuracy", "text_accuracy"),
-    "zeroshot": ("top1", "top5", "mean_per_class_recall"),
-    "retrieval": tuple(f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)),
-}
-"""Scores that tell a better checkpoint from a worse one."""
 _NOTHING_TO_DO = {
     "validation": "no pairs to evaluate: add eval.validation.urls=...",
     "zeroshot": "no pictures to classify: add eval.zeroshot.wds=... (a set as CLIP_benchmark has it), or "
@@ -69,6 +64,7 @@ def check_training(config: Config) -> list[str]:
             prepare_cublas()
         check_ranks(config.train.global_batch, place.size)
         check_model(config.model)
+        _check_wandb(config.wandb)
         _check_device(config.device)
         if place.rank == 0:
             _check_folder("run.dir", config.run.dir)
@@ -111,6 +107,13 @@ def check_evaluation(path: str, kind: str, words: list[str], *, ema: bool = Fals
         if len(problems) == len(names):
             raise problems[0]
         return found, config, names
+
+
+def _check_wandb(settings: Wandb) -> None:
+    require(
+        settings.project is None or find_spec("wandb") is not None,
+        f"wandb.project={settings.project!r} needs Weights & Biases: pip install 'clipscale[wandb]', or set it to null",
+    )
 
 
 def _check_weights(model: Model) -> None:
@@ -194,15 +197,7 @@ def _check_evaluation(name: str, config: Config, data: Data) -> None:
 
 def _check_best(config: Config) -> None:
     """Raise UserError unless checkpoint.best is a score of an evaluation that the run makes."""
-    of_weights = [""] * (not config.ema.enabled or config.ema.evaluate == "both") + ["ema/"] * config.ema.enabled
-    scores = [
-        f"{prefix}{name}/{score}"
-        for prefix in of_weights
-        for name, its in config.eval.evaluations().items()
-        for kind, judged in JUDGED_BY.items()
-        if isinstance(its, EVALUATIONS[kind])
-        for score in judged
-    ]
+    scores = config.judged_by()
     require(
         config.checkpoint.best is None or config.checkpoint.best in scores,
         f"checkpoint.best={config.checkpoint.best!r} is no score of this run's evaluations; "

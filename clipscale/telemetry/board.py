@@ -1,6 +1,7 @@
 """A run's curves for TensorBoard, written at once: no thread that could fail unseen.
 
 board = Board("runs/a/tensorboard", first_step=1)
+board.describe({"optim.lr": 1e-3}, "optim: {lr: 1e-3}", ["zeroshot/top1"])
 board.add({"train/loss": 5.5}, step=1)
 """
 
@@ -11,10 +12,12 @@ import os
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.summary.writer.record_writer import RecordWriter
-from torch.utils.tensorboard.summary import scalar
+from torch.utils.tensorboard.summary import hparams, scalar
+from torch.utils.tensorboard.summary import text as text_summary
 
 from clipscale.telemetry.growing import GrowingFile
 
@@ -30,6 +33,18 @@ class Board:
             Event(file_version="brain.Event:2"),
             Event(step=first_step, session_log=SessionLog(status=SessionLog.START)),
         )
+
+    def describe(self, settings: dict[str, Any], text: str, scores: list[str]) -> None:
+        """For the tabs of hyperparameters and of texts.
+
+        Args:
+            settings: by key; those that are neither number, truth value nor text are left out.
+            text: the config.
+            scores: curves that runs are compared by.
+        """
+        plain = {key: value for key, value in settings.items() if isinstance(value, bool | int | float | str)}
+        summaries = *hparams(plain, dict.fromkeys(scores, 0.0)), text_summary("config", f"```\n{text}```")
+        self._write(*(Event(summary=summary) for summary in summaries))
 
     def add(self, scalars: dict[str, float], step: int) -> None:
         """One point of each curve."""

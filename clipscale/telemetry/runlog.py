@@ -11,6 +11,7 @@ are moved to metrics.superseded.jsonl first, so every step stands once. All file
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import resource
@@ -28,6 +29,8 @@ from rich.console import Console
 from rich.progress import TextColumn
 
 from clipscale import __version__
+from clipscale.config import Config, flat
+from clipscale.config.load import dump_config
 from clipscale.files import append_rows, keep_rows, read_rows
 from clipscale.launch import launched_by
 from clipscale.progress import bar_on, time_left
@@ -49,7 +52,7 @@ class RunLog:
 
     def __init__(self, folder: str, *, rank: int = 0, ranks: int = 1) -> None:
         self._rank, self._ranks, self._folder, self._started = rank, ranks, Path(folder), _now()
-        self._board: Board | None = None
+        self._boards: list[Any] = []  # Board, WandbBoard
         self._files: dict[str, GrowingFile] = {}
         self._console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
         self._open = ExitStack()
@@ -62,14 +65,26 @@ class RunLog:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def begin(self, start_step: int, total_steps: int, *, why: str = "started again") -> None:
+    def begin(
+        self,
+        start_step: int,
+        total_steps: int,
+        *,
+        why: str = "started again",
+        anew: bool = False,
+        config: Config | None = None,
+    ) -> None:
         """The run goes on after `start_step` of `total_steps`: later rows are set aside, with `why`; a row of
-        attempts.jsonl, the progress bar."""
+        attempts.jsonl, the progress bar, the boards, which describe the `config`.
+
+        Args:
+            anew: it has gone back, and its later curves are told apart from those before where a board can.
+        """
         if self._rank:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         self._set_aside(start_step, why)
-        self._board = Board(self._folder / "tensorboard", start_step + 1)
+        self._open_boards(start_step, config, anew=anew)
         job, restart = launched_by()
         attempt = {"started": self._started, "time": _now(), "host": socket.gethostname(), "job": job}
         attempt |= {
@@ -82,6 +97,19 @@ class RunLog:
         append_rows(self._folder / "attempts.jsonl", [attempt])
         self._progress = self._open.enter_context(bar_on(self._console, TextColumn("{task.fields[eta]}")))
         self._task = self._progress.add_task("step", total=total_steps, completed=start_step, eta="-")
+
+    def _open_boards(self, start_step: int, config: Config | None, *, anew: bool) -> None:
+        self._boards.append(Board(self._folder / "tensorboard", start_step + 1))
+        if config is None:
+            return
+        if config.wandb.project is not None:
+            from clipscale.telemetry.wandb_board import open_wandb
+
+            if (board := open_wandb(config.wandb, config.run.dir, anew=anew)) is not None:
+                self._boards.append(board)
+        settings, text = flat(dataclasses.asdict(config)), dump_config(config)
+        for board in self._boards:
+            board.describe(settings, text, ["train/loss", *config.judged_by()])
 
     def _set_aside(self, step: int, why: str) -> None:
         """Rows of later steps, which will be done again, go to metrics.superseded.jsonl, behind a row that says when,
@@ -100,13 +128,14 @@ class RunLog:
         return next((row for row in read_rows(self._folder / "metrics.jsonl") if row.get("step") == step), None)
 
     def metrics(self, row: dict[str, Any]) -> None:
-        """One row of metrics.jsonl, with the time; its numbers go to TensorBoard under the same names."""
+        """One row of metrics.jsonl, with the time; its numbers go to the boards under the same names."""
         if self._rank:
             return
         finite = {name: value if math.isfinite(value) else None for name, value in row.items()}  # JSON has no NaN
         self._append_line("metrics.jsonl", json.dumps(finite | {"time": _now()}))
         curves = {name if "/" in name else f"train/{name}": row[name] for name in row if name != "step"}
-        self._board.add(curves, row["step"])
+        for board in self._boards:
+            board.add(curves, row["step"])
 
     def advance(self, step: int, eta_seconds: float) -> None:
         """Move the bar, which shows the same time left as the log line."""
@@ -114,8 +143,10 @@ class RunLog:
             self._progress.update(self._task, completed=step, eta=time_left(eta_seconds))
 
     def close(self) -> None:
+        for board in self._boards:
+            board.close()
         self._open.close()
-        for file in filter(None, [self._board, *self._files.values()]):
+        for file in self._files.values():
             file.close()
 
     def _record(self, fault: dict[str, Any]) -> None:

@@ -287,9 +287,7 @@ class Trainer:
         scores = {}
         for name in self.evaluations.due(self.steps_done, self.last_step):
             with pace.other(name), self.parts.part("evaluation"):
-                for prefix, weights in self.ema.evaluated():
-                    with weights:
-                        scores |= self.evaluations.scores(name, step=self.steps_done, prefix=prefix)
+                scores |= self.evaluations.scores(name, step=self.steps_done, of=self.ema.evaluated())
         self.saver.judge(scores, step=self.steps_done)
         row = self.last_row = self.last_row | scores | pace.spent(self.parts.take())
         left = others_left(self.config, self.steps_done, self.last_step)
@@ -388,7 +386,8 @@ class Trainer:
 
     def _begin(self) -> None:
         """Only now does the run's folder change: a run that is refused leaves it as it was."""
-        self.log.begin(self.steps_done, self.last_step, why=self._start.why)
+        why, anew = self._start.why, self._start.kind == "rewind"
+        self.log.begin(self.steps_done, self.last_step, why=why, anew=anew, config=self.config)
         self.skips.begin(self._saved_position)
         if self.world.is_main:
             self._folder.keep()

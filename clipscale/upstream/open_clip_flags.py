@@ -20,7 +20,6 @@ _LOCKED = Flag("", "both towers are trained")
 _ONE_LOSS = Flag("", "the loss is that of CLIP over the whole batch, in tiles")
 _PRETRAINED = Flag("model.init", "a tag, a file, a folder, or a run of clipscale's")
 _IN_SHARDS = Flag("", "`clipscale shards make` packs a list (its --image-key, --caption-key) into shards first")
-_TENSORBOARD = Flag("", "<run.dir>/tensorboard and <run.dir>/metrics.jsonl are always written")
 _RANKS = Flag("", "torchrun and srun say which ranks there are; gloo on CPUs, nccl on GPUs")
 _WHOLE_MODELS = Flag("", "the towers run as PyTorch runs them")
 _MIRRORED = Flag("checkpoint.mirror", "checkpoints alone, each as it is published; its scheme is the protocol")
@@ -97,9 +96,9 @@ FLAGS: dict[str, Flag] = {
     "--device": Flag("device", "auto, cpu or cuda"),
     "--dist-url": _RANKS,
     "--dist-backend": _RANKS,
-    "--report-to": _TENSORBOARD,
-    "--wandb-notes": _TENSORBOARD,
-    "--wandb-project-name": _TENSORBOARD,
+    "--report-to": Flag("wandb.project", "set: W&B too; TensorBoard and metrics.jsonl are always written, in run.dir"),
+    "--wandb-notes": Flag("", "W&B's own WANDB_NOTES has them"),
+    "--wandb-project-name": Flag("wandb.project", ""),
     "--debug": Flag("", "there is one level of log lines"),
     "--copy-codebase": Flag("", "the resolved config lies in run.dir and every checkpoint; note the commit yourself"),
     "--horovod": _RANKS,
