@@ -23,7 +23,7 @@ from clipscale.training.trainer import train
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "reliability.md").read_text()
 ELSEWHERE = {"parts.png", "best", ".heartbeat", "rollbacks.jsonl", "ranks", "stacks-rank0.txt", "wandb", "wandb.json"}
-"""Files of longer runs, of a best checkpoint, without locks, after a divergence, of several ranks, after a hang, of W&B."""
+"""Files of longer runs, a best checkpoint, no locks, a divergence, several ranks, a hang, of W&B."""
 
 
 def table(text: str) -> list[list[str]]:
