@@ -2,6 +2,7 @@
 
 learning_rate(config, samples_seen=0)  # of the step that begins there
 total_steps(config)  # 3125
+schedule_lines(config)  # ["learning rate: 0.0005 from step 1 on; cosine to 0 (...)", ...]
 rate_jump(before, config, position)  # what to tell of a resume that bends the curve; "" where it does not
 """
 
@@ -10,20 +11,67 @@ from __future__ import annotations
 import math
 
 from clipscale.config import Config
+from clipscale.words import counted
 
+_MANY_STEPS, _LARGE_BATCH = 15_000, 4_096
 _BEND = 0.01  # of the highest rate: a smaller change of course is not told
 
 
 def learning_rate(config: Config, samples_seen: int) -> float:
-    """Linear warm-up, then a cosine to `final_lr`, for the step that begins after `samples_seen` samples.
+    """Of the step that begins after `samples_seen` samples: warm-up, then `optim.schedule`, then the cool-down.
 
-    In samples, so that it survives a change of the global batch; ranks do not enter at all.
+    In samples, so that it survives a change of the global batch; ranks do not enter at all. constant with a cool-down
+    is open_clip's const-cooldown; rsqrt is that of big_vision (Zhai et al., arXiv 2106.04560): in the cool-down too its
+    curve goes on, and is multiplied.
     """
-    optim, total, warmup = config.optim, config.train.samples, config.warmup_samples
+    peak, warmup = config.peak_lr, config.warmup_samples
     if samples_seen < warmup:
-        return optim.lr * min(1.0, (samples_seen + config.train.global_batch) / warmup)
-    progress = min(1.0, (samples_seen - warmup) / max(1, total - warmup))
-    return optim.final_lr + (optim.lr - optim.final_lr) * (1 + math.cos(math.pi * progress)) / 2
+        return peak * min(1.0, (samples_seen + config.train.global_batch) / warmup)
+    rate, final, cooldown = _scheduled(config, samples_seen), config.final_lr, config.cooldown_samples
+    passed = samples_seen - (config.train.samples - cooldown)
+    if cooldown == 0 or passed <= 0:
+        return rate
+    return final + (rate - final) * max(0.0, 1 - passed / cooldown) ** config.optim.cooldown_power
+
+
+def _scheduled(config: Config, samples_seen: int) -> float:
+    """After the warm-up, without the cool-down."""
+    kind, peak, final = config.optim.schedule, config.peak_lr, config.final_lr
+    after = samples_seen - config.warmup_samples
+    if kind == "constant":
+        return peak
+    if kind == "rsqrt":
+        return max(final, peak / math.sqrt(1 + after / config.timescale_samples))
+    progress = min(1.0, after / max(1, config.train.samples - config.warmup_samples))
+    share = (1 + math.cos(math.pi * progress)) / 2 if kind == "cosine" else 1 - progress
+    return final + (peak - final) * share
+
+
+def schedule_lines(config: Config) -> list[str]:
+    """What the learning rate will do, in steps; and where a large batch makes few of them, that it does."""
+    optim, batch, steps = config.optim, config.train.global_batch, total_steps(config)
+    warmup, begins = -(-config.warmup_samples // batch), config.train.samples - config.cooldown_samples
+    rule = "" if optim.lr_rule == "none" else f" (optim.lr={optim.lr:g}, optim.lr_rule={optim.lr_rule})"
+    if warmup >= steps and warmup > 1:
+        line = f"rises to {learning_rate(config, (steps - 1) * batch):.3g} at the last step, {steps:,}"
+    else:
+        line = f"rises to {config.peak_lr:.3g}{rule} at step {warmup:,}" if warmup else f"{config.peak_lr:.3g}{rule}"
+        course = {
+            "cosine": "a cosine",
+            "linear": "a line",
+            "rsqrt": f"1 / sqrt of {config.timescale_samples:,} samples",
+        }
+        reached = f"{learning_rate(config, begins):.3g} at step {-(-begins // batch):,}"
+        line += f", falls by {course[optim.schedule]} to {reached}" if optim.schedule in course else ", stays there"
+        if config.cooldown_samples:
+            power = f" by the power of {optim.cooldown_power:g}" if optim.cooldown_power != 1 else ""
+            line += f" until step {-(-begins // batch):,}" if optim.schedule == "constant" else ""
+            line += f", cools down{power} to {config.final_lr:.3g} at step {steps:,}"
+    few = (
+        f"{counted(steps, 'step')} are few for an optimizer (a rule of thumb: {_MANY_STEPS:,} and more): see more "
+        f"samples (train.samples={_MANY_STEPS * batch:,}) or choose a smaller train.global_batch"
+    )
+    return [f"learning rate: {line}", *([few] if steps < _MANY_STEPS and batch >= _LARGE_BATCH else [])]
 
 
 def total_steps(config: Config, samples_seen: int = 0) -> int:
@@ -36,7 +84,7 @@ def rate_jump(before: Config, now: Config, position: int) -> str:
     there: both rates, and what to do. Empty where the curve goes on as it was.
     """
     was, will = learning_rate(before, position), learning_rate(now, position)
-    if position >= now.train.samples or abs(will - was) <= _BEND * max(before.optim.lr, now.optim.lr):
+    if position >= now.train.samples or abs(will - was) <= _BEND * max(before.peak_lr, now.peak_lr):
         return ""
     last = learning_rate(before, max(0, position - before.train.global_batch))
     return (

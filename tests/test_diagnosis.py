@@ -55,7 +55,7 @@ def test_a_healthy_run_and_one_without_rows_have_nothing_conspicuous():
         ({"loss": CHANCE + 0.02}, ["almost nothing is learned", "pictures and captions belong together"]),
         (
             {"loss": CHANCE, "first": 10, "lr": 1e-5},
-            ["has only begun", "lr 1.00e-05 is still rising to optim.lr=0.0005"],
+            ["has only begun", "lr 1.00e-05 is still rising to 0.0005"],
         ),
         ({"loss": 4.0}, ["loss 4.0000 and then 4.0000 over the last 50 steps: it goes down no more"]),
         ({"logit_scale": 0.05}, ["logit scale 0.05, near 0 (it began at 14.3)"]),
@@ -66,7 +66,7 @@ def test_a_healthy_run_and_one_without_rows_have_nothing_conspicuous():
         ({"grad_norm": lambda share: None if share > 0.8 else 1.0}, ["9 of the last 50 steps were skipped"]),
         ({"loss": None, "grad_norm": None}, ["50 of the last 50 steps were skipped"]),
         ({"image_accuracy": 0.02, "text_accuracy": 0.4}, ["0.020 of pictures and 0.400 of captions"]),
-        ({"lr": 1e-6, "first": 900}, ["lr 1.00e-06 is next to nothing beside optim.lr=0.0005"]),
+        ({"lr": 1e-6, "first": 900}, ["lr 1.00e-06 is next to nothing beside its highest, 0.0005"]),
         ({"repeated_captions": 1000}, ["24.4% of a batch's captions repeat"]),
     ],
 )

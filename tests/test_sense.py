@@ -53,6 +53,13 @@ PAIRS = [
         ["model.name=ViT-B-32", "model.quick_gelu=true"],
         "model.quick_gelu=True is not used: model.name='ViT-B-32' brings",
     ),
+    (
+        ["optim.schedule=constant", "optim.final_lr=1e-5"],
+        "optim.final_lr=1e-05 is not used: optim.schedule=constant without a cool-down",
+    ),
+    (["optim.cooldown_power=2"], "optim.cooldown_power=2.0 is not used: there is no cool-down"),
+    (["optim.timescale_steps=10"], "optim.timescale_steps=10 is not used: optim.schedule=cosine"),
+    (["optim.lr_batch=256"], "optim.lr_batch=256 is not used: optim.lr_rule=none"),
     (["eval.zeroshot.every_steps=5"], "eval.zeroshot.every_steps=5 without eval.zeroshot.urls or eval.zeroshot.folder"),
     (["eval.retrieval.every_samples=800"], "eval.retrieval.every_samples=800 without eval.retrieval.urls: nothing is"),
     (["eval.validation.every_steps=5"], "eval.validation.every_steps=5 without eval.validation.urls: nothing is"),
@@ -119,6 +126,13 @@ def test_a_curve_that_goes_on_is_not_told(words, position):
 def test_another_rate_or_warm_up_is_told():
     assert rate_jump(schedule(), schedule("optim.lr=0.4"), 500)
     assert rate_jump(schedule("optim.warmup_steps=10"), schedule("optim.warmup_steps=50"), 100)
+
+
+def test_a_cool_down_that_is_undone_is_told_and_one_that_is_put_off_is_not():
+    cooled = schedule("optim.schedule=constant", "optim.cooldown_samples=200")
+    longer = schedule("optim.schedule=constant", "optim.cooldown_samples=200", "train.samples=2000")
+    assert rate_jump(cooled, longer, 800) == ""
+    assert "jumps from 0.025 (the last step before) to 0.5 (the next one)" in rate_jump(cooled, longer, 1000)
 
 
 def test_a_run_that_goes_on_says_both_rates(tmp_path):

@@ -199,7 +199,10 @@ def test_ten_captions_in_all_have_no_in_batch_accuracy():
 def test_a_start(tmp_path):
     config = tiny_config(tmp_path, "a.tar")
     lines = start_lines(config, world(1), last_step=4, found=None, snapshot=None)
-    assert lines == [f"{tmp_path}/run: 4 steps of 8 pairs on 1 cpu rank, from the start"]
+    assert lines == [
+        f"{tmp_path}/run: 4 steps of 8 pairs on 1 cpu rank, from the start",
+        "learning rate: 0.0005, falls by a cosine to 0 at step 4",
+    ]
 
 
 def test_a_resume_tells_from_where_and_what_has_changed(tmp_path):
@@ -209,6 +212,7 @@ def test_a_resume_tells_from_where_and_what_has_changed(tmp_path):
         f"{tmp_path}/run: 6 steps of 8 pairs on 2 cpu ranks, resuming after step 2 from kept/step-000000002",
         "changed since the checkpoint: seed: 0 -> 3",
         "changed since the checkpoint: train.samples: 32 -> 48",
+        "learning rate: 0.0005, falls by a cosine to 0 at step 6",
     ]
 
 

@@ -10,16 +10,24 @@ from clipscale.errors import require
 
 @dataclass(frozen=True)
 class Optim:
-    """AdamW with warm-up and cosine decay."""
+    """AdamW, and the course of its learning rate: warm-up, a schedule, a cool-down."""
 
     kind: Literal["adamw", "sgd"] = "adamw"  # sgd (no momentum) is for parity checks
     lr: float = 5e-4  # learning rate after the warm-up: the highest
-    final_lr: float = 0.0  # learning rate at the end of the cosine
+    final_lr: float = 0.0  # learning rate at the end of cosine, linear or a cool-down; rsqrt never falls below it
+    lr_rule: Literal["none", "linear", "sqrt"] = "none"  # lr, final_lr times train.global_batch / lr_batch, or its root
+    lr_batch: int | None = None  # the global batch for which lr and final_lr are meant, where lr_rule is not none
+    schedule: Literal["cosine", "constant", "linear", "rsqrt"] = "cosine"  # after the warm-up; rsqrt: 1 / square root
     betas: tuple[float, float] = (0.9, 0.98)  # decay of AdamW's running means, of the gradient and of its square
     eps: float = 1e-6  # AdamW's, added to the root of the mean square
     weight_decay: float = 0.2  # of matrices; gains, biases and the logit scale have none
     warmup_samples: int | None = None  # the learning rate rises over so many; either this or warmup_steps
     warmup_steps: int | None = None  # the same in steps
+    cooldown_samples: int | None = None  # over the last so many it falls to final_lr; this or cooldown_steps
+    cooldown_steps: int | None = None  # the same in steps
+    cooldown_power: float = 1.0  # of the cool-down's fall: 1 is a line, 2 a parabola that is flat at the end
+    timescale_samples: int | None = None  # of rsqrt: lr / sqrt(1 + samples since the warm-up / this)
+    timescale_steps: int | None = None  # the same in steps; big_vision's is 10,000
 
     def __post_init__(self) -> None:
         require(self.lr > 0, f"optim.lr={self.lr} must be above 0")
@@ -29,11 +37,28 @@ class Optim:
         require(all(0 <= beta < 1 for beta in self.betas), f"optim.betas={list(self.betas)} must lie in [0, 1)")
         require(self.eps > 0, f"optim.eps={self.eps} must be above 0")
         require(self.weight_decay >= 0, f"optim.weight_decay={self.weight_decay} must not be negative")
+        self._check_spans()
+        require(self.cooldown_power > 0, f"optim.cooldown_power={self.cooldown_power} must be above 0")
+        require(self.lr_batch is None or self.lr_batch >= 1, f"optim.lr_batch={self.lr_batch} must be at least 1")
         require(
-            self.warmup_samples is None or self.warmup_steps is None,
-            f"optim.warmup_samples={self.warmup_samples} and optim.warmup_steps={self.warmup_steps} say the same "
-            "thing twice; set one of them to null",
+            self.lr_rule == "none" or self.lr_batch is not None,
+            f"optim.lr_rule={self.lr_rule} needs optim.lr_batch, the global batch that optim.lr={self.lr} is for",
         )
-        for name in ("warmup_samples", "warmup_steps"):
-            value = getattr(self, name)
-            require(value is None or value >= 0, f"optim.{name}={value} must not be negative")
+        require(
+            self.schedule != "rsqrt" or self.timescale_samples is not None or self.timescale_steps is not None,
+            "optim.schedule=rsqrt needs optim.timescale_samples or optim.timescale_steps: the rate falls to 1 / "
+            "sqrt(2) of its peak over so many after the warm-up (big_vision: 10,000 steps)",
+        )
+
+    def _check_spans(self) -> None:
+        for span, least in (("warmup", 0), ("cooldown", 0), ("timescale", 1)):
+            names = [f"{span}_samples", f"{span}_steps"]
+            samples, steps = values = [getattr(self, name) for name in names]
+            require(
+                samples is None or steps is None,
+                f"optim.{span}_samples={samples} and optim.{span}_steps={steps} say the same thing twice; set one of "
+                "them to null",
+            )
+            for name, value in zip(names, values, strict=True):
+                rule = "must be at least 1" if least else "must not be negative"
+                require(value is None or value >= least, f"optim.{name}={value} {rule}")

@@ -179,6 +179,12 @@ class Config:
             streams is None or batch % streams == 0,
             f"data.streams={streams} does not divide train.global_batch={batch}; choose a divisor, or null",
         )
+        warmup, cooldown, samples = self.warmup_samples, self.cooldown_samples, self.train.samples
+        require(
+            cooldown == 0 or warmup + cooldown <= samples,
+            f"the warm-up and the cool-down (optim.warmup_*: {warmup:,} samples, optim.cooldown_*: {cooldown:,}) are "
+            f"longer than the run (train.samples={samples:,}); shorten them, or raise train.samples",
+        )
         for key, value in flat(dataclasses.asdict(self)).items():
             require(not isinstance(value, float) or math.isfinite(value), f"{key}={value} must be a finite number")
 
@@ -207,9 +213,37 @@ class Config:
 
     @property
     def warmup_samples(self) -> int:
-        if self.optim.warmup_steps is not None:
-            return self.optim.warmup_steps * self.train.global_batch
-        return self.optim.warmup_samples or 0
+        return self._in_samples("warmup")
+
+    @property
+    def cooldown_samples(self) -> int:
+        return self._in_samples("cooldown")
+
+    @property
+    def timescale_samples(self) -> int:
+        """Of optim.schedule=rsqrt; 0: not set."""
+        return self._in_samples("timescale")
+
+    def _in_samples(self, span: str) -> int:
+        steps = getattr(self.optim, f"{span}_steps")
+        return getattr(self.optim, f"{span}_samples") or 0 if steps is None else steps * self.train.global_batch
+
+    @property
+    def peak_lr(self) -> float:
+        """The highest learning rate: optim.lr by optim.lr_rule."""
+        return self.optim.lr * self._lr_factor
+
+    @property
+    def final_lr(self) -> float:
+        """optim.final_lr by the same rule."""
+        return self.optim.final_lr * self._lr_factor
+
+    @property
+    def _lr_factor(self) -> float:
+        if self.optim.lr_rule == "none":
+            return 1.0
+        ratio = self.train.global_batch / self.optim.lr_batch
+        return math.sqrt(ratio) if self.optim.lr_rule == "sqrt" else ratio
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 from clipscale.config import Config
 from clipscale.export.check import Format
 from clipscale.files import read_rows, write_file
+from clipscale.schedule import schedule_lines
 from clipscale.towers import Towers
 from clipscale.upstream.open_clip_files import model_fields
 from clipscale.weights.find import Found
@@ -114,7 +115,7 @@ def _training(config: Config, state: dict[str, Any]) -> dict[str, Any]:
         "steps": f"{state['step']:,}",
         "global batch": f"{config.train.global_batch:,}",
         "optimizer": f"{optim.kind}, betas {list(optim.betas)}, eps {optim.eps:g}, weight decay {optim.weight_decay:g}",
-        "learning rate": f"{optim.lr:g}, warm-up over {config.warmup_samples:,} samples, cosine to {optim.final_lr:g}",
+        "learning rate": schedule_lines(config)[0].partition(": ")[2],
         "precision": config.train.precision,
         "seed": config.seed,
         "began with": config.model.init or "random weights",

@@ -133,17 +133,17 @@ def _rate(rows: list[dict[str, Any]], config: Config, pairs: int) -> str:
     row = rows[-1]
     if row["samples"] < config.warmup_samples:
         return (
-            f"lr {row['lr']:.2e} is still rising to optim.lr={config.optim.lr:g}: "
+            f"lr {row['lr']:.2e} is still rising to {config.peak_lr:g}: "
             f"{row['samples']:,} of {config.warmup_samples:,} samples of warm-up are seen; little is learned before"
         )
-    if row["lr"] < 0.01 * config.optim.lr and row["samples"] < config.train.samples:
+    if row["lr"] < 0.01 * config.peak_lr and row["samples"] < config.train.samples:
         return (
-            f"lr {row['lr']:.2e} is next to nothing beside optim.lr={config.optim.lr:g}: the schedule ends with "
+            f"lr {row['lr']:.2e} is next to nothing beside its highest, {config.peak_lr:g}: the schedule ends with "
             f"train.samples={config.train.samples:,}; what is not learned by now will not be"
         )
     rate = learning_rate(config, max(0, row["samples"] - config.train.global_batch))
     if config.warmup_samples == 0 and rate > 1e-4 and not has_learned(fmean(each["loss"] for each in rows), pairs):
-        return f"lr began at optim.lr={config.optim.lr:g} without a warm-up: set optim.warmup_steps (500 to 2000)"
+        return f"lr began at {config.peak_lr:g} without a warm-up: set optim.warmup_steps (500 to 2000)"
     return ""
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from clipscale.config import Checkpoint, Config, Model, Run, Validation
+from clipscale.config import Checkpoint, Config, Model, Optim, Run, Validation
 from clipscale.schedule import learning_rate, total_steps
 from clipscale.words import counted
 
@@ -49,10 +49,11 @@ def _warm_up(config: Config) -> Iterator[str]:
     rises, lasts, tenth = counted(warmup, "step"), counted(steps, "step"), max(1, steps // 10)
     if warmup >= steps and warmup > 1:
         reached = learning_rate(config, (steps - 1) * batch)
+        highest = f"optim.lr={optim.lr:.3g}" if optim.lr_rule == "none" else f"{config.peak_lr:.3g}"
         yield (
             f"optim.{setting}={value:,} ({rises}) is no shorter than the run (train.samples="
             f"{config.train.samples:,}, {lasts}): the learning rate only rises, to {reached:.3g} at the last step, "
-            f"{reached / optim.lr:.0%} of optim.lr={optim.lr:.3g}; a tenth of the run is optim.warmup_steps={tenth:,}"
+            f"{reached / config.peak_lr:.0%} of {highest}; a tenth of the run is optim.warmup_steps={tenth:,}"
         )
     elif 2 * warmup > steps and warmup > 1:
         yield (
@@ -62,7 +63,7 @@ def _warm_up(config: Config) -> Iterator[str]:
     elif setting == "warmup_samples" and 0 < warmup < _WARMUP_STEPS:
         yield (
             f"optim.warmup_samples={value:,} is a warm-up of {rises} at train.global_batch={batch:,}, of the run's "
-            f"{steps:,}: a rate of {optim.lr:.3g} may need about {_WARMUP_STEPS:,}; say what is meant in steps "
+            f"{steps:,}: a rate of {config.peak_lr:.3g} may need about {_WARMUP_STEPS:,}; say what is meant in steps "
             f"(optim.warmup_steps={warmup:,} and optim.warmup_samples=null for this one)"
         )
 
@@ -75,6 +76,7 @@ def _unused(config: Config) -> Iterator[str]:
     for name in ("init_towers", "init_strict", "init_context"):
         if model.init is None and getattr(model, name) != getattr(usual, name):
             yield f"model.{name}={getattr(model, name)} is not used: model.init is null"
+    yield from _unused_rates(config.optim)
     evaluation = config.eval
     for kind, is_on, pictures in (
         ("zeroshot", evaluation.zeroshot.enabled, "urls or eval.zeroshot.folder"),
@@ -85,6 +87,21 @@ def _unused(config: Config) -> Iterator[str]:
             every = getattr(getattr(evaluation, kind), setting)
             if every and not is_on:
                 yield f"eval.{kind}.{setting}={every} without eval.{kind}.{pictures}: nothing is evaluated"
+
+
+def _unused_rates(optim: Optim) -> Iterator[str]:
+    unused = {}
+    if not (optim.cooldown_samples or optim.cooldown_steps):
+        unused["cooldown_power"] = "there is no cool-down (optim.cooldown_*)"
+        if optim.schedule == "constant":
+            unused["final_lr"] = "optim.schedule=constant without a cool-down (optim.cooldown_*)"
+    if optim.schedule != "rsqrt":
+        unused |= dict.fromkeys(("timescale_samples", "timescale_steps"), f"optim.schedule={optim.schedule}")
+    if optim.lr_rule == "none":
+        unused["lr_batch"] = "optim.lr_rule=none"
+    for name, why in unused.items():
+        if (value := getattr(optim, name)) != getattr(Optim(), name):
+            yield f"optim.{name}={value} is not used: {why}"
 
 
 def _evaluations(config: Config) -> Iterator[str]:

@@ -21,6 +21,7 @@ from clipscale.config import Config
 from clipscale.config.load import changed_keys
 from clipscale.dist import World
 from clipscale.progress import time_left
+from clipscale.schedule import schedule_lines
 from clipscale.step import StepResult
 from clipscale.telemetry.parts import from_row
 from clipscale.words import counted, short
@@ -42,9 +43,10 @@ def start_lines(
     promises = ["train.deterministic=true: the same steps give the same bits"] if config.train.deterministic else []
     if snapshot is None:
         weights = "" if config.model.init is None else f", with the weights of {config.model.init}"
-        return [f"{line}from the start{weights}", *promises]
+        return [f"{line}from the start{weights}", *schedule_lines(config), *promises]
     changes = [f"changed since the checkpoint: {change}" for change in changed_keys(snapshot.config, config)]
-    return [f"{line}resuming after step {snapshot.step} from {found}", *changes, *promises]
+    resuming = f"{line}resuming after step {snapshot.step} from {found}"
+    return [resuming, *changes, *schedule_lines(config), *promises]
 
 
 def step_row(

@@ -15,7 +15,6 @@ class Flag(NamedTuple):
     note: str  # how it differs, or why there is none
 
 
-_OWN_SCHEDULE = Flag("", "the learning rate follows a warm-up and a cosine to optim.final_lr")
 _LOCKED = Flag("", "both towers are trained")
 _ONE_LOSS = Flag("", "the loss is that of CLIP over the whole batch, in tiles")
 _PRETRAINED = Flag("model.init", "a tag, a file, a folder, or a run of clipscale's")
@@ -44,7 +43,7 @@ FLAGS: dict[str, Flag] = {
     "--workers": Flag("data.threads", "threads of one loader process a rank, not processes"),
     "--batch-size": Flag("train.global_batch", "theirs is per GPU, ours over all: theirs x GPUs x --accum-freq"),
     "--epochs": Flag("train.samples", "in samples: epochs x samples of the set"),
-    "--epochs-cooldown": _OWN_SCHEDULE,
+    "--epochs-cooldown": Flag("optim.cooldown_samples", "in samples: epochs x samples of the set"),
     "--lr": Flag("optim.lr", "the same number for the same global batch"),
     "--beta1": Flag("optim.betas", "the first of optim.betas=[0.9,0.98]"),
     "--beta2": Flag("optim.betas", "the second of optim.betas=[0.9,0.98]; 0.999 is theirs for a ResNet"),
@@ -54,10 +53,12 @@ FLAGS: dict[str, Flag] = {
     "--warmup": Flag("optim.warmup_steps, optim.warmup_samples", "theirs is in steps; in samples it fits any batch"),
     "--opt": Flag("optim.kind", "adamw, or sgd for parity checks"),
     "--use-bn-sync": Flag("", "towers with BatchNorm are refused: embedding in chunks would change their statistics"),
-    "--skip-scheduler": Flag("optim.final_lr", "a final_lr equal to optim.lr: no decay"),
-    "--lr-scheduler": Flag("optim.final_lr", "warm-up and cosine; a final_lr equal to optim.lr is 'const'"),
-    "--lr-cooldown-end": _OWN_SCHEDULE,
-    "--lr-cooldown-power": _OWN_SCHEDULE,
+    "--skip-scheduler": Flag("optim.schedule", "constant, without a warm-up"),
+    "--lr-scheduler": Flag(
+        "optim.schedule", "cosine; const is constant; const-cooldown is constant with optim.cooldown_samples"
+    ),
+    "--lr-cooldown-end": Flag("optim.final_lr", ""),
+    "--lr-cooldown-power": Flag("optim.cooldown_power", ""),
     "--save-frequency": Flag("checkpoint.every_steps", "theirs is in epochs: a multiple of samples / global batch"),
     "--save-most-recent": Flag("checkpoint.keep", "the newest checkpoints stay, the newest of them always"),
     "--zeroshot-frequency": Flag("eval.zeroshot.every_steps", "theirs is in epochs; 0: at the end only"),
