@@ -16,7 +16,8 @@ from clipscale.bench.step.contestants import DENSE, KEPT, NOTHING_KEPT, OPEN_CLI
 from clipscale.bench.step.flops import not_towers, tower_flops
 from clipscale.bench.step.parity import Track, compare, follow, own_maker
 from clipscale.bench.step.peers import open_clip_step
-from clipscale.bench.step.report import COLUMNS, PARTS, cells
+from clipscale.bench.step.report import COLUMNS, PARTS, cells, tower_cells
+from clipscale.bench.step.towers import moved_bytes
 from clipscale.bench.step.trainee import build_trainee, draw_batch, model_config
 from clipscale.cli import main
 from clipscale.errors import UserError
@@ -257,3 +258,49 @@ def test_a_mistake_is_one_line(capsys, words, line):
     printed = capsys.readouterr()
     assert printed.err.startswith(f"clipscale: error: {line}")
     assert printed.err.count("\n") == 1
+
+
+# --- the towers alone -------------------------------------------------------------------------------------------------
+
+
+def test_towers_alone(tmp_path):
+    """Each switch has a row where it does something, and what is counted falls as it must."""
+    words = ["bench", "step", "--towers", "--models", "small", "--image-chunk", "2", "--text-chunk", "2"]
+    words += ["--seconds", "0.01", "--device", "cpu", "--output", str(tmp_path), "--name", "small"]
+    smaller = {"clipscale.bench.step.trainee._SMALL": tiny.MODEL, "clipscale.bench.common.turns.settle": lambda: None}
+    printed = printed_by(words, **smaller)
+    document = json.loads((tmp_path / "small.json").read_text())
+    assert document["finished"]
+    page = (tmp_path / "small.md").read_text()
+    for found in document["towers"]:
+        for tower, rows in found["rows"].items():
+            assert f"## small, {tower} tower, 2 samples, {found['precision']}" in page
+            for line in tower_cells(rows):
+                assert "| " + " | ".join(line) + " |" in page
+                assert "  ".join(line).split() in [each.split() for each in printed.splitlines()]
+    moved = {
+        (found["precision"], tower): {row["way"]: row["moved_bytes"] for row in rows}
+        for found in document["towers"]
+        for tower, rows in found["rows"].items()
+    }
+    assert [*moved["fp32", "image"]] == ["open_clip", "fast_attention", "clipscale"]
+    assert [*moved["bf16", "text"]] == [
+        *("open_clip", "fast_attention", "fast_norms", "residual=bf16", "clipscale", "clipscale, residual=bf16")
+    ]
+    for rows in moved.values():
+        assert rows["clipscale"] <= rows["fast_attention"] < rows["open_clip"]
+    image, text = moved["bf16", "image"], moved["bf16", "text"]
+    assert image["fast_norms"] < image["open_clip"]
+    assert text["fast_norms"] == text["open_clip"], "the captions' stream is float32 there"
+    assert text["clipscale, residual=bf16"] < text["clipscale"]
+
+
+def test_a_known_pass_is_counted():
+    """Two adds of 12 bytes each in and out, forwards; a view costs nothing."""
+    x = torch.ones(3)
+    assert moved_bytes(lambda: (x + x.view(3)) + 1) == 2 * 36 - 12
+
+
+def test_towers_take_no_steps():
+    with pytest.raises(UserError, match=r"^--towers measures no steps; leave --peers out, or --towers$"):
+        step_bench("--towers", "--peers")

@@ -27,6 +27,7 @@ _DATA = """\
 _STEP = """\
   clipscale bench step --peers
   clipscale bench step --models ViT-B-32,ViT-L-14 --batches 4k,32k --peers --parity
+  clipscale bench step --towers --models ViT-B-16 --image-chunk 8 --text-chunk 16
 """
 _EVAL = """\
   clipscale bench eval

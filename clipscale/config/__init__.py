@@ -2,15 +2,16 @@
 
     config = load_config(["quickstart", "optim.lr=1e-3"])        # load.py
 
-`settings.py`, and `data.py`, `model.py`, `optim.py` and `evaluation.py` for those parts, have the settings and their
-rules, `read.py` reads YAML and words, `load.py` merges them, `help.py` explains each setting, `recipes.py` finds the
-configs that come along.
+`settings.py`, and `data.py`, `model.py`, `towers.py`, `optim.py` and `evaluation.py` for those parts, have the settings
+and their rules, `read.py` reads YAML and words, `load.py` merges them, `help.py` explains each setting, `recipes.py`
+finds the configs that come along.
 """
 
 from clipscale.config.evaluation import EVALUATIONS, Eval, Retrieval, Validation, ZeroShot
 from clipscale.config.model import Model, Preprocess
 from clipscale.config.optim import Optim
 from clipscale.config.settings import Checkpoint, Config, Ema, GradCache, Loss, Run, Train, Wandb, flat
+from clipscale.config.towers import TowerSettings
 
 __all__ = [
     "EVALUATIONS",
@@ -25,6 +26,7 @@ __all__ = [
     "Preprocess",
     "Retrieval",
     "Run",
+    "TowerSettings",
     "Train",
     "Validation",
     "Wandb",

@@ -1,4 +1,5 @@
-"""The settings of a run as a whole; those of `model`, `data`, `replay`, `optim` and `eval` have files of their own.
+"""The settings of a run as a whole; those of `model`, `towers`, `data`, `replay`, `optim` and `eval` have files of
+their own.
 
 A value or combination that cannot be raises `UserError` with one line that holds the value, the rule and the fix.
 Units live in names (`_steps`, `_samples`, `_bytes`, `_seconds`). `load.py` fills these in from YAML. No torch import.
@@ -15,6 +16,7 @@ from clipscale.config.data import Data, Replay, SourceSettings
 from clipscale.config.evaluation import EVALUATIONS, JUDGED_BY, Eval, Retrieval, Validation
 from clipscale.config.model import Model
 from clipscale.config.optim import Optim
+from clipscale.config.towers import TowerSettings
 from clipscale.errors import require
 from clipscale.paths import LocalPath
 
@@ -161,6 +163,7 @@ class Config:
     resume: LocalPath = "auto"  # auto: run.dir's newest good one; fresh: refuse one; a path: back to it, or from it
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is a GPU
     model: Model = field(default_factory=Model)
+    towers: TowerSettings = field(default_factory=TowerSettings)
     data: Data = field(default_factory=Data)
     train: Train = field(default_factory=Train)
     optim: Optim = field(default_factory=Optim)
@@ -174,6 +177,10 @@ class Config:
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**63, f"seed={self.seed} must lie in [0, 2^63)")
+        require(
+            self.towers.residual != "bf16" or self.train.precision in ("bf16", "auto"),
+            f"towers.residual=bf16 is not for train.precision={self.train.precision}; set towers.residual=open_clip",
+        )
         batch, streams = self.train.global_batch, self.data.streams
         require(
             streams is None or batch % streams == 0,

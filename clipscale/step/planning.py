@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from clipscale.config import Config, GradCache
+from clipscale.config import Config, GradCache, TowerSettings
 from clipscale.data.load.replay_plan import host_memory
 from clipscale.dist import World
 from clipscale.step.costs import graph_costs
@@ -103,11 +103,16 @@ def plan_line(plan: StepPlan, towers: Towers, slots: int) -> str:
 
 def _settings(config: Config, world: World) -> dict[str, Any]:
     """All that the user decides and a plan depends on."""
-    return dataclasses.asdict(config.gradcache) | {
-        "slots": config.train.global_batch // world.size,
-        "precision": config.train.precision,
-        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type,
-    }
+    towers = {} if config.towers == TowerSettings() else {"towers": dataclasses.asdict(config.towers)}
+    return (
+        dataclasses.asdict(config.gradcache)
+        | towers
+        | {
+            "slots": config.train.global_batch // world.size,
+            "precision": config.train.precision,
+            "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type,
+        }
+    )
 
 
 def _tower_plan(record: dict[str, Any]) -> TowerPlan:

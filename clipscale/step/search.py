@@ -143,6 +143,7 @@ class Search:
         model = json.dumps(dataclasses.asdict(self._config.model), sort_keys=True)
         versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "open_clip_torch", "timm"))
         way = "forwards and backwards" if backwards else "forwards"
+        way += f", {self._config.towers}"
         if self._config.train.deterministic:
             way += ", deterministic"
         return (

@@ -22,14 +22,17 @@ from open_clip.hf_model import HFTextEncoder
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from torch import nn
 
-from clipscale.config import Model, Preprocess
+from clipscale.config import Model, Preprocess, TowerSettings
 from clipscale.counter import fold
 from clipscale.deterministic import naming_who_is_not
 from clipscale.errors import UserError, require
 from clipscale.towers.captions import CaptionCut
 from clipscale.towers.draws import draw_by_position, draws_by_chunk
+from clipscale.towers.fast import how_computed, speed_up
 from clipscale.towers.tower import Tower, normalise_pixels, refuse_batchnorm, token_ids
 from clipscale.upstream.open_clip_files import TokenizerChoice, check_model, model_fields
+
+_DEFAULT = TowerSettings()
 
 
 @dataclass
@@ -86,6 +89,11 @@ class Towers:
             found[tower.name] = draws_by_chunk(tower.encoder, partial(tower, example, position))
         return found
 
+    def how_computed(self) -> str:
+        """What of each tower is computed otherwise than open_clip does, and what is not: a line for a log."""
+        own = self.model.logit_scale.dtype
+        return "; ".join(f"{t.name}: {how_computed(t.encoder, t.autocast or own)}" for t in (self.image, self.text))
+
     def clamp_logit_scale(self) -> None:
         """Keep s <= logit_scale_max, after an optimizer step (Radford et al., arXiv 2103.00020, section 2.5)."""
         with torch.no_grad():
@@ -93,33 +101,45 @@ class Towers:
 
 
 def build_towers(
-    config: Model, *, device: torch.device | str = "cpu", autocast: torch.dtype | None = None, seed: int = 0
+    config: Model,
+    settings: TowerSettings = _DEFAULT,
+    *,
+    device: torch.device | str = "cpu",
+    autocast: torch.dtype | None = None,
+    seed: int = 0,
 ) -> Towers:
     """Both towers with fresh weights, the same on every rank for the same seed.
 
     Args:
+        settings: how the towers are computed.
         autocast: dtype of the matrix products inside the towers, or None for float32.
         seed: of the weights, and of what the towers draw by position.
 
     Raises:
         UserError: unknown model name, unknown or impossible fields, a tower with BatchNorm.
     """
+    require(
+        settings.residual == "open_clip" or autocast == torch.bfloat16,
+        f"towers.residual={settings.residual} wants the towers in bf16, and on a {torch.device(device).type} "
+        "train.precision=auto is another type; set train.precision=bf16, or towers.residual=open_clip",
+    )
     check_model(config)
-    settings = _settings(config)
+    fields = _fields(config)
     what = "the model of model.vision and model.text" if config.vision else f"model {config.name!r}"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            model = open_clip.CustomTextCLIP(init_logit_scale=math.log(config.logit_scale_init), **settings)
-            if config.image_size is not None and settings["vision_cfg"].timm_model_name:
+            model = open_clip.CustomTextCLIP(init_logit_scale=math.log(config.logit_scale_init), **fields)
+            if config.image_size is not None and fields["vision_cfg"].timm_model_name:
                 model.visual.set_input_size(config.image_size)  # a backbone of timm's has its own
         except Exception as error:  # open_clip and timm assert, divide, unpack and download
             raise UserError(f"{what} cannot be built: {_reason(error)}") from error
     refuse_batchnorm(model, what)
     for encoder in (model.visual, model.text):
         draw_by_position(encoder)
+        speed_up(encoder, settings)
     model = model.to(device)
-    side = settings["vision_cfg"].image_size
+    side = fields["vision_cfg"].image_size
     side, other = (side, side) if isinstance(side, int) else side
     require(side == other, f"model.vision.image_size={[side, other]} must be square")
     towers = Towers(
@@ -127,17 +147,17 @@ def build_towers(
         image=Tower(
             "image",
             model.visual,
-            normalise_pixels(config.preprocess.mean, config.preprocess.std),
+            normalise_pixels(config.preprocess.mean, config.preprocess.std, _memory_format(model.visual, settings)),
             autocast,
             draw_key=fold(seed, "draws", "image"),
         ),
         text=Tower(
             "text", model.text, token_ids, autocast, CaptionCut.of(model.text), draw_key=fold(seed, "draws", "text")
         ),
-        embed_dim=settings["embed_dim"],
+        embed_dim=fields["embed_dim"],
         image_size=side,
         vocabulary=_vocabulary(model.text),
-        tokenizer=_tokenizer(config, settings["text_cfg"]),
+        tokenizer=_tokenizer(config, fields["text_cfg"]),
         logit_scale_max=config.logit_scale_max,
         preprocess=config.preprocess,
     )
@@ -189,7 +209,7 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {words[0]}"
 
 
-def _settings(config: Model) -> dict:
+def _fields(config: Model) -> dict:
     """What CustomTextCLIP takes."""
     fields = model_fields(config)
     return fields | {
@@ -208,6 +228,12 @@ def _tokenizer(config: Model, text: CLIPTextCfg) -> TokenizerChoice:
         mode=text.tokenizer_mode,
         options=dict(text.tokenizer_kwargs or {}),
     )
+
+
+def _memory_format(visual: nn.Module, settings: TowerSettings) -> torch.memory_format:
+    """Of the pictures: channels last where a convolution works channel by channel, as ConvNeXt's do."""
+    depthwise = any(isinstance(module, nn.Conv2d) and module.groups > 1 for module in visual.modules())
+    return torch.channels_last if settings.channels_last and depthwise else torch.contiguous_format
 
 
 def _vocabulary(text: nn.Module) -> int:

@@ -348,7 +348,8 @@ class Trainer:
     def _build_towers(self, snapshot: Snapshot | None) -> None:
         config, device = self.config, self.world.device
         autocast = autocast_dtype(config.train.precision, device)
-        self.towers = build_towers(config.model, device=device, autocast=autocast, seed=config.seed)
+        self.towers = build_towers(config.model, config.towers, device=device, autocast=autocast, seed=config.seed)
+        tell(f"towers: {self.towers.how_computed()}")
         if config.train.deterministic:
             try_backward(self.towers)
         self.learner = Learner(config, self.towers, self.world, self.parts, self._wishes)

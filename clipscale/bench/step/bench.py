@@ -6,6 +6,7 @@ status = bench_step(options, "clipscale bench step --peers")
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from clipscale.bench.step.contestants import KEPT, NOTHING_KEPT, Shape
 from clipscale.bench.step.options import SMALL, StepBench
 from clipscale.bench.step.parity import measure_parity
 from clipscale.bench.step.plots import draw
-from clipscale.bench.step.report import markdown, parity_line, text_table
+from clipscale.bench.step.report import markdown, parity_line, text_table, towers_table
+from clipscale.bench.step.towers import NOTE as TOWERS_NOTE
+from clipscale.bench.step.towers import measure_towers
 from clipscale.bench.step.trainee import OPTIM, build_trainee, model_config
 from clipscale.device import is_out_of_memory
 from clipscale.dist import start_world
@@ -48,13 +51,19 @@ def bench_step(options: StepBench, command: str) -> int:
     with start_world(options.device) as world:
         if world.size > 1:
             raise SharedError("clipscale bench step measures one process on one device; start it without torchrun")
+        precisions = ("fp32", "bf16") if options.precision == "auto" else (options.precision,)
         options = _for_device(options, world.device)
         lengths = read_lengths(options.captions)
         document, folder = _document(options, world.device, lengths, command), Path(options.output)
         for model in options.models:
             check_model(model_config(model))  # before the first is measured
         budget = Budget(options.seconds, options.limit_seconds)
-        for model in options.models:
+        for model, precision in product(options.models, precisions if options.towers else ()):
+            found = _towers(model, precision, options, world.device)
+            document["towers"].append(found)
+            print(towers_table(found) + "\n", flush=True)
+            write(document, folder, markdown(document, []))
+        for model in () if options.towers else options.models:
             for case in _measured(model, options, world.device, lengths, budget):
                 document["steps"].append(case)
                 print(text_table(case) + "\n", flush=True)
@@ -78,7 +87,11 @@ def _for_device(options: StepBench, device: torch.device) -> StepBench:
         "--precision=fp16 wants a GPU: a CPU multiplies halves slowly; take fp32 or bf16",
     )
     given = {name: value for name in _DEFAULTS["cpu"] if (value := getattr(options, name)) not in (None, "auto")}
-    return replace(options, name=options.name or result_name("step", device), **_DEFAULTS[device.type] | given)
+    return replace(
+        options,
+        name=options.name or result_name("towers" if options.towers else "step", device),
+        **_DEFAULTS[device.type] | given,
+    )
 
 
 def _measured(model: str, options: StepBench, device: torch.device, lengths: Lengths, budget: Budget):
@@ -94,6 +107,13 @@ def _measured(model: str, options: StepBench, device: torch.device, lengths: Len
             raise UserError(f"{case}: a single chunk does not fit into memory; lower --image-chunk") from error
 
 
+def _towers(model: str, precision: str, options: StepBench, device: torch.device) -> dict[str, Any]:
+    chunks = options.image_chunk, options.text_chunk
+    config, seconds, seed = model_config(model), options.seconds, options.seed
+    rows = measure_towers(config, device, precision=precision, samples=chunks, seconds=seconds, seed=seed)
+    return {"model": model, "precision": precision, "rows": rows}
+
+
 def _parity(model: str, options: StepBench, device: torch.device, lengths: Lengths) -> dict[str, Any]:
     """At the smallest batch."""
     pairs = options.batches[0]
@@ -107,13 +127,16 @@ def _shape(options: StepBench, pairs: int) -> Shape:
 
 
 def _document(options: StepBench, device: torch.device, lengths: Lengths, command: str) -> dict[str, Any]:
-    notes = [
-        "A step: forward, loss, backward and AdamW "
-        f"(lr {OPTIM.lr:g}, eps {OPTIM.eps:g}, fused for all), pictures of noise copied from host memory; every "
-        "contestant trains the same model object in turn, from the same weights.",
-        f"Captions: {lengths.summary()}",
-        f"open_clip_torch {package_version('open_clip_torch')}.",
-    ]
+    if options.towers:
+        notes = [TOWERS_NOTE]
+    else:
+        notes = [
+            "A step: forward, loss, backward and AdamW "
+            f"(lr {OPTIM.lr:g}, eps {OPTIM.eps:g}, fused for all), pictures of noise copied from host memory; every "
+            "contestant trains the same model object in turn, from the same weights.",
+            f"Captions: {lengths.summary()}",
+        ]
+    notes.append(f"open_clip_torch {package_version('open_clip_torch')}.")
     return {
         "format": 1,
         "name": options.name,
@@ -125,4 +148,5 @@ def _document(options: StepBench, device: torch.device, lengths: Lengths, comman
         "notes": notes,
         "steps": [],
         "parity": {},
+        "towers": [],
     }

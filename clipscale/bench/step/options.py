@@ -40,6 +40,7 @@ class StepBench:
     captions: str | None  # file of a histogram; None: clipscale's own
     peers: bool
     parity: bool
+    towers: bool  # the towers alone, in place of steps
     seconds: float  # for the repeats of one contestant in one case
     limit_seconds: float  # a contestant predicted to take longer for one step is skipped
     seed: int
@@ -63,6 +64,9 @@ def add_step_arguments(parser: argparse.ArgumentParser) -> None:
     add("--captions", None, "JSON with a histogram of tokens a caption; default: clipscale's own", "FILE", path_option)
     parser.add_argument("--peers", action="store_true", help="also measure open_clip's own training loop")
     parser.add_argument("--parity", action="store_true", help="also compare the losses of 20 steps with open_clip's")
+    parser.add_argument(
+        "--towers", action="store_true", help="the towers alone, each switch beside open_clip's forward"
+    )
     add("--seconds", "20", "for the repeats of a contestant at one size; default: 20", "S")
     add("--limit-seconds", "120", "skip what is predicted to take longer for a step; default: 120", "S")
     add("--seed", "0", "of weights, pictures and captions; default: 0", "N")
@@ -75,6 +79,8 @@ def step_options(arguments: argparse.Namespace) -> StepBench:
     batches = None if arguments.batches is None else several("--batches", arguments.batches, parse_size)
     for batch in batches or ():
         require(batch >= 2, f"--batches={arguments.batches}: a batch of {batch} is too small; give at least 2 pairs")
+    for option, given in (("--peers", arguments.peers), ("--parity", arguments.parity), ("--batches", batches)):
+        require(not (arguments.towers and given), f"--towers measures no steps; leave {option} out, or --towers")
     return StepBench(
         models=None if arguments.models is None else names("--models", arguments.models),
         batches=batches and tuple(sorted(batches)),
@@ -85,6 +91,7 @@ def step_options(arguments: argparse.Namespace) -> StepBench:
         captions=arguments.captions,
         peers=arguments.peers,
         parity=arguments.parity,
+        towers=arguments.towers,
         seconds=positive("--seconds", arguments.seconds),
         limit_seconds=positive("--limit-seconds", arguments.limit_seconds),
         seed=whole("--seed", arguments.seed, minimum=0),

@@ -21,6 +21,7 @@ from torch import Tensor
 from clipscale.bench.common.memory import begin_part
 from clipscale.bench.step.flops import not_towers
 from clipscale.bench.step.trainee import Batch, Trainee
+from clipscale.towers.fast import as_open_clip
 
 _BACKWARD_TOO = 3  # of a product of two factors: forward and, for each factor's gradient, once more
 _PRECISION = {"fp32": "fp32", "bf16": "amp_bf16", "fp16": "amp"}
@@ -56,9 +57,9 @@ def open_clip_step(trainee: Trainee, batch: Batch, *, chunk: int) -> Callable[[]
     def take() -> float:
         told.clear()
         data = {"train": SimpleNamespace(dataloader=loader, set_epoch=lambda epoch: None)}
-        train_one_epoch(
-            trainee.towers.model, data, loss, 0, trainee.optimizer, scaler, None, None, arguments, tb_writer=None
-        )
+        model = trainee.towers.model
+        with as_open_clip(model):
+            train_one_epoch(model, data, loss, 0, trainee.optimizer, scaler, None, None, arguments, tb_writer=None)
         return told[-1].item()
 
     return take

@@ -24,6 +24,18 @@ COLUMNS = (
     *(f"{part}: MiB" for part in PARTS),
 )
 
+TOWER_COLUMNS = (
+    "way",
+    "ms",
+    "quartiles",
+    "n",
+    "times as fast",
+    "MB moved a sample",
+    "of open_clip's",
+    "MB kept a sample",
+    "of open_clip's",
+)
+
 
 def case_title(case: dict[str, Any]) -> str:
     matmul = case["matmul"]
@@ -87,6 +99,33 @@ def parity_line(model: str, parity: dict[str, Any]) -> str:
     )
 
 
+def towers_title(found: dict[str, Any], tower: str) -> str:
+    rows = found["rows"][tower]
+    return f"{found['model']}, {tower} tower, {rows[0]['samples']} samples, {found['precision']}"
+
+
+def tower_cells(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """By `TOWER_COLUMNS`; the first row is open_clip's."""
+    lines = []
+    for row in rows:
+        spread, samples = row["ms"], row["samples"]
+        line = [row["way"], short(spread["median"]), f"{short(spread['low'])}..{short(spread['high'])}"]
+        line += [str(spread["repeats"]), f"{row['time_to_open_clip']:.2f}"]
+        for key in ("moved_bytes", "kept_bytes"):
+            line += [short(row[key] / samples / 1e6), f"{row[key] / rows[0][key]:.2f}"]
+        lines.append(line)
+    return lines
+
+
+def towers_table(found: dict[str, Any]) -> str:
+    """For the terminal."""
+    lines = []
+    for tower, rows in found["rows"].items():
+        cells = [("measured", line) for line in tower_cells(rows)]
+        lines += [towers_title(found, tower), *contestants_table(TOWER_COLUMNS, cells)]
+    return "\n".join(lines)
+
+
 def text_table(case: dict[str, Any]) -> str:
     """For the terminal."""
     rows = [(row["status"], cells(case, row)) for row in case["rows"]]
@@ -95,17 +134,21 @@ def text_table(case: dict[str, Any]) -> str:
 
 def markdown(document: dict[str, Any], pictures: list[str]) -> str:
     """The whole of the results, with what made them."""
-    lines = [*heading(document, "Training step"), *document["notes"], "", *images(pictures)]
+    lines = [*heading(document, "Towers" if document["arguments"]["towers"] else "Training step")]
+    lines += [*document["notes"], "", *images(pictures)]
     for case in document["steps"]:
         table = markdown_table(COLUMNS, [cells(case, row) for row in case["rows"]])
         below = (f"- {line}" for line in lines_below(case))
         lines += ["", f"## {case_title(case)}", "", *table, "", *below]
+    for found in document["towers"]:
+        for tower, rows in found["rows"].items():
+            table = markdown_table(TOWER_COLUMNS, tower_cells(rows))
+            lines += ["", f"## {towers_title(found, tower)}", "", *table]
     if document["parity"]:
         lines += ["", "## The same losses", ""]
         lines += [f"- {parity_line(model, parity)}" for model, parity in document["parity"].items()]
-    lines += ["", "## Contestants", ""]
     hows = {row["contestant"]: row["how"] for case in document["steps"] for row in case["rows"]}  # of the last batch
-    lines += [f"- {name}: {how}" for name, how in hows.items()]
+    lines += ["", "## Contestants", "", *(f"- {name}: {how}" for name, how in hows.items())] if hows else []
     return "\n".join([*lines, "", LAST_LINE, ""])
 
 

@@ -1,0 +1,16 @@
+"""The settings of `towers`: how the towers are computed, whatever weights they have. No torch import."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class TowerSettings:
+    """How the towers are computed in training. Weights and evaluations are the same whatever stands here."""
+
+    fast_attention: bool = True  # open_clip's blocks: no copies of q, k and v, no mask in memory; to rounding the same
+    fast_norms: bool = True  # LayerNorms in bf16 and fp16: in that type, their sums in float32; false: cast and back
+    residual: Literal["open_clip", "bf16"] = "open_clip"  # what text blocks add up in: there float32 under autocast too
+    channels_last: bool = True  # pictures in the memory order that convolutions like, for towers of convolutions
