@@ -69,7 +69,7 @@ LAWS |= {
     "guard": GROUND | STAGES | DATA | {"step", "checkpoint"},
     "weights": GROUND | {"towers", "checkpoint"},
     "export": GROUND | {"towers", "weights", "fit_tokenizer"},
-    "preflight": GROUND | DATA | {"checkpoint", "eval", "weights"},
+    "preflight": GROUND | DATA | {"checkpoint", "eval", "optim", "weights"},
     **dict.fromkeys(ENTRIES, GROUND | STAGES | DATA | ASSEMBLY | {"guard", "weights", "preflight"} | ENTRIES),
     "bench.common": GROUND,
     "bench.loss": GROUND | {"loss", "bench.common"},

@@ -1,4 +1,4 @@
-"""clipscale/optim.py and clipscale/schedule.py."""
+"""clipscale/optim/ by default, and clipscale/schedule.py. Its other kinds and groups: test_optimizers.py."""
 
 import math
 

@@ -73,21 +73,28 @@ def staged_bytes(tree: Any) -> int:
 
 def state_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Of host memory that both need. Of an optimizer that has taken no step, what it will hold: found by a step on the
-    device "meta", with one parameter of each shape."""
+    device "meta", with one parameter of each shape; on the CPU, for one that looks at numbers."""
     weights = staged_bytes(model.state_dict())
     if optimizer.state:
         return weights + staged_bytes(optimizer.state_dict())
     return weights + sum(_bytes_after_a_step(type(optimizer), group) for group in optimizer.param_groups)
 
 
-def _bytes_after_a_step(kind: type[torch.optim.Optimizer], group: dict[str, Any]) -> int:
+def _bytes_after_a_step(kind: type[torch.optim.Optimizer], group: dict[str, Any], device: str = "meta") -> int:
     kinds = Counter((param.shape, param.dtype) for param in group["params"])
-    params = [torch.nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")) for shape, dtype in kinds]
+    params = [torch.nn.Parameter(torch.zeros(shape, dtype=dtype, device=device)) for shape, dtype in kinds]
     for param in params:
-        param.grad = torch.empty_like(param)
+        param.grad = torch.zeros_like(param)
     twin = kind([group | {"params": params} | ({"fused": False} if "fused" in group else {})])
-    twin.step()
-    return sum(staged_bytes(twin.state[param]) * count for param, count in zip(params, kinds.values(), strict=True))
+    try:
+        twin.step()
+    except RuntimeError:
+        if device == "cpu":
+            raise
+        return _bytes_after_a_step(kind, group, "cpu")
+    shared = [value for own in twin.param_groups for value in own.values() if isinstance(value, Tensor)]
+    each = (staged_bytes(twin.state[param]) * count for param, count in zip(params, kinds.values(), strict=True))
+    return sum(each) + staged_bytes(shared)
 
 
 def _bytes_of(tensors: dict[str, Tensor]) -> int:

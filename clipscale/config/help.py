@@ -139,6 +139,8 @@ def _type(kind: Any) -> str:
         return " | ".join(map(str, parts))
     if origin in (typing.Union, types.UnionType):
         return " | ".join(map(_type, parts))
+    if parts[1:] == (...,):
+        return f"[{_type(parts[0])}, ...]"
     if origin is tuple:
         return f"[{', '.join(map(_type, parts))}]"
     if origin is dict or dataclasses.is_dataclass(kind):

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from clipscale.config import Config
+from clipscale.config import Config, Optim
 from clipscale.export.check import Format
 from clipscale.files import read_rows, write_file
 from clipscale.schedule import schedule_lines
@@ -114,12 +114,19 @@ def _training(config: Config, state: dict[str, Any]) -> dict[str, Any]:
         "samples seen": f"{state['position']:,}",
         "steps": f"{state['step']:,}",
         "global batch": f"{config.train.global_batch:,}",
-        "optimizer": f"{optim.kind}, betas {list(optim.betas)}, eps {optim.eps:g}, weight decay {optim.weight_decay:g}",
+        "optimizer": ", ".join([optim.kind, *_said(optim), f"weight decay {optim.weight_decay:g}"]),
         "learning rate": schedule_lines(config)[0].partition(": ")[2],
         "precision": config.train.precision,
         "seed": config.seed,
         "began with": config.model.init or "random weights",
     }
+
+
+def _said(optim: Optim) -> list[str]:
+    """What the settings say of the optimizer, beside its decay."""
+    words = {name: getattr(optim, name) for name in ("betas", "eps", "momentum", "update_clipping", "layer_decay")}
+    words["betas"] = optim.betas and list(optim.betas)
+    return [f"{name} {value}" for name, value in (words | optim.options).items() if value is not None]
 
 
 def _scores(checkpoint: Path, step: int) -> dict[str, Any]:

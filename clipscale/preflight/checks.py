@@ -23,7 +23,7 @@ from clipscale.checkpoint import (
     saved_state,
 )
 from clipscale.checkpoint.mirror import fetch_from_mirror
-from clipscale.config import EVALUATIONS, Config, Model, Wandb, ZeroShot
+from clipscale.config import EVALUATIONS, Config, Model, Optim, Wandb, ZeroShot
 from clipscale.config.data import Data, SourceSettings
 from clipscale.data.fetch.urls import expand_urls, is_local
 from clipscale.data.pipeline import require_sources
@@ -66,6 +66,7 @@ def check_training(config: Config) -> list[str]:
         check_model(config.model)
         _check_wandb(config.wandb)
         _check_device(config.device)
+        notes += _check_optimizer(config.optim)
         if place.rank == 0:
             _check_folder("run.dir", config.run.dir)
             refuse_held(config.run.dir)
@@ -114,6 +115,15 @@ def _check_wandb(settings: Wandb) -> None:
         settings.project is None or find_spec("wandb") is not None,
         f"wandb.project={settings.project!r} needs Weights & Biases: pip install 'clipscale[wandb]', or set it to null",
     )
+
+
+def _check_optimizer(optim: Optim) -> list[str]:
+    """AdamW's usual settings were checked when they were loaded; the rest is torch's and timm's to know."""
+    if optim.kind == "adamw" and not optim.options and optim.update_clipping is None and optim.momentum is None:
+        return []
+    from clipscale.optim import check_optimizer
+
+    return check_optimizer(optim)
 
 
 def _check_weights(model: Model) -> None:

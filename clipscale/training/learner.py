@@ -74,9 +74,18 @@ class Learner:
             f"optim.kind={kind}, but the checkpoint was written under {before}; put it back, or start "
             "a run of its own (run.dir)",
         )
+        theirs, options = snapshot.config.optim.options, self.config.optim.options
+        require(
+            theirs == options,
+            f"optim.options={options}, but the checkpoint was written under {theirs}, and its moments may be other "
+            "ones; put them back, or start a run of its own (run.dir)",
+        )
         try:
             self.towers.model.load_state_dict(snapshot.model)
-            restore_optimizer(self.optimizer, snapshot.optimizer)
+            for line in restore_optimizer(self.optimizer, self.towers.model, snapshot.optimizer):
+                tell(line)
+        except UserError:
+            raise
         except (RuntimeError, ValueError) as error:
             raise UserError(f"the checkpoint does not fit the model of this config: {error}") from error
         if snapshot.state.scaler:  # empty unless that part of the run was in fp16 too

@@ -33,7 +33,7 @@ from clipscale.guard.rollback import go_back, keep_rollbacks, passed_over
 from clipscale.launch import check_ranks
 from clipscale.loss.engines import adopt_shapes, check_engine, tuned_shapes
 from clipscale.loss.link import open_link
-from clipscale.optim import set_lr
+from clipscale.optim import optimizer_state, set_lr
 from clipscale.preflight.checks import check_training
 from clipscale.preflight.prepare import prepare_files
 from clipscale.progress import duration
@@ -315,7 +315,7 @@ class Trainer:
             step=self.steps_done,
             position=self.position,
             model=self.towers.model.state_dict(),
-            optimizer=self.learner.optimizer.state_dict(),
+            optimizer=optimizer_state(self.learner.optimizer),
             state=RunState(
                 order=self.feed.pipeline.identity(),
                 skips=dict(self.skips.counts),

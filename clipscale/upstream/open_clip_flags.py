@@ -49,9 +49,9 @@ FLAGS: dict[str, Flag] = {
     "--beta2": Flag("optim.betas", "the second of optim.betas=[0.9,0.98]; 0.999 is theirs for a ResNet"),
     "--eps": Flag("optim.eps", ""),
     "--wd": Flag("optim.weight_decay", ""),
-    "--momentum": Flag("", "of timm's optimizers; optim.kind is adamw, or sgd without momentum"),
+    "--momentum": Flag("optim.momentum", "of the kinds that have one"),
     "--warmup": Flag("optim.warmup_steps, optim.warmup_samples", "theirs is in steps; in samples it fits any batch"),
-    "--opt": Flag("optim.kind", "adamw, or sgd for parity checks"),
+    "--opt": Flag("optim.kind", "timm/lamb is lamb; adamw and sgd are torch's"),
     "--use-bn-sync": Flag("", "towers with BatchNorm are refused: embedding in chunks would change their statistics"),
     "--skip-scheduler": Flag("optim.schedule", "constant, without a warm-up"),
     "--lr-scheduler": Flag(
