@@ -1,6 +1,6 @@
 """The run's optimizer: built, its rates set before every step (by schedule.py), saved and restored by names.
 
-optimizer = build_optimizer(towers.model, config.optim)
+optimizer = build_optimizer(towers.model, config.optim, peak_lr=config.peak_lr)
 set_lr(optimizer, learning_rate(config, samples_seen))
 state = optimizer_state(optimizer)                  # into a checkpoint
 lines = restore_optimizer(optimizer, towers.model, state)
@@ -8,6 +8,7 @@ lines = restore_optimizer(optimizer, towers.model, state)
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,17 +21,21 @@ from clipscale.optim.kinds import make_optimizer
 from clipscale.words import counted
 
 
-def build_optimizer(model: nn.Module, config: Optim) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, config: Optim, *, peak_lr: float | None = None) -> torch.optim.Optimizer:
     """Of every parameter that is not locked (`requires_grad=False`), in the groups of groups.py.
+
+    Args:
+        peak_lr: the highest rate of the run; None: config.lr.
 
     Raises:
         UserError: patterns that match no parameter, or a kind or values that cannot be.
     """
-    optimizer = make_optimizer(parameter_groups(model, config), config)
+    peak_lr = config.lr if peak_lr is None else peak_lr
+    optimizer = make_optimizer(parameter_groups(model, config), replace(config, lr=peak_lr, final_lr=0.0))
     for group in optimizer.param_groups:
         if group.get("max_lr_snapshot") is not None:  # a decay that follows lr**2 / max_lr
             group["max_lr_snapshot"] *= group["lr_scale"]
-    set_lr(optimizer, config.lr)
+    set_lr(optimizer, peak_lr)
     return optimizer
 
 

@@ -52,7 +52,7 @@ class Learner:
     def __init__(self, config: Config, towers: Towers, world: World, parts: Parts, link: Link | None = None) -> None:
         self.link = link
         self.config, self.towers, self.world, self.parts = config, towers, world, parts
-        self.optimizer = build_optimizer(towers.model, config.optim)
+        self.optimizer = build_optimizer(towers.model, config.optim, peak_lr=config.peak_lr)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=towers.image.autocast == torch.float16)
         self.trouble: Trouble | None = None  # of the step that was skipped last; None once one is made
         self._trace: Trace | None = None  # of the last step
