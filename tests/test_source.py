@@ -253,8 +253,8 @@ def remote(tmp_path) -> Data:
 
 
 def evict(data: Data) -> None:
-    """The files, not their folder: a thread that reads ahead may still be there."""
-    for path in Path(data.cache_dir, "shards").iterdir():
+    """The copies, not their folder: a thread that reads ahead may still write into it."""
+    for path in Path(data.cache_dir, "shards").glob("*.tar"):
         path.unlink(missing_ok=True)
 
 
