@@ -4,10 +4,14 @@
 
 Counted are the tensors that autograd saves, each storage once, without the weights and without the copies of weights
 that all graphs share. A few small chunks tell the rest: the bytes are linear in samples, and in tokens where attention
-keeps no square; where it does (plain attention on a CPU), what lies between is overestimated.
+keeps no square; where it does (plain attention on a CPU), what lies between is overestimated. Of checkpointed blocks
+the graph keeps the inputs alone; what the largest of them keeps while it is run again is counted apart.
 """
 
 from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,7 +19,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from clipscale.step.gradcache import Encoder
 from clipscale.step.plan import GraphCost
-from clipscale.towers import Towers
+from clipscale.towers import Tower, Towers
+from clipscale.towers.blocks import checkpointed, whole_blocks
 
 _SAMPLES = 8, 16  # of the chunks that are measured
 _SHORT = 16  # tokens
@@ -38,7 +43,8 @@ def graph_costs(towers: Towers) -> tuple[GraphCost, GraphCost]:
     if towers.text.cut is not None and length > _SHORT:
         token = (full - saved_bytes(towers.text, captions(few, _SHORT))) / (few * (length - _SHORT))
         text = GraphCost(text.fixed, max(0.0, text.sample - token * length), token)
-    return image, text
+    blocks = (block_bytes(towers.image, pictures(few)), block_bytes(towers.text, captions(few, length)))
+    return tuple(replace(cost, block=size / few) for cost, size in zip((image, text), blocks, strict=True))
 
 
 def _line(few: int, many: int) -> GraphCost:
@@ -56,10 +62,34 @@ def saved_bytes(tower: Encoder, inputs) -> int:
     return sum(size for storage, size in own.items() if storage not in shared)
 
 
-def _saved(tower: Encoder, inputs) -> tuple[dict[int, int], Tensor]:
-    """Bytes of each storage that a call's graph saves, by its address; and the embeddings, which hold the graph."""
+def block_bytes(tower: Tower, inputs: Tensor) -> int:
+    """Bytes that the largest checkpointed block keeps while the backward pass runs it again; 0: there is none."""
+    blocks = checkpointed(tower.encoder)
+    if not blocks:
+        return 0
+    devices, sizes, found = [tower.device] if tower.device.type == "cuda" else [], [], {}
+    with ExitStack() as stack:
+        for context in (torch.random.fork_rng(devices), torch.enable_grad(), tower.shared_casts()):
+            stack.enter_context(context)
+        stack.enter_context(whole_blocks(tower.encoder))
+        shared, first = _saved(tower, inputs)
+
+        def after(*_: object) -> None:
+            sizes.append(sum(size for storage, size in found.items() if storage not in shared))
+
+        for block in blocks:
+            stack.callback(block.register_forward_pre_hook(lambda *_: found.clear()).remove)
+            stack.callback(block.register_forward_hook(after).remove)
+        _saved(tower, inputs, found)
+    del first  # alive until here, as in `saved_bytes`
+    return max(sizes)
+
+
+def _saved(tower: Encoder, inputs, found: dict[int, int] | None = None) -> tuple[dict[int, int], Tensor]:
+    """Bytes of each storage that a call's graph saves, by its address, written into `found`; and the embeddings, which
+    hold the graph."""
     weights = {each.untyped_storage().data_ptr() for each in tower.encoder.state_dict().values()}
-    found: dict[int, int] = {}
+    found = {} if found is None else found
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

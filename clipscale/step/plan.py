@@ -19,10 +19,16 @@ class GraphCost:
     fixed: float = 0.0
     sample: float = 0.0
     token: float = 0.0
+    block: float = 0.0
+    """Of each sample, at full length, while the backward pass runs the largest checkpointed block again."""
 
     def of(self, samples: int, tokens: int = 0) -> float:
         """Of a chunk of `samples` that hold `tokens` in all."""
         return self.fixed + self.sample * samples + self.token * tokens
+
+    def peak(self, samples: int, tokens: int = 0) -> float:
+        """The same, with the block that is run again."""
+        return self.of(samples, tokens) + self.block * samples
 
 
 @dataclass(frozen=True)

@@ -172,6 +172,6 @@ def _replay_bytes(towers: Towers, plan: StepPlan) -> float:
     if towers.image.device.type != "cuda":
         return 0
     return 2 * max(
-        plan.image.cost.of(plan.image.chunk),
-        plan.text.cost.of(plan.text.chunk, plan.text.chunk * towers.context_length),
+        plan.image.cost.peak(plan.image.chunk),
+        plan.text.cost.peak(plan.text.chunk, plan.text.chunk * towers.context_length),
     )

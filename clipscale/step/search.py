@@ -102,7 +102,7 @@ class Search:
 
     def _chunk(self, tower: Tower, cost: GraphCost) -> int:
         def peak_bytes(samples: int) -> float:
-            return _ON_CPU * cost.of(samples, samples * self._towers.context_length)
+            return _ON_CPU * cost.peak(samples, samples * self._towers.context_length)
 
         learns = any(parameter.requires_grad for parameter in tower.encoder.parameters())
         sizes = _doublings(self._slots)

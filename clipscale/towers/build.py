@@ -26,6 +26,7 @@ from clipscale.config import Model, Preprocess, TowerSettings
 from clipscale.counter import fold
 from clipscale.deterministic import naming_who_is_not
 from clipscale.errors import UserError, require
+from clipscale.towers.blocks import checkpoint_blocks
 from clipscale.towers.captions import CaptionCut
 from clipscale.towers.draws import draw_by_position, draws_by_chunk
 from clipscale.towers.fast import how_computed, speed_up
@@ -116,7 +117,8 @@ def build_towers(
         seed: of the weights, and of what the towers draw by position.
 
     Raises:
-        UserError: unknown model name, unknown or impossible fields, a tower with BatchNorm.
+        UserError: unknown model name, unknown or impossible fields, a tower with BatchNorm; settings that do not go
+            with it.
     """
     require(
         settings.residual == "open_clip" or autocast == torch.bfloat16,
@@ -138,6 +140,8 @@ def build_towers(
     for encoder in (model.visual, model.text):
         draw_by_position(encoder)
         speed_up(encoder, settings)
+        if settings.checkpoint_blocks:
+            checkpoint_blocks(encoder)
     model = model.to(device)
     side = fields["vision_cfg"].image_size
     side, other = (side, side) if isinstance(side, int) else side

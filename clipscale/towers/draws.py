@@ -7,8 +7,8 @@
 
 What a sample draws in a layer is an endless sequence of numbers, a function of (key, name of the layer, the sample's
 position); each call of the layer in a forward pass takes its next part. Nothing is kept and nothing waits for the host.
-Outside of `drawing` these layers draw from torch's generator, as they did before. So activation checkpointing does not
-go with it: what it runs again in the backward pass would find none open.
+Outside of `drawing` these layers draw from torch's generator, as they did before. What activation checkpointing runs
+again in the backward pass opens the draws of its forward pass once more (`redrawing`).
 
 Patches are kept in ascending order: a transformer takes them as a set, and rows that lie in order are read faster.
 
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import open_clip.transformer
 import timm.layers
@@ -52,6 +52,25 @@ def drawing(key: int, positions_M: Tensor) -> Iterator[None]:
         yield
     finally:
         _open.keys_M, _open.calls = before
+
+
+class _Redrawing:
+    """Within, as often as it is entered: the draws that were open when it was made, from where they stood."""
+
+    def __init__(self) -> None:
+        self._then = _open.keys_M, _open.calls.copy()
+
+    def __enter__(self) -> None:
+        self._now = _open.keys_M, _open.calls
+        _open.keys_M, _open.calls = self._then[0], self._then[1].copy()
+
+    def __exit__(self, *_: object) -> None:
+        _open.keys_M, _open.calls = self._now
+
+
+def redrawing() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """`context_fn` of torch's checkpoint: what it runs now draws as ever, what it runs again the same once more."""
+    return nullcontext(), _Redrawing()
 
 
 def _next(layer: int, rows: int, numbers: int) -> tuple[Tensor, Tensor]:

@@ -82,7 +82,9 @@ FLAGS: dict[str, Flag] = {
     "--image-interpolation": Flag("model.preprocess.interpolation", "evaluation; training is bicubic, as theirs"),
     "--image-resize-mode": Flag("model.preprocess.resize_mode", "evaluation; training crops"),
     "--aug-cfg": Flag("data.crop_scale, data.crop_ratio, data.augment", "scale, ratio; color_jitter, gray_scale_prob"),
-    "--grad-checkpointing": Flag("gradcache.image_chunk, gradcache.text_chunk", "activations are those of a chunk"),
+    "--grad-checkpointing": Flag(
+        "towers.checkpoint_blocks", "activations are those of a chunk (gradcache.image_chunk): seldom needed"
+    ),
     "--local-loss": Flag("", "no rank ever holds the similarities of the whole batch"),
     "--gather-with-grad": Flag("", "the gradient is always that of the whole batch, on any number of ranks"),
     "--force-context-length": Flag("model.context_length", "of any model"),
