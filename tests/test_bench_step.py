@@ -283,12 +283,14 @@ def test_towers_alone(tmp_path):
         for found in document["towers"]
         for tower, rows in found["rows"].items()
     }
-    assert [*moved["fp32", "image"]] == ["open_clip", "fast_attention", "clipscale"]
+    last = "clipscale, checkpoint_blocks"
+    assert [*moved["fp32", "image"]] == ["open_clip", "fast_attention", "clipscale", last]
     assert [*moved["bf16", "text"]] == [
-        *("open_clip", "fast_attention", "fast_norms", "residual=bf16", "clipscale", "clipscale, residual=bf16")
+        *("open_clip", "fast_attention", "fast_norms", "residual=bf16", "clipscale", "clipscale, residual=bf16", last)
     ]
     for rows in moved.values():
         assert rows["clipscale"] <= rows["fast_attention"] < rows["open_clip"]
+        assert rows[last] > rows["clipscale"]
     image, text = moved["bf16", "image"], moved["bf16", "text"]
     assert image["fast_norms"] < image["open_clip"]
     assert text["fast_norms"] == text["open_clip"], "the captions' stream is float32 there"

@@ -238,6 +238,8 @@ def test_what_is_fast_is_told():
     assert half.how_computed().endswith("in bf16, residual stream in bf16")
     timm = towers_of(OFF, vision={"timm_model_name": "test_vit"})
     assert timm.how_computed() == "image: TimmModel as it comes; text: 2 blocks of open_clip's"
+    both = towers_of(TowerSettings(checkpoint_blocks=True, compile=True))
+    assert both.how_computed().count("(flash), blocks compiled, blocks checkpointed") == 2
 
 
 def test_the_backend_is_the_one_that_runs():

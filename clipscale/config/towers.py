@@ -15,3 +15,4 @@ class TowerSettings:
     residual: Literal["open_clip", "bf16"] = "open_clip"  # what text blocks add up in: there float32 under autocast too
     channels_last: bool = True  # pictures in the memory order that convolutions like, for towers of convolutions
     checkpoint_blocks: bool = False  # keep of each block its input alone and run it again backwards: a third more time
+    compile: bool = False  # blocks by torch.compile: a minute or more at first, then fewer passes over memory

@@ -19,6 +19,7 @@ import torch
 from clipscale.config import Config, GradCache, TowerSettings
 from clipscale.data.load.replay_plan import host_memory
 from clipscale.dist import World
+from clipscale.errors import require
 from clipscale.step.costs import graph_costs
 from clipscale.step.gradcache import captions_of
 from clipscale.step.plan import GraphCost, StepPlan, TowerPlan
@@ -47,6 +48,11 @@ def plan_step(config: Config, towers: Towers, world: World, recorded: dict[str, 
     drawing_layers = towers.draws_by_chunk()
     towers.model.train(training)
     for name, layers in drawing_layers.items():
+        require(
+            not (layers and config.towers.compile),
+            f"towers.compile=true, but the {name} tower draws by chunk ({layers[:1]}), which a compiled graph does in "
+            "its own way in each pass; set towers.compile=false, or that dropout to 0",
+        )
         if layers:
             tell(
                 f"the {name} tower draws by chunk in {counted(len(layers), 'layer')} ({layers[0]}): its chunks are the "

@@ -28,6 +28,7 @@ from clipscale.deterministic import naming_who_is_not
 from clipscale.errors import UserError, require
 from clipscale.towers.blocks import checkpoint_blocks
 from clipscale.towers.captions import CaptionCut
+from clipscale.towers.compiled import compile_blocks
 from clipscale.towers.draws import draw_by_position, draws_by_chunk
 from clipscale.towers.fast import how_computed, speed_up
 from clipscale.towers.tower import Tower, normalise_pixels, refuse_batchnorm, token_ids
@@ -49,6 +50,7 @@ class Towers:
     tokenizer: TokenizerChoice  # the one whose ids the text tower is for
     logit_scale_max: float
     preprocess: Preprocess  # its mean and std are in `image` already
+    settings: TowerSettings  # by which both are computed
 
     @property
     def context_length(self) -> int:
@@ -91,9 +93,14 @@ class Towers:
         return found
 
     def how_computed(self) -> str:
-        """What of each tower is computed otherwise than open_clip does, and what is not: a line for a log."""
-        own = self.model.logit_scale.dtype
-        return "; ".join(f"{t.name}: {how_computed(t.encoder, t.autocast or own)}" for t in (self.image, self.text))
+        """How each tower is computed in training, of what open_clip does otherwise: a line for a log."""
+        parts = []
+        for tower in (self.image, self.text):
+            words = [how_computed(tower.encoder, tower.autocast or self.model.logit_scale.dtype)]
+            words += ["blocks compiled"] if self.settings.compile else []
+            words += ["blocks checkpointed"] if self.settings.checkpoint_blocks else []
+            parts.append(f"{tower.name}: {', '.join(words)}")
+        return "; ".join(parts)
 
     def clamp_logit_scale(self) -> None:
         """Keep s <= logit_scale_max, after an optimizer step (Radford et al., arXiv 2103.00020, section 2.5)."""
@@ -137,9 +144,11 @@ def build_towers(
         except Exception as error:  # open_clip and timm assert, divide, unpack and download
             raise UserError(f"{what} cannot be built: {_reason(error)}") from error
     refuse_batchnorm(model, what)
-    for encoder in (model.visual, model.text):
+    for name, encoder in (("image", model.visual), ("text", model.text)):
         draw_by_position(encoder)
         speed_up(encoder, settings)
+        if settings.compile:
+            compile_blocks(name, encoder)
         if settings.checkpoint_blocks:
             checkpoint_blocks(encoder)
     model = model.to(device)
@@ -164,6 +173,7 @@ def build_towers(
         tokenizer=_tokenizer(config, fields["text_cfg"]),
         logit_scale_max=config.logit_scale_max,
         preprocess=config.preprocess,
+        settings=settings,
     )
     _try_out(towers, what)
     return towers

@@ -93,7 +93,7 @@ FLAGS: dict[str, Flag] = {
     "--force-patch-dropout": Flag("model.vision", "patch_dropout of a model of your own"),
     "--force-custom-text": Flag("model.text", "towers are always separate"),
     "--torchscript": _WHOLE_MODELS,
-    "--torchcompile": _WHOLE_MODELS,
+    "--torchcompile": Flag("towers.compile", "block by block; evaluations run as they come"),
     "--trace": _WHOLE_MODELS,
     "--accum-freq": Flag("train.global_batch", "not needed: chunks (gradcache.*_chunk) bound the memory of any batch"),
     "--device": Flag("device", "auto, cpu or cuda"),

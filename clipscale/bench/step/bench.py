@@ -109,8 +109,15 @@ def _measured(model: str, options: StepBench, device: torch.device, lengths: Len
 
 def _towers(model: str, precision: str, options: StepBench, device: torch.device) -> dict[str, Any]:
     chunks = options.image_chunk, options.text_chunk
-    config, seconds, seed = model_config(model), options.seconds, options.seed
-    rows = measure_towers(config, device, precision=precision, samples=chunks, seconds=seconds, seed=seed)
+    rows = measure_towers(
+        model_config(model),
+        device,
+        precision=precision,
+        samples=chunks,
+        seconds=options.seconds,
+        compiled=options.compiled,
+        seed=options.seed,
+    )
     return {"model": model, "precision": precision, "rows": rows}
 
 

@@ -41,6 +41,7 @@ class StepBench:
     peers: bool
     parity: bool
     towers: bool  # the towers alone, in place of steps
+    compiled: bool  # the towers' blocks by torch.compile too
     seconds: float  # for the repeats of one contestant in one case
     limit_seconds: float  # a contestant predicted to take longer for one step is skipped
     seed: int
@@ -67,6 +68,9 @@ def add_step_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--towers", action="store_true", help="the towers alone, each switch beside open_clip's forward"
     )
+    parser.add_argument(
+        "--compiled", action="store_true", help="with --towers: also by torch.compile, minutes at first"
+    )
     add("--seconds", "20", "for the repeats of a contestant at one size; default: 20", "S")
     add("--limit-seconds", "120", "skip what is predicted to take longer for a step; default: 120", "S")
     add("--seed", "0", "of weights, pictures and captions; default: 0", "N")
@@ -81,6 +85,9 @@ def step_options(arguments: argparse.Namespace) -> StepBench:
         require(batch >= 2, f"--batches={arguments.batches}: a batch of {batch} is too small; give at least 2 pairs")
     for option, given in (("--peers", arguments.peers), ("--parity", arguments.parity), ("--batches", batches)):
         require(not (arguments.towers and given), f"--towers measures no steps; leave {option} out, or --towers")
+    require(
+        arguments.towers or not arguments.compiled, "--compiled is for the towers alone; add --towers, or leave it out"
+    )
     return StepBench(
         models=None if arguments.models is None else names("--models", arguments.models),
         batches=batches and tuple(sorted(batches)),
@@ -92,6 +99,7 @@ def step_options(arguments: argparse.Namespace) -> StepBench:
         peers=arguments.peers,
         parity=arguments.parity,
         towers=arguments.towers,
+        compiled=arguments.compiled,
         seconds=positive("--seconds", arguments.seconds),
         limit_seconds=positive("--limit-seconds", arguments.limit_seconds),
         seed=whole("--seed", arguments.seed, minimum=0),

@@ -112,7 +112,8 @@ def tower_cells(rows: list[dict[str, Any]]) -> list[list[str]]:
         line = [row["way"], short(spread["median"]), f"{short(spread['low'])}..{short(spread['high'])}"]
         line += [str(spread["repeats"]), f"{row['time_to_open_clip']:.2f}"]
         for key in ("moved_bytes", "kept_bytes"):
-            line += [short(row[key] / samples / 1e6), f"{row[key] / rows[0][key]:.2f}"]
+            counted = row[key] is not None
+            line += [short(row[key] / samples / 1e6), f"{row[key] / rows[0][key]:.2f}"] if counted else ["-", "-"]
         lines.append(line)
     return lines
 

@@ -44,31 +44,41 @@ _WAYS = {
     "channels_last": dataclasses.replace(_OFF, channels_last=True),
     OURS: TowerSettings(),
     f"{OURS}, residual=bf16": TowerSettings(residual="bf16"),
+    f"{OURS}, checkpoint_blocks": TowerSettings(checkpoint_blocks=True),
+    f"{OURS}, compile": TowerSettings(compile=True),
 }
 _ROUNDS = 5
 
 
 def measure_towers(
-    model: Model, device: torch.device, *, precision: str, samples: tuple[int, int], seconds: float, seed: int
+    model: Model,
+    device: torch.device,
+    *,
+    precision: str,
+    samples: tuple[int, int],
+    seconds: float,
+    compiled: bool,
+    seed: int,
 ) -> dict[str, list[dict[str, Any]]]:
     """Rows of the image and of the text tower, by way; one that changes nothing of a tower has none.
 
     Args:
         samples: of a chunk of pictures, and of captions of full length.
         seconds: for the turns of one way.
+        compiled: also by torch.compile, whose bytes are not counted.
     """
-    ways = _build(model, device, precision, seed)
+    ways = _build(model, device, precision, seed, compiled=compiled)
     return {
         name: _rows({way: getattr(towers, name) for way, towers in ways.items()}, ways[OPEN_CLIP], count, seconds)
         for name, count in zip(("image", "text"), samples, strict=True)
     }
 
 
-def _build(model: Model, device: torch.device, precision: str, seed: int) -> dict[str, Towers]:
+def _build(model: Model, device: torch.device, precision: str, seed: int, *, compiled: bool) -> dict[str, Towers]:
     autocast = autocast_dtype(precision, device)
     built: dict[str, Towers] = {}
     for way, settings in _WAYS.items():
-        if precision == "fp32" and ("bf16" in way or way == "fast_norms"):
+        if (precision == "fp32" and ("bf16" in way or way == "fast_norms")) or (settings.compile and not compiled):
             continue
         towers = build_towers(model, settings, device=device, autocast=autocast, seed=seed)
         if built:
@@ -80,7 +90,6 @@ def _build(model: Model, device: torch.device, precision: str, seed: int) -> dic
 
 def _rows(ways: dict[str, Tower], towers: Towers, samples: int, seconds: float) -> list[dict[str, Any]]:
     inputs = towers.noise(getattr(towers, next(iter(ways.values())).name), samples)
-    moved = {way: moved_bytes(partial(_pass, tower, inputs)) for way, tower in ways.items()}
     ways = {way: tower for way, tower in ways.items() if way in (OPEN_CLIP, OURS) or _differs(tower, ways[OPEN_CLIP])}
     field = [Supplier(way, partial(_pass, tower, inputs), ahead=0, filling=1) for way, tower in ways.items()]
     turns = take_turns(field, rounds=_ROUNDS, seconds=seconds / _ROUNDS)[1]
@@ -93,8 +102,8 @@ def _rows(ways: dict[str, Tower], towers: Towers, samples: int, seconds: float) 
             "time_to_open_clip": statistics.median(
                 theirs / ours for ours, theirs in zip(times[way], times[OPEN_CLIP], strict=True)
             ),
-            "moved_bytes": moved[way],
-            "kept_bytes": _kept_bytes(tower, inputs),
+            "moved_bytes": None if _WAYS[way].compile else moved_bytes(partial(_pass, tower, inputs)),
+            "kept_bytes": None if _WAYS[way].compile else _kept_bytes(tower, inputs),
         }
         for way, tower in ways.items()
     ]

@@ -1,0 +1,86 @@
+"""An encoder's blocks by torch.compile: few graphs, each told with the time it took.
+
+    compile_blocks("text", encoder)       # once, after building and before blocks are checkpointed
+
+Blocks of one kind share their graphs: one with gradients and one without for each length of captions, of which there
+are few (rows.py), and one of each for pictures; the number of rows is free. Pass 1, pass 2 and kept graphs run the same
+way. A number of graphs that goes beyond a bound is an error and not a slow run.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from clipscale.errors import UserError
+from clipscale.tell import tell
+from clipscale.towers.blocks import blocks_of
+from clipscale.towers.draws import TimmDropPath
+
+MOST_GRAPHS = 32  # of one kind of blocks: of 77 tokens 5 lengths, with gradients and without, and what evaluates
+
+
+class _DropPath(TimmDropPath):
+    """Between two graphs: its keys and its rate are constants, with which every block would have graphs of its own."""
+
+    @torch.compiler.disable
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class _Compiled:
+    def forward(self, x: Tensor, *args, **kwargs):
+        if not self.training:
+            return super().forward(x, *args, **kwargs)
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+        return self.compiled(self, x, *args, **kwargs)
+
+
+def compile_blocks(name: str, encoder: nn.Module) -> int:
+    """Compile every block's forward in training mode; how many blocks there are. `name`: of the tower.
+
+    Raises:
+        UserError: an encoder whose blocks are not known.
+    """
+    blocks = blocks_of(encoder)
+    if not blocks:
+        raise UserError(
+            f"towers.compile=true: the blocks of {type(encoder).__name__} are not known; set it to false, or take a "
+            "tower of open_clip's or timm's"
+        )
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    for block in blocks:
+        block.__class__ = _compiled(type(block), name)
+        for module in block.modules():
+            if type(module) is TimmDropPath:
+                module.__class__ = _DropPath
+    return len(blocks)
+
+
+@cache
+def _compiled(kind: type[nn.Module], name: str) -> type[nn.Module]:
+    forward = torch.compile(kind.forward, backend=_Told(name), recompile_limit=MOST_GRAPHS)
+    return type(kind.__name__, (_Compiled, kind), {"__module__": kind.__module__, "compiled": staticmethod(forward)})
+
+
+class _Told:
+    """Inductor, with a line for each graph."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._graphs = name, 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]):
+        from torch._inductor.compile_fx import compile_fx
+
+        begin = time.perf_counter()
+        compiled = compile_fx(graph, inputs)
+        self._graphs += 1
+        way = "with gradients" if torch.is_grad_enabled() else "without gradients"
+        tell(
+            f"towers.compile: graph {self._graphs} of the {self._name} tower's blocks, {way}, in "
+            f"{time.perf_counter() - begin:.1f} s"
+        )
+        return compiled
