@@ -53,6 +53,7 @@ PAIRS = [
         ["model.name=ViT-B-32", "model.quick_gelu=true"],
         "model.quick_gelu=True is not used: model.name='ViT-B-32' brings",
     ),
+    (["model.name=ViT-B-16-SigLIP"], "model.name='ViT-B-16-SigLIP' has a bias of -10 for its sigmoid loss"),
     (["eval.zeroshot.every_steps=5"], "eval.zeroshot.every_steps=5 without eval.zeroshot.urls or eval.zeroshot.folder"),
     (["eval.retrieval.every_samples=800"], "eval.retrieval.every_samples=800 without eval.retrieval.urls: nothing is"),
     (["eval.validation.every_steps=5"], "eval.validation.every_steps=5 without eval.validation.urls: nothing is"),

@@ -223,9 +223,10 @@ class Trainer:
         self.steps_done = step
         self.position += config.train.global_batch
         self.skips.account(batch, masked=result.pairs < config.train.global_batch, seen=self.position)
-        self.towers.clamp_logit_scale()
+        clamped = self.last_row.get("logit_scale_clamped", 0) + self.towers.clamp_logit_scale()
         repeats = self.feed.repeats(batch) if self._due(config.run.log_every_steps) else {}
-        learned = {"logit_scale": math.exp(model.logit_scale.item()), "grad_norm": grad_norm, "lr": lr}
+        learned = {"logit_scale": math.exp(model.logit_scale.item()), "logit_scale_clamped": clamped}
+        learned |= {"grad_norm": grad_norm, "lr": lr}
         row = step_row(self.steps_done, self.position, result, learned, masked=self.skips.counts.total())
         row |= repeats | memory()
         self.guard.look(row, result.pairs, self.learner.trouble, partial(self.feed.keys, batch))
