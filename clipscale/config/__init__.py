@@ -10,7 +10,7 @@ configs that come along.
 from clipscale.config.evaluation import EVALUATIONS, Eval, Retrieval, Validation, ZeroShot
 from clipscale.config.model import Model, Preprocess
 from clipscale.config.optim import Optim
-from clipscale.config.settings import Checkpoint, Config, GradCache, Loss, Run, Train, flat
+from clipscale.config.settings import Checkpoint, Config, GradCache, Lock, Loss, Run, Train, flat
 
 __all__ = [
     "EVALUATIONS",
@@ -18,6 +18,7 @@ __all__ = [
     "Config",
     "Eval",
     "GradCache",
+    "Lock",
     "Loss",
     "Model",
     "Optim",

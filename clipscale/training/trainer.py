@@ -32,7 +32,7 @@ from clipscale.guard.rollback import go_back, keep_rollbacks, passed_over
 from clipscale.launch import check_ranks
 from clipscale.loss.engines import adopt_shapes, check_engine, tuned_shapes
 from clipscale.loss.link import open_link
-from clipscale.optim import optimizer_state, set_lr
+from clipscale.optim import lock_towers, optimizer_state, set_lr
 from clipscale.preflight.checks import check_training
 from clipscale.preflight.prepare import prepare_files
 from clipscale.progress import duration
@@ -346,6 +346,8 @@ class Trainer:
         config, device = self.config, self.world.device
         autocast = autocast_dtype(config.train.precision, device)
         self.towers = build_towers(config.model, device=device, autocast=autocast, seed=config.seed)
+        for line in lock_towers(self.towers, config.train.lock):
+            tell(line)
         if config.train.deterministic:
             try_backward(self.towers)
         self.learner = Learner(config, self.towers, self.world, self.parts, self._wishes)
