@@ -10,11 +10,12 @@ import torch
 from spawn import run_ranks
 from test_gradcache import TEXT, VISION, make_batch, make_plan, make_towers, worst_error
 
-from clipscale.config import Config, Model, Train
+from clipscale.config import Config, Lock, Model, Train
 from clipscale.data.load.replay import Held
 from clipscale.dist import World
 from clipscale.errors import SharedError
 from clipscale.loss import contrastive_grads
+from clipscale.optim import lock_towers
 from clipscale.parallel import broadcast_parameters, sum_gradients
 from clipscale.step import gradcache_step
 from clipscale.towers import Towers, build_towers
@@ -22,6 +23,7 @@ from clipscale.training.trainer import Trainer
 
 SLOTS, STEPS = 16, 3
 UNEQUAL, DRAWING = "unequal, one rank of four with none", "by position and length"
+LOCKED = "a locked image tower, and of the text tower its norms and two layers alone"
 MASKS = {"equal": (), UNEQUAL: (1, 4, 5, 6, 7, 15)}
 
 
@@ -47,7 +49,14 @@ def make_long_batch(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def some_steps(
-    rank: int, size: int, masked: tuple[int, ...], dtype: torch.dtype, *, by_chunk: bool = True, offset: int = 0
+    rank: int,
+    size: int,
+    masked: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    by_chunk: bool = True,
+    offset: int = 0,
+    lock: Lock | None = None,
 ) -> dict:
     """SGD on the same global batches; every step's loss and gradients, and the last parameters.
 
@@ -56,6 +65,7 @@ def some_steps(
     """
     world = World(rank, size, rank, torch.device("cpu"))
     towers = make_towers(dtype, dropout=False) if by_chunk else make_drawing_towers(dtype)
+    lock_towers(towers, lock or Lock())
     with torch.no_grad():  # only rank 0 starts from the right weights
         for parameter in towers.model.parameters():
             parameter.add_(rank)
@@ -81,14 +91,16 @@ def some_steps(
         )
         sum_gradients(towers.encoder_parameters(), world)
         losses.append(result.loss)
-        grads.append({name: p.grad.clone() for name, p in towers.model.named_parameters()})
+        grads.append({name: p.grad.clone() for name, p in towers.model.named_parameters() if p.requires_grad})
         optimizer.step()
     return {"losses": losses, "grads": grads, "parameters": towers.model.state_dict()}
 
 
 def cases_of(rank: int, size: int, dtype: torch.dtype) -> dict:
     found = {name: some_steps(rank, size, masked, dtype) for name, masked in MASKS.items()}
-    return found | {DRAWING: some_steps(rank, size, MASKS[UNEQUAL], dtype, by_chunk=False)}
+    found[DRAWING] = some_steps(rank, size, MASKS[UNEQUAL], dtype, by_chunk=False)
+    lock = Lock(image=True, text=True, text_groups=2, learn=("text.*ln_*",))
+    return found | {LOCKED: some_steps(rank, size, MASKS[UNEQUAL], dtype, lock=lock)}
 
 
 @cache

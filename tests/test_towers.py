@@ -13,6 +13,7 @@ from tiny import MODEL
 from clipscale.config import Model
 from clipscale.errors import UserError
 from clipscale.towers import build_towers
+from clipscale.upstream.open_clip_files import logit_bias_init, logit_scale_init
 
 CAPTIONS = ["a red circle", "the large blue star sits in the middle, on gravel", ""]
 
@@ -120,8 +121,20 @@ def test_logit_scale_starts_as_told_and_is_clamped():
     for log_scale, clamped in ((9.0, 30.0), (2.0, math.exp(2.0))):
         with torch.no_grad():
             towers.model.logit_scale.fill_(log_scale)
-        towers.clamp_logit_scale()
+        assert towers.clamp_logit_scale() == (clamped == 30.0)
         assert math.isclose(towers.logit_scale(), clamped, rel_tol=1e-6)
+        assert not towers.clamp_logit_scale()
+
+
+def test_logit_scale_starts_as_the_named_model_has_it(monkeypatch):
+    """As open_clip's factory builds it: of its JSONs none has another, so one is given."""
+    settings = open_clip.get_model_config("ViT-B-32")
+    monkeypatch.setattr(open_clip, "get_model_config", lambda name: settings | {"init_logit_scale": math.log(10)})
+    theirs = open_clip.CustomTextCLIP(**settings, init_logit_scale=math.log(10))
+    assert math.isclose(logit_scale_init(Model(name="ViT-B-32")), theirs.logit_scale.exp().item(), rel_tol=1e-6)
+    assert logit_scale_init(Model(name="ViT-B-32", logit_scale_init=20.0)) == 20.0
+    assert logit_scale_init(MODEL) == pytest.approx(1 / 0.07, rel=1e-15)
+    assert logit_bias_init(Model(name="ViT-B-32")) is None
 
 
 def test_encoder_parameters_are_all_but_the_logit_scale():

@@ -314,6 +314,23 @@ def test_a_resume_takes_over_the_tuned_kernels(tmp_path, urls, monkeypatch):
     assert adopted == [{}, shapes]
 
 
+def test_steps_that_held_the_logit_scale_are_counted_over_a_resume(tmp_path, urls, monkeypatch):
+    update = Learner.update
+
+    def jump(self, *, step):
+        norm = update(self, step=step)
+        with torch.no_grad():
+            self.towers.model.logit_scale.fill_(9.0 if step in (2, 5, 6) else 2.0)
+        return norm
+
+    monkeypatch.setattr(Learner, "update", jump)
+    for samples in (24, 56):
+        train(tiny_config(tmp_path, urls, f"train.samples={samples}"))
+    found = rows(tmp_path)
+    assert [row["logit_scale_clamped"] for row in found] == [0, 1, 1, 1, 2, 3, 3]
+    assert [row["step"] for row in found if row["logit_scale"] == pytest.approx(100.0)] == [2, 5, 6]
+
+
 def test_fp16_may_begin_at_a_resume(tmp_path, urls):
     train(tiny_config(tmp_path, urls))
     train(tiny_config(tmp_path, urls, "train.precision=fp16", "train.samples=48"))

@@ -72,6 +72,13 @@ def world(size: int) -> World:
     return World(0, size, 0, torch.device("cpu"))
 
 
+def test_a_step_line_says_how_often_the_logit_scale_was_clamped():
+    few = {"masked_samples": 0, "data_wait_share": 0.0}
+    line = step_line(ROW | few | {"logit_scale_clamped": 1234}, last_step=400, eta_seconds=3960)
+    assert "  clamped 1.23k" in line
+    assert "clamped" not in step_line(ROW | {"logit_scale_clamped": 0}, last_step=400, eta_seconds=3960)
+
+
 def test_a_step():
     assert step_line(ROW, last_step=400, eta_seconds=4000) == STEP
 

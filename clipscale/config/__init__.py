@@ -10,7 +10,7 @@ finds the configs that come along.
 from clipscale.config.evaluation import EVALUATIONS, Eval, Retrieval, Validation, ZeroShot
 from clipscale.config.model import Model, Preprocess
 from clipscale.config.optim import Optim
-from clipscale.config.settings import Checkpoint, Config, Ema, GradCache, Loss, Run, Train, Wandb, flat
+from clipscale.config.settings import Checkpoint, Config, Ema, GradCache, Lock, Loss, Run, Train, Wandb, flat
 from clipscale.config.towers import TowerSettings
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Ema",
     "Eval",
     "GradCache",
+    "Lock",
     "Loss",
     "Model",
     "Optim",

@@ -35,7 +35,8 @@ class Model:
     vision: dict[str, Any] | None = None  # fields of open_clip's CLIPVisionCfg
     text: dict[str, Any] | None = None  # fields of open_clip's CLIPTextCfg
     quick_gelu: bool = False  # x * sigmoid(1.702 x) as the activation, as OpenAI's own models have it
-    logit_scale_init: float = 1 / 0.07  # what similarities are multiplied by at the start; it is learned
+    # What similarities are multiplied by at the start; it is learned. null: the named model's own, else 1 / 0.07.
+    logit_scale_init: float | None = None
     logit_scale_max: float = 100.0  # it is held at or below this
     image_size: int | None = None  # pixels of a side, of any model; null: the model's own
     context_length: int | None = None  # tokens of a caption, of any model; null: the model's own
@@ -66,8 +67,9 @@ class Model:
         for name in ("image_size", "context_length"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"model.{name}={value} must be at least 1, or null")
+        init = self.logit_scale_max if self.logit_scale_init is None else self.logit_scale_init
         require(
-            0 < self.logit_scale_init <= self.logit_scale_max,
+            0 < init <= self.logit_scale_max,
             f"model.logit_scale_init={self.logit_scale_init} must lie in (0, model.logit_scale_max="
             f"{self.logit_scale_max}]",
         )

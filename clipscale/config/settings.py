@@ -40,6 +40,37 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Lock:
+    """What keeps the weights it begins with: a tower as open_clip locks it, or parameters by pattern."""
+
+    image: bool = False  # the image tower; of a timm backbone, all but the projection behind it
+    text: bool = False  # the text tower; one of Hugging Face's, all but the projection behind it
+    image_groups: int = 0  # so many layers of a locked image tower learn all the same, from the top: 1, the projection
+    text_groups: int = 0  # the same of a locked text tower
+    learn: tuple[str, ...] = ()  # what learns in locked towers: norms, biases, or patterns: ["visual.*ln_*"]
+    patterns: tuple[str, ...] = ()  # what is locked beside: ["text.token_embedding.*", "logit_scale"]
+
+    def __post_init__(self) -> None:
+        for tower in ("image", "text"):
+            groups = getattr(self, f"{tower}_groups")
+            require(groups >= 0, f"train.lock.{tower}_groups={groups} must not be negative")
+            require(
+                groups == 0 or getattr(self, tower),
+                f"train.lock.{tower}_groups={groups} unlocks layers of a tower that is not locked; set train.lock."
+                f"{tower}=true",
+            )
+        require(
+            not self.learn or self.image or self.text,
+            f"train.lock.learn={list(self.learn)} is what learns in locked towers, and none is; set "
+            "train.lock.image or train.lock.text to true",
+        )
+
+    def whole(self) -> list[str]:
+        """The towers of which no layer is to learn, by these settings alone."""
+        return [name for name in ("image", "text") if getattr(self, name) and not getattr(self, f"{name}_groups")]
+
+
+@dataclass(frozen=True)
 class Train:
     """How much is trained, at which batch and in which precision."""
 
@@ -53,6 +84,7 @@ class Train:
     on_divergence: Literal["stop", "skip", "rollback"] = "stop"  # end, go on, or back to a checkpoint, past these data
     check_ranks_every_steps: int = 100  # ranks compare their weights so often, and before a checkpoint; 0: never
     max_rollbacks: int = 3  # a run goes back so many times at most
+    lock: Lock = field(default_factory=Lock)
 
     def __post_init__(self) -> None:
         require(self.global_batch >= 1, f"train.global_batch={self.global_batch} must be at least 1")

@@ -16,6 +16,8 @@ from typing import Any
 from clipscale.config import Config
 from clipscale.guard.health import has_learned, is_chance, is_dead_gradient, is_dead_scale
 from clipscale.schedule import learning_rate
+from clipscale.upstream.open_clip_files import logit_scale_init
+from clipscale.words import counted
 
 _RECENT = 50  # rows that are looked at together
 _NEAR_CHANCE = 0.02  # of ln(B): so little below it is next to nothing
@@ -83,19 +85,21 @@ def _flat(rows: list[dict[str, Any]], config: Config, pairs: int) -> str:
 
 def _scale(rows: list[dict[str, Any]], config: Config, pairs: int) -> str:
     scale, model = rows[-1]["logit_scale"], config.model
-    if is_dead_scale(scale, model.logit_scale_init):
+    began = logit_scale_init(model)
+    if is_dead_scale(scale, began):
         return (
-            f"logit scale {scale:.3g}, near 0 (it began at {model.logit_scale_init:.3g}): no pair can be told from "
+            f"logit scale {scale:.3g}, near 0 (it began at {began:.3g}): no pair can be told from "
             "another; go back to a checkpoint from before and lower optim.lr"
         )
     if scale >= 0.999 * model.logit_scale_max:
+        held = counted(rows[-1].get("logit_scale_clamped", 0), "step")
         return (
-            f"logit scale {scale:.4g} is at its bound (model.logit_scale_max): usual late in a long run; early on it "
-            "tells of captions that repeat or of an optim.lr that is too high"
+            f"logit scale {scale:.4g} is at its bound (model.logit_scale_max), where it was held in {held} so far: "
+            "usual late in a long run; early on it tells of captions that repeat or of an optim.lr that is too high"
         )
-    if scale < 0.5 * model.logit_scale_init:
+    if scale < 0.5 * began:
         return (
-            f"logit scale {scale:.3g}, down from {model.logit_scale_init:.3g}: the model gives up telling pairs apart; "
+            f"logit scale {scale:.3g}, down from {began:.3g}: the model gives up telling pairs apart; "
             "lower optim.lr, or look whether pictures and captions belong together"
         )
     return ""

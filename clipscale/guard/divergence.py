@@ -21,6 +21,7 @@ from clipscale.guard.health import Health, collapse_sign, has_learned, problem
 from clipscale.guard.nonfinite import Trouble, explain
 from clipscale.telemetry.faults import report_fault
 from clipscale.towers import Towers
+from clipscale.upstream.open_clip_files import logit_scale_init
 from clipscale.words import counted
 
 _FIX = "lower optim.lr or lengthen optim.warmup_steps"
@@ -102,7 +103,7 @@ class Guard:
             return
         health.learned |= has_learned(row["loss"], pairs)
         late = row["samples"] > config.warmup_samples + most * config.train.global_batch
-        sign = collapse_sign(row, pairs=pairs, scale_init=config.model.logit_scale_init, chance=health.learned or late)
+        sign = collapse_sign(row, pairs=pairs, scale_init=logit_scale_init(config.model), chance=health.learned or late)
         health.collapsed_in_a_row = health.collapsed_in_a_row + 1 if sign else 0
         if health.collapsed_in_a_row >= most:
             step, first = row["step"], health.collapsed_in_a_row == most

@@ -20,7 +20,7 @@ from clipscale.words import counted
 _LEARNED_SHARE = 0.9  # of ln(B): a loss below this is clearly better than guessing
 _CHANCE_NATS = 1e-3  # a loss so near to ln(B) is that of embeddings that are all alike
 _DEAD_NORM = 1e-6  # of float32 gradients that cancel; a run that learns has norms above 1e-3
-_DEAD_SCALE = 0.01  # of model.logit_scale_init: no pair can be told from another under a smaller one
+_DEAD_SCALE = 0.01  # of what it began at: no pair can be told from another under a smaller one
 
 
 @dataclass
@@ -65,7 +65,7 @@ def collapse_sign(row: Mapping[str, Any], *, pairs: int, scale_init: float, chan
 
     Args:
         pairs: valid pairs of the step.
-        scale_init: model.logit_scale_init.
+        scale_init: what the logit scale began at.
         chance: the loss of guessing is a sign too.
     """
     if pairs < 2:  # one pair is never wrong

@@ -75,6 +75,8 @@ def check_training(config: Config) -> list[str]:
             start = find_start(config.run.dir, config.resume, samples=config.train.samples)
             if start.kind == "new" and config.model.init is not None:
                 _check_weights(config.model)
+            if start.kind == "new":
+                _check_lock(config)
             if start.kind == "other" and config.model.init is not None:
                 notes.append(f"warning: model.init={config.model.init} is not used: resume={config.resume} has weights")
         saved = saved_state(config.run.dir, config.resume)
@@ -131,6 +133,17 @@ def _check_weights(model: Model) -> None:
         find_weights(model.init, model.name, ema=model.init_ema)
     except UserError as error:
         raise UserError(f"model.init: {error}") from error
+
+
+def _check_lock(config: Config) -> None:
+    """A tower that keeps random weights is a mistake."""
+    model = config.model
+    for tower in config.train.lock.whole():
+        require(
+            model.init is not None and model.init_towers in ("both", tower),
+            f"train.lock.{tower}=true keeps the {tower} tower's weights, and it would begin with random ones: set "
+            f"model.init to weights of it (model.init_towers={model.init_towers}), or train.lock.{tower}=false",
+        )
 
 
 def _check_device(device: str) -> None:

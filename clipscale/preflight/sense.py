@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from clipscale.config import Checkpoint, Config, Model, Optim, Run, Validation
 from clipscale.schedule import learning_rate, total_steps
+from clipscale.upstream.open_clip_files import logit_bias_init
 from clipscale.words import counted
 
 _WARMUP_STEPS = 1_000  # fewer for a warm-up in samples are told: large batches make few steps of many samples
@@ -73,6 +74,11 @@ def _unused(config: Config) -> Iterator[str]:
     for name in ("embed_dim", "quick_gelu"):
         if model.name is not None and getattr(model, name) != getattr(usual, name):
             yield f"model.{name}={getattr(model, name)} is not used: model.name={model.name!r} brings its own"
+    if (bias := logit_bias_init(model)) is not None:
+        yield (
+            f"model.name={model.name!r} has a bias of {bias:g} for its sigmoid loss (init_logit_bias), which has no "
+            "part in the softmax loss that is trained here"
+        )
     for name in ("init_towers", "init_strict", "init_context"):
         if model.init is None and getattr(model, name) != getattr(usual, name):
             yield f"model.{name}={getattr(model, name)} is not used: model.init is null"

@@ -217,5 +217,7 @@ def chunk_randomness(key: int, tower: Encoder, start: int) -> Iterator[None]:
 def _add_logit_scale_grad(towers: Towers, d_log_scale: Tensor) -> None:
     """The parameter is log s, hence the factor s = d s / d log s in the caller."""
     parameter = towers.model.logit_scale
+    if not parameter.requires_grad:
+        return
     grad = d_log_scale.to(parameter).reshape(parameter.shape)
     parameter.grad = grad if parameter.grad is None else parameter.grad + grad

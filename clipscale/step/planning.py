@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from clipscale.config import Config, GradCache, TowerSettings
+from clipscale.config import Config, GradCache, Lock, TowerSettings
 from clipscale.data.load.replay_plan import host_memory
 from clipscale.dist import World
 from clipscale.errors import require
@@ -26,7 +26,7 @@ from clipscale.step.plan import GraphCost, StepPlan, TowerPlan
 from clipscale.step.search import Search, Sizes
 from clipscale.step.walks import Captions
 from clipscale.tell import tell
-from clipscale.towers import Towers
+from clipscale.towers import Tower, Towers
 from clipscale.words import counted
 
 _MARGIN = 0.1  # of a GPU's memory, for what its allocator cuts off and what nobody counted
@@ -96,9 +96,10 @@ def chunks_of(config: Config, recorded: dict[str, Any] | None) -> tuple[int, int
 def plan_line(plan: StepPlan, towers: Towers, slots: int) -> str:
     """What a run tells of its plan."""
     blank_NL = torch.zeros(1, towers.context_length, dtype=torch.int32).expand(slots, -1)
-    pictures = f"{plan.image.kept_samples(slots) / slots:.0%}"
+    pictures = f"{plan.image.kept_samples(slots) / slots if _learns(towers.image) else 1:.0%}"
     least = f"{Captions(blank_NL, plan.text, None).kept / slots:.0%}"  # all of full length
     most = f"{captions_of(towers.text, blank_NL, plan.text).kept / slots:.0%}"  # all of them as short as can be
+    least, most = (least, most) if _learns(towers.text) else ("100%", "100%")
     captions = most if most == least else f"{least} to {most}"
     once = f"{pictures} of the pictures and {captions} of the captions{'' if most == least else ', by their length,'}"
     return (
@@ -107,12 +108,19 @@ def plan_line(plan: StepPlan, towers: Towers, slots: int) -> str:
     )
 
 
+def _learns(tower: Tower) -> bool:
+    """One in which nothing does has no second pass."""
+    return any(parameter.requires_grad for parameter in tower.encoder.parameters())
+
+
 def _settings(config: Config, world: World) -> dict[str, Any]:
     """All that the user decides and a plan depends on."""
     towers = {} if config.towers == TowerSettings() else {"towers": dataclasses.asdict(config.towers)}
+    lock = {"lock": dataclasses.asdict(config.train.lock)} if config.train.lock != Lock() else {}
     return (
         dataclasses.asdict(config.gradcache)
         | towers
+        | lock
         | {
             "slots": config.train.global_batch // world.size,
             "precision": config.train.precision,

@@ -32,7 +32,7 @@ from clipscale.towers.compiled import compile_blocks
 from clipscale.towers.draws import draw_by_position, draws_by_chunk
 from clipscale.towers.fast import how_computed, speed_up
 from clipscale.towers.tower import Tower, normalise_pixels, refuse_batchnorm, token_ids
-from clipscale.upstream.open_clip_files import TokenizerChoice, check_model, model_fields
+from clipscale.upstream.open_clip_files import TokenizerChoice, check_model, logit_scale_init, model_fields
 
 _DEFAULT = TowerSettings()
 
@@ -102,10 +102,17 @@ class Towers:
             parts.append(f"{tower.name}: {', '.join(words)}")
         return "; ".join(parts)
 
-    def clamp_logit_scale(self) -> None:
-        """Keep s <= logit_scale_max, after an optimizer step (Radford et al., arXiv 2103.00020, section 2.5)."""
+    def clamp_logit_scale(self) -> bool:
+        """Keep s <= logit_scale_max, after an optimizer step (Radford et al., arXiv 2103.00020, section 2.5).
+
+        Returns:
+            Whether it was above.
+        """
+        bound = math.log(self.logit_scale_max)
+        above = (self.model.logit_scale > bound).item()
         with torch.no_grad():
-            self.model.logit_scale.clamp_(max=math.log(self.logit_scale_max))
+            self.model.logit_scale.clamp_(max=bound)
+        return above
 
 
 def build_towers(
@@ -138,7 +145,7 @@ def build_towers(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            model = open_clip.CustomTextCLIP(init_logit_scale=math.log(config.logit_scale_init), **fields)
+            model = open_clip.CustomTextCLIP(init_logit_scale=math.log(logit_scale_init(config)), **fields)
             if config.image_size is not None and fields["vision_cfg"].timm_model_name:
                 model.visual.set_input_size(config.image_size)  # a backbone of timm's has its own
         except Exception as error:  # open_clip and timm assert, divide, unpack and download

@@ -89,6 +89,7 @@ def step_line(row: dict[str, Any], *, last_step: int, eta_seconds: float) -> str
         (1, f"{where} {short(held / 2**30)}G"),
         (0, f"eta {time_left(eta_seconds)}"),
         (2, f"masked {short(masked)}" if masked else ""),
+        (3, f"clamped {short(clamped)}" if (clamped := row.get("logit_scale_clamped", 0)) else ""),
         (5, f"grad {row['grad_norm']:.3f}"),
         (3 if wait >= _MUCH_WAITING else 6, f"wait {wait:.0%}"),
         (4, _largest_parts(row)),

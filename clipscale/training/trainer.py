@@ -33,7 +33,7 @@ from clipscale.guard.rollback import go_back, keep_rollbacks, passed_over
 from clipscale.launch import check_ranks
 from clipscale.loss.engines import adopt_shapes, check_engine, tuned_shapes
 from clipscale.loss.link import open_link
-from clipscale.optim import optimizer_state, set_lr
+from clipscale.optim import lock_towers, optimizer_state, set_lr
 from clipscale.preflight.checks import check_training
 from clipscale.preflight.prepare import prepare_files
 from clipscale.progress import duration
@@ -225,10 +225,11 @@ class Trainer:
         self.steps_done = step
         self.position += config.train.global_batch
         self.skips.account(batch, masked=result.pairs < config.train.global_batch, seen=self.position)
-        self.towers.clamp_logit_scale()
+        clamped = self.last_row.get("logit_scale_clamped", 0) + self.towers.clamp_logit_scale()
         self.ema.update(samples=self.position)
         repeats = self.feed.repeats(batch) if self._due(config.run.log_every_steps) else {}
-        learned = {"logit_scale": math.exp(model.logit_scale.item()), "grad_norm": grad_norm, "lr": lr}
+        learned = {"logit_scale": math.exp(model.logit_scale.item()), "logit_scale_clamped": clamped}
+        learned |= {"grad_norm": grad_norm, "lr": lr}
         row = step_row(self.steps_done, self.position, result, learned, masked=self.skips.counts.total())
         row |= repeats | memory()
         self.guard.look(row, result.pairs, self.learner.trouble, partial(self.feed.keys, batch))
@@ -349,7 +350,8 @@ class Trainer:
         config, device = self.config, self.world.device
         autocast = autocast_dtype(config.train.precision, device)
         self.towers = build_towers(config.model, config.towers, device=device, autocast=autocast, seed=config.seed)
-        tell(f"towers: {self.towers.how_computed()}")
+        for line in (*lock_towers(self.towers, config.train.lock), f"towers: {self.towers.how_computed()}"):
+            tell(line)
         if config.train.deterministic:
             try_backward(self.towers)
         self.learner = Learner(config, self.towers, self.world, self.parts, self._wishes)

@@ -15,6 +15,7 @@ import difflib
 import importlib
 import importlib.util
 import json
+import math
 import sys
 from dataclasses import dataclass, field
 from functools import cache
@@ -91,6 +92,20 @@ def model_fields(model: Model) -> dict[str, Any]:
     if model.context_length is not None:
         fields["text_cfg"]["context_length"] = model.context_length
     return fields
+
+
+def logit_scale_init(model: Model) -> float:
+    """What similarities are multiplied by at the start, by `model.logit_scale_init` or open_clip's JSON."""
+    if model.logit_scale_init is not None:
+        return model.logit_scale_init
+    settings = model_settings(model.name) if model.name is not None else None
+    return math.exp((settings or {}).get("init_logit_scale", math.log(1 / 0.07)))
+
+
+def logit_bias_init(model: Model) -> float | None:
+    """What open_clip's JSON adds to similarities, for a sigmoid loss; None: nothing."""
+    settings = model_settings(model.name) if model.name is not None else None
+    return (settings or {}).get("init_logit_bias")
 
 
 def pretrained_tags(name: str) -> list[str]:

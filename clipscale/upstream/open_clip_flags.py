@@ -15,7 +15,7 @@ class Flag(NamedTuple):
     note: str  # how it differs, or why there is none
 
 
-_LOCKED = Flag("", "both towers are trained")
+_BATCHNORM = Flag("", "towers with BatchNorm are refused: embedding in chunks would change their statistics")
 _ONE_LOSS = Flag("", "the loss is that of CLIP over the whole batch, in tiles")
 _PRETRAINED = Flag("model.init", "a tag, a file, a folder, or a run of clipscale's")
 _IN_SHARDS = Flag("", "`clipscale shards make` packs a list (its --image-key, --caption-key) into shards first")
@@ -52,7 +52,7 @@ FLAGS: dict[str, Flag] = {
     "--momentum": Flag("optim.momentum", "of the kinds that have one"),
     "--warmup": Flag("optim.warmup_steps, optim.warmup_samples", "theirs is in steps; in samples it fits any batch"),
     "--opt": Flag("optim.kind", "timm/lamb is lamb; adamw and sgd are torch's"),
-    "--use-bn-sync": Flag("", "towers with BatchNorm are refused: embedding in chunks would change their statistics"),
+    "--use-bn-sync": _BATCHNORM,
     "--skip-scheduler": Flag("optim.schedule", "constant, without a warm-up"),
     "--lr-scheduler": Flag(
         "optim.schedule", "cosine; const is constant; const-cooldown is constant with optim.cooldown_samples"
@@ -74,9 +74,9 @@ FLAGS: dict[str, Flag] = {
     "--pretrained-image": Flag(
         "model.init, model.init_towers", "weights of a timm backbone from a file; model.init_towers=image"
     ),
-    "--lock-image": _LOCKED,
-    "--lock-image-unlocked-groups": _LOCKED,
-    "--lock-image-freeze-bn-stats": _LOCKED,
+    "--lock-image": Flag("train.lock.image", "the same parameters; model.init brings their weights"),
+    "--lock-image-unlocked-groups": Flag("train.lock.image_groups", "the same parameters"),
+    "--lock-image-freeze-bn-stats": _BATCHNORM,
     "--image-mean": Flag("model.preprocess.mean", "training and evaluation"),
     "--image-std": Flag("model.preprocess.std", "training and evaluation"),
     "--image-interpolation": Flag("model.preprocess.interpolation", "evaluation; training is bicubic, as theirs"),
@@ -109,9 +109,9 @@ FLAGS: dict[str, Flag] = {
     "--no-set-device-rank": Flag("", "under srun a task that sees one GPU takes it"),
     "--seed": Flag("seed", ""),
     "--grad-clip-norm": Flag("train.grad_clip_norm", "1.0 by default, theirs is off; null switches it off"),
-    "--lock-text": _LOCKED,
-    "--lock-text-unlocked-layers": _LOCKED,
-    "--lock-text-freeze-layer-norm": _LOCKED,
+    "--lock-text": Flag("train.lock.text", "the same parameters; model.init brings their weights"),
+    "--lock-text-unlocked-layers": Flag("train.lock.text_groups", "the same parameters"),
+    "--lock-text-freeze-layer-norm": Flag("train.lock.learn", "train.lock.learn=[norms] where norms are to learn"),
     "--log-every-n-steps": Flag("run.log_every_steps", ""),
     "--coca-caption-loss-weight": _ONE_LOSS,
     "--coca-contrastive-loss-weight": _ONE_LOSS,
