@@ -50,21 +50,22 @@ def saved_bytes(tower: Encoder, inputs) -> int:
     """Bytes that the graph of one chunk keeps beyond what it shares with that of another chunk."""
     devices = [tower.device] if tower.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.enable_grad(), tower.shared_casts():
-        shared, first = _saved(tower, inputs)
-        own, second = _saved(tower, inputs)
+        shared, first = saved_storages(tower, inputs)
+        own, second = saved_storages(tower, inputs)
     del first, second  # alive until here, or the second would lie where the first has been
     return sum(size for storage, size in own.items() if storage not in shared)
 
 
-def _saved(tower: Encoder, inputs) -> tuple[dict[int, int], Tensor]:
-    """Bytes of each storage that a call's graph saves, by its address; and the embeddings, which hold the graph."""
-    weights = {each.untyped_storage().data_ptr() for each in tower.encoder.state_dict().values()}
+def saved_storages(tower: Encoder, inputs) -> tuple[dict[int, int], Tensor]:
+    """Bytes of each storage that a call's graph saves, by what torch calls it; and the embeddings, which hold the
+    graph: a name is one storage's only as long as that is there."""
+    weights = {each.untyped_storage()._cdata for each in tower.encoder.state_dict().values()}
     found: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            found[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in weights:
+            found[storage._cdata] = storage.nbytes()
         return tensor
 
     with saved_tensors_hooks(note, lambda tensor: tensor):
