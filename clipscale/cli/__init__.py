@@ -33,6 +33,7 @@ from clipscale.words import did_you_mean
 
 COMMANDS = {
     "train": "train a model, or resume its training",
+    "plan": "tell what a run will need: memory, time, cores, and what limits it",
     "eval": "evaluate a checkpoint",
     "export": "write a model as open_clip, transformers or ONNX has it",
     "status": "tell where a run stands: its step, checkpoint, faults and goodput",

@@ -56,8 +56,8 @@ def saved_bytes(tower: Encoder, inputs) -> int:
     """Bytes that the graph of one chunk keeps beyond what it shares with that of another chunk."""
     devices = [tower.device] if tower.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.enable_grad(), tower.shared_casts():
-        shared, first = _saved(tower, inputs)
-        own, second = _saved(tower, inputs)
+        shared, first = saved_storages(tower, inputs)
+        own, second = saved_storages(tower, inputs)
     del first, second  # alive until here, or the second would lie where the first has been
     return sum(size for storage, size in own.items() if storage not in shared)
 
@@ -72,7 +72,7 @@ def block_bytes(tower: Tower, inputs: Tensor) -> int:
         for context in (torch.random.fork_rng(devices), torch.enable_grad(), tower.shared_casts()):
             stack.enter_context(context)
         stack.enter_context(whole_blocks(tower.encoder))
-        shared, first = _saved(tower, inputs)
+        shared, first = saved_storages(tower, inputs)
 
         def after(*_: object) -> None:
             sizes.append(sum(size for storage, size in found.items() if storage not in shared))
@@ -80,21 +80,21 @@ def block_bytes(tower: Tower, inputs: Tensor) -> int:
         for block in blocks:
             stack.callback(block.register_forward_pre_hook(lambda *_: found.clear()).remove)
             stack.callback(block.register_forward_hook(after).remove)
-        _saved(tower, inputs, found)
+        saved_storages(tower, inputs, found)
     del first  # alive until here, as in `saved_bytes`
     return max(sizes)
 
 
-def _saved(tower: Encoder, inputs, found: dict[int, int] | None = None) -> tuple[dict[int, int], Tensor]:
-    """Bytes of each storage that a call's graph saves, by its address, written into `found`; and the embeddings, which
-    hold the graph."""
-    weights = {each.untyped_storage().data_ptr() for each in tower.encoder.state_dict().values()}
+def saved_storages(tower: Encoder, inputs, found: dict[int, int] | None = None) -> tuple[dict[int, int], Tensor]:
+    """Bytes of each storage that a call's graph saves, by what torch calls it, written into `found`; and the
+    embeddings, which hold the graph: a name is one storage's only as long as that is there."""
+    weights = {each.untyped_storage()._cdata for each in tower.encoder.state_dict().values()}
     found = {} if found is None else found
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            found[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in weights:
+            found[storage._cdata] = storage.nbytes()
         return tensor
 
     with saved_tensors_hooks(note, lambda tensor: tensor):
