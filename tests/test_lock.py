@@ -105,6 +105,9 @@ def test_a_tower_of_hugging_faces(roberta):
         theirs = tower()
         theirs.lock(groups)
         assert locked(towers.model.text) == locked(theirs)
+        towers.model.train()
+        assert towers.model.text.transformer.training == (groups > 0)
+        assert towers.model.text.proj.training
 
 
 def test_which_layers_those_are():
