@@ -105,6 +105,9 @@ def test_a_tower_of_hugging_faces(roberta):
         theirs = tower()
         theirs.lock(groups)
         assert locked(towers.model.text) == locked(theirs)
+        towers.model.train()
+        assert towers.model.text.transformer.training == (groups > 0)
+        assert towers.model.text.proj.training
 
 
 def test_which_layers_those_are():
@@ -297,7 +300,7 @@ def test_a_locked_run_keeps_its_weights_and_resumes_to_the_bit(case, data, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("case", "size"), [("image", 2), ("text", 4)])
+@pytest.mark.parametrize(("case", "size"), [("image", 2), ("image", 4), ("text", 2)])
 def test_ranks_agree_with_one_process(case, size, data, tmp_path):
     words = words_of(case, data)
     (tmp_path / "alone").mkdir()

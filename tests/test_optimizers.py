@@ -305,9 +305,12 @@ def test_a_pattern_that_matches_nothing_is_one_line(config):
 
 
 @pytest.mark.parametrize("timm", [None, "test_vit"])
-def test_muon_takes_hidden_matrices_alone(timm):
+@pytest.mark.parametrize("projected", [True, False])
+def test_muon_takes_hidden_matrices_alone(timm, projected):
     """Keller Jordan's rule: embeddings, heads, gains and biases are AdamW's; convolutions are matrices."""
     model = model_of(timm)
+    if not projected:
+        model.visual.head, model.visual.proj, model.text.text_projection = nn.Identity(), None, None
     optimizer = build_optimizer(model, Optim(kind="muon"))
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)

@@ -107,8 +107,8 @@ def _by_name(state: dict[str, Any], model: nn.Module) -> _Saved:
 
 
 def _shared(group: dict[str, Any], before: list[dict[str, Any]], new: list[str]) -> dict[str, Any]:
-    """What the parameters of a group counted together, as LAMB its steps: keys that no new group has."""
-    counts = [{key: value for key, value in each.items() if key not in group} for each in before]
+    """What the parameters of a group counted together, as LAMB its steps: numbers that no new group has."""
+    counts = [{key: each[key] for key in each.keys() - group.keys() if _is_count(each[key])} for each in before]
     if not any(counts):
         return {}
     alike = all(each.keys() == counts[0].keys() and all(each[key] == counts[0][key] for key in each) for each in counts)
@@ -119,3 +119,7 @@ def _shared(group: dict[str, Any], before: list[dict[str, Any]], new: list[str])
         "back, or begin a run of its own with these weights (model.init)",
     )
     return counts[0]
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, torch.Tensor | int) and not isinstance(value, bool)

@@ -20,8 +20,8 @@ from clipscale.errors import require
 from clipscale.optim.kinds import is_muon
 from clipscale.optim.layers import head_of, layers_of
 
-_TOWERS = {"image": "visual", "text": "text"}  # a tower's part of the model
-_PARTS = {name: f"{part}.*" for name, part in _TOWERS.items()}  # words that stand for a pattern
+TOWERS = {"image": "visual", "text": "text"}  # a tower's part of the model
+_PARTS = {name: f"{part}.*" for name, part in TOWERS.items()}  # words that stand for a pattern
 
 
 def parameter_groups(model: nn.Module, config: Optim) -> list[dict[str, Any]]:
@@ -73,7 +73,7 @@ def _scales(model: nn.Module, config: Optim) -> dict[str, float]:
         for name in matching(model, [pattern], "optim.lr_scales"):
             scales[name] *= scale
     if config.layer_decay is not None:
-        for part in _TOWERS.values():
+        for part in TOWERS.values():
             layers = layers_of(model.get_submodule(part))
             for name, layer in layers.items():
                 scales[f"{part}.{name}"] *= config.layer_decay ** (max(layers.values()) - layer)
@@ -84,7 +84,7 @@ def _not_for_muon(model: nn.Module) -> set[str]:
     """Embeddings, of tokens and of places, and projections into the embedding space: no hidden matrices. (What is no
     matrix the optimizer passes over by itself, and convolutions it takes as matrices.)"""
     found = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Embedding)}
-    for part in _TOWERS.values():
+    for part in TOWERS.values():
         encoder = model.get_submodule(part)
         trunk = f"{part}.trunk" if hasattr(encoder, "trunk") else part
         places = getattr(model.get_submodule(trunk), "no_weight_decay", set)()

@@ -45,7 +45,8 @@ def _why_not(name: str) -> str:
 
 def is_muon(kind: str) -> bool:
     """Whether it takes matrices alone, and leaves the parameters of a group with `use_fallback` to an AdamW of its
-    own."""
+    own. UserError: there is no such kind."""
+    _check_kind(kind)
     return kind not in _TORCH and issubclass(_class_of(kind), Muon)
 
 
@@ -89,7 +90,6 @@ def make_optimizer(groups: Sequence[dict[str, Any]], config: Optim) -> torch.opt
     Raises:
         UserError: the constructor refuses a value.
     """
-    _check_kind(config.kind)
     known, fields = _fields(config), dict(config.options)
     for name, value in (("betas", config.betas), ("eps", config.eps), ("momentum", config.momentum)):
         if value is not None and name in known:

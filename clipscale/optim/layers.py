@@ -21,6 +21,7 @@ _HUGGING_FACE = {  # the first number in a name is its block's; a norm behind th
     "stem": r"^transformer\.(?:[a-z_]+\.)*(?:\w*embed\w*|shared)\.",
     "blocks": [(r"^transformer\.\D+\.(\d+)\.", None), (r"^transformer\.", _WITH_THE_ONE_BEFORE)],
 }
+_PROJECTIONS = ("proj", "text_projection", "head.")  # open_clip's; a timm backbone may have its classifier as one
 
 
 def layers_of(encoder: nn.Module) -> dict[str, int]:
@@ -36,6 +37,8 @@ def layers_of(encoder: nn.Module) -> dict[str, int]:
 
 
 def head_of(encoder: nn.Module) -> set[str]:
-    """Names of the parameters that make the embedding of the features: the projection, and what stands beside it."""
-    layers = layers_of(encoder)
-    return {name for name, layer in layers.items() if layer == max(layers.values())}
+    """Names of the parameters that project the features into the embedding space; none where nothing does."""
+    classifier = encoder.trunk.default_cfg.get("classifier") or () if isinstance(encoder, TimmModel) else ()
+    classifiers = (classifier,) if isinstance(classifier, str) else classifier
+    heads = (*_PROJECTIONS, *(f"trunk.{name}." for name in classifiers))
+    return {name for name, _ in encoder.named_parameters() if name.startswith(heads)}

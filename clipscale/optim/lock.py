@@ -13,16 +13,16 @@ import contextlib
 import io
 from functools import cache
 
+from open_clip.hf_model import HFTextEncoder
+from open_clip.timm_model import TimmModel
 from torch import nn
 
 from clipscale.config import Lock
 from clipscale.errors import require
-from clipscale.optim.groups import matching
+from clipscale.optim.groups import TOWERS, matching
 from clipscale.optim.layers import layers_of
 from clipscale.towers import Towers
 from clipscale.words import short
-
-_WORDS = {"image": "visual", "text": "text"}  # a tower's part of the model
 
 
 def lock_towers(towers: Towers, config: Lock) -> list[str]:
@@ -34,7 +34,7 @@ def lock_towers(towers: Towers, config: Lock) -> list[str]:
     if config == Lock():
         return []
     model = towers.model
-    for tower, part in _WORDS.items():
+    for tower, part in TOWERS.items():
         if getattr(config, tower):
             _lock(model.get_submodule(part), tower, getattr(config, f"{tower}_groups"))
     opened = _learning_in_locked(model, config)
@@ -45,9 +45,9 @@ def lock_towers(towers: Towers, config: Lock) -> list[str]:
         any(parameter.requires_grad for parameter in towers.encoder_parameters()),
         "train.lock leaves neither tower anything to learn; unlock one of them, or set train.lock.learn",
     )
-    for part in _WORDS.values():
+    for part in TOWERS.values():
         _hold_in_eval(model.get_submodule(part))
-    return [_line(tower, model.get_submodule(part)) for tower, part in _WORDS.items()]
+    return [_line(tower, model.get_submodule(part)) for tower, part in TOWERS.items()]
 
 
 def _lock(encoder: nn.Module, tower: str, groups: int) -> None:
@@ -74,12 +74,13 @@ def _learning_in_locked(model: nn.Module, config: Lock) -> set[str]:
     }
     found = set().union(*(known.get(word, ()) for word in config.learn))
     found |= matching(model, [word for word in config.learn if word not in known], "train.lock.learn")
-    locked = tuple(f"{part}." for tower, part in _WORDS.items() if getattr(config, tower))
+    locked = tuple(f"{part}." for tower, part in TOWERS.items() if getattr(config, tower))
     return {name for name in found if name.startswith(locked)}
 
 
 def _hold_in_eval(encoder: nn.Module) -> None:
-    for module in (encoder, getattr(encoder, "trunk", None)):
+    inner = {TimmModel: "trunk", HFTextEncoder: "transformer"}.get(type(encoder), "")
+    for module in (encoder, getattr(encoder, inner, None)):
         if module is not None and not any(parameter.requires_grad for parameter in module.parameters()):
             module.__class__ = _held(type(module))  # the same module, so that whoever holds it need not be found
             module.eval()
