@@ -85,6 +85,7 @@ def drifting(rank: int, size: int, folder: str, urls: str) -> tuple[str, list[st
     with pytest.raises(RestartError) as error:
         train("run")
     Learner.update = update
+    torch.distributed.barrier()  # the first rank has written what it had to
     published = sorted(path.name for path in Path(folder, "run", "checkpoints").iterdir())
     torch.distributed.barrier()
     train("run")
