@@ -136,7 +136,8 @@ def test_what_is_not_known_stays(kind):
     assert not any(isinstance(module, FastBlock) for module in make(TowerSettings()).model.text.modules())
     ours, theirs = (passed(make(way), None, make_captions(4))[0] for way in (TowerSettings(), OFF))
     assert torch.equal(ours, theirs)
-    assert "2 blocks of open_clip's" in make(TowerSettings()).how_computed() or kind == "custom"
+    told = "TextTransformer as it comes" if kind == "custom" else "2 blocks of open_clip's"
+    assert make(TowerSettings()).how_computed().endswith(f"text: {told}")
 
 
 def test_the_state_dict_and_what_is_off():

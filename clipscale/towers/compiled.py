@@ -15,6 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from clipscale.errors import UserError
 from clipscale.tell import tell
 from clipscale.towers.blocks import known_blocks
 from clipscale.towers.draws import TimmDropPath
@@ -35,7 +36,12 @@ class _Compiled:
         if not self.training:
             return super().forward(x, *args, **kwargs)
         torch._dynamo.maybe_mark_dynamic(x, 0)
-        return self.compiled(self, x, *args, **kwargs)
+        try:
+            return self.compiled(self, x, *args, **kwargs)
+        except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+            raise UserError(
+                f"towers.compile=true: {type(self).__name__} wants more graphs than {MOST_GRAPHS}; set it to false"
+            ) from error
 
 
 def compile_blocks(name: str, encoder: nn.Module) -> None:
