@@ -16,6 +16,7 @@ from clipscale.config import TowerSettings
 from clipscale.errors import UserError
 from clipscale.step.costs import graph_costs
 from clipscale.step.planning import plan_step
+from clipscale.towers import compiled
 from clipscale.towers.compiled import compile_blocks
 
 ON = TowerSettings(compile=True)
@@ -31,6 +32,20 @@ def test_dropout_by_chunk_is_refused(tmp_path):
     said = r"^towers\.compile=true, but the text tower draws by chunk \(\['transformer\.resblocks\.0\.mlp\.drop'\]\)"
     with pytest.raises(UserError, match=said):
         plan_step(config, towers_of(TowerSettings(), dropout=True), ALONE, None)
+
+
+def test_more_graphs_than_there_may_be_are_an_error(monkeypatch):
+    """Two lengths and one graph, which nobody compiles further."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(compiled, "MOST_GRAPHS", 1)
+    monkeypatch.setattr(compiled, "_Told", lambda name: "eager")
+    compiled._compiled.cache_clear()
+    tower = towers_of(ON).text
+    tower(torch.ones(2, 8, dtype=torch.int64))
+    tower(torch.ones(5, 8, dtype=torch.int64))  # other rows are the same graph
+    with pytest.raises(UserError, match=r"^towers\.compile=true: FastBlock wants more graphs than 1; set it to false$"):
+        tower.encoder(torch.ones(2, 6, dtype=torch.int64))
+    compiled._compiled.cache_clear()
 
 
 @pytest.mark.slow

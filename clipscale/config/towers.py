@@ -13,6 +13,5 @@ class TowerSettings:
     fast_attention: bool = True  # open_clip's blocks: no copies of q, k and v, no mask in memory; to rounding the same
     fast_norms: bool = True  # LayerNorms in bf16 and fp16: in that type, their sums in float32; false: cast and back
     residual: Literal["open_clip", "bf16"] = "open_clip"  # what text blocks add up in: there float32 under autocast too
-    channels_last: bool = True  # pictures in the memory order that convolutions like, for towers of convolutions
-    checkpoint_blocks: bool = False  # keep of each block its input alone and run it again backwards: a third more time
+    checkpoint_blocks: bool = False  # keep of each block its input alone; the backward pass runs the block once more
     compile: bool = False  # blocks by torch.compile: a minute or more at first, then fewer passes over memory

@@ -115,18 +115,16 @@ def _learns(tower: Tower) -> bool:
 
 def _settings(config: Config, world: World) -> dict[str, Any]:
     """All that the user decides and a plan depends on."""
-    towers = {} if config.towers == TowerSettings() else {"towers": dataclasses.asdict(config.towers)}
-    lock = {"lock": dataclasses.asdict(config.train.lock)} if config.train.lock != Lock() else {}
-    return (
-        dataclasses.asdict(config.gradcache)
-        | towers
-        | lock
-        | {
-            "slots": config.train.global_batch // world.size,
-            "precision": config.train.precision,
-            "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type,
-        }
-    )
+    decided = dataclasses.asdict(config.gradcache) | {
+        "slots": config.train.global_batch // world.size,
+        "precision": config.train.precision,
+        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type,
+    }
+    if config.towers != TowerSettings():  # plans of earlier versions have none
+        decided["towers"] = dataclasses.asdict(config.towers)
+    if config.train.lock != Lock():
+        decided["lock"] = dataclasses.asdict(config.train.lock)
+    return decided
 
 
 def _tower_plan(record: dict[str, Any]) -> TowerPlan:

@@ -1,6 +1,6 @@
 """The blocks of an encoder, and activation checkpointing block by block (Chen et al., arXiv 1604.06174).
 
-    checkpoint_blocks(encoder)                 # once, after building; 12: so many blocks
+    checkpoint_blocks(encoder)                 # once, after building
     with whole_blocks(encoder):
         encoder(inputs)                        # as without
 
@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from clipscale.errors import UserError
+from clipscale.errors import require
 from clipscale.towers.draws import redrawing
 
 _NAMES = "resblocks", "blocks"  # open_clip's lists of them, and timm's
@@ -40,21 +40,25 @@ def blocks_of(encoder: nn.Module) -> list[nn.Module]:
     return [block for blocks in lists for block in blocks.children()]
 
 
-def checkpoint_blocks(encoder: nn.Module) -> int:
-    """Keep of every block its input alone. The same modules and state dict; how many blocks there are.
+def known_blocks(encoder: nn.Module, setting: str) -> list[nn.Module]:
+    """The same, for what `setting` does to them. UserError: an encoder whose blocks are not known."""
+    blocks = blocks_of(encoder)
+    require(
+        bool(blocks),
+        f"{setting}=true: the blocks of {type(encoder).__name__} are not known; set it to false, or take a tower of "
+        "open_clip's or timm's",
+    )
+    return blocks
+
+
+def checkpoint_blocks(encoder: nn.Module) -> None:
+    """Keep of every block its input alone; the modules and the state dict stay.
 
     Raises:
         UserError: an encoder whose blocks are not known.
     """
-    blocks = blocks_of(encoder)
-    if not blocks:
-        raise UserError(
-            f"towers.checkpoint_blocks=true: the blocks of {type(encoder).__name__} are not known; set it to false, "
-            "or take a tower of open_clip's or timm's"
-        )
-    for block in blocks:
+    for block in known_blocks(encoder, "towers.checkpoint_blocks"):
         block.__class__ = _checkpointed(type(block))
-    return len(blocks)
 
 
 def checkpointed(encoder: nn.Module) -> list[nn.Module]:

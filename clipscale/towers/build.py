@@ -167,7 +167,7 @@ def build_towers(
         image=Tower(
             "image",
             model.visual,
-            normalise_pixels(config.preprocess.mean, config.preprocess.std, _memory_format(model.visual, settings)),
+            normalise_pixels(config.preprocess.mean, config.preprocess.std),
             autocast,
             draw_key=fold(seed, "draws", "image"),
         ),
@@ -249,12 +249,6 @@ def _tokenizer(config: Model, text: CLIPTextCfg) -> TokenizerChoice:
         mode=text.tokenizer_mode,
         options=dict(text.tokenizer_kwargs or {}),
     )
-
-
-def _memory_format(visual: nn.Module, settings: TowerSettings) -> torch.memory_format:
-    """Of the pictures: channels last where a convolution works channel by channel, as ConvNeXt's do."""
-    depthwise = any(isinstance(module, nn.Conv2d) and module.groups > 1 for module in visual.modules())
-    return torch.channels_last if settings.channels_last and depthwise else torch.contiguous_format
 
 
 def _vocabulary(text: nn.Module) -> int:

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from clipscale.errors import UserError
 from clipscale.tell import tell
-from clipscale.towers.blocks import blocks_of
+from clipscale.towers.blocks import known_blocks
 from clipscale.towers.draws import TimmDropPath
 
-MOST_GRAPHS = 32  # of one kind of blocks: of 77 tokens 5 lengths, with gradients and without, and what evaluates
+MOST_GRAPHS = 32  # of one kind of blocks: up to 77 tokens there are 5 lengths, each with gradients and without
 
 
 class _DropPath(TimmDropPath):
@@ -36,28 +36,26 @@ class _Compiled:
         if not self.training:
             return super().forward(x, *args, **kwargs)
         torch._dynamo.maybe_mark_dynamic(x, 0)
-        return self.compiled(self, x, *args, **kwargs)
+        try:
+            return self.compiled(self, x, *args, **kwargs)
+        except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+            raise UserError(
+                f"towers.compile=true: {type(self).__name__} wants more graphs than {MOST_GRAPHS}; set it to false"
+            ) from error
 
 
-def compile_blocks(name: str, encoder: nn.Module) -> int:
-    """Compile every block's forward in training mode; how many blocks there are. `name`: of the tower.
+def compile_blocks(name: str, encoder: nn.Module) -> None:
+    """Compile every block's forward in training mode; the modules and the state dict stay. `name`: of the tower.
 
     Raises:
         UserError: an encoder whose blocks are not known.
     """
-    blocks = blocks_of(encoder)
-    if not blocks:
-        raise UserError(
-            f"towers.compile=true: the blocks of {type(encoder).__name__} are not known; set it to false, or take a "
-            "tower of open_clip's or timm's"
-        )
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    for block in blocks:
+    for block in known_blocks(encoder, "towers.compile"):
         block.__class__ = _compiled(type(block), name)
         for module in block.modules():
             if type(module) is TimmDropPath:
                 module.__class__ = _DropPath
-    return len(blocks)
 
 
 @cache

@@ -72,11 +72,8 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
-def normalise_pixels(
-    mean: tuple[float, ...], std: tuple[float, ...], memory_format: torch.memory_format = torch.contiguous_format
-) -> Callable:
-    """[M, 3, S, S] in 0..255, uint8 or float -> (x / 255 - mean) / std in the given dtype, on the pixels' own device
-    and in this order of memory.
+def normalise_pixels(mean: tuple[float, ...], std: tuple[float, ...]) -> Callable:
+    """[M, 3, S, S] in 0..255, uint8 or float -> (x / 255 - mean) / std in the given dtype, on the pixels' own device.
 
     Worked out in float32 at least and rounded once, which is what autocast would do to the first product's input. In
     bf16 throughout, the embeddings of ViT-B-32 would move 15 times as far as by this rounding.
@@ -89,7 +86,7 @@ def normalise_pixels(
 
     def prepare(images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         scale, shift = constants(images.device, torch.promote_types(dtype, torch.float32))
-        return (images / scale - shift).to(dtype, memory_format=memory_format)
+        return (images / scale - shift).to(dtype)
 
     return prepare
 

@@ -4,8 +4,8 @@
     found["image"][0]          # {"way": "open_clip", "ms": ..., "time_to_open_clip": ..., "moved_bytes": ..., ...}
 
 All ways share one set of weights and take turns. Bytes are counted: what every operation but a view reads and writes,
-each tensor once, and what the graph keeps for the backward pass. On a CPU the count is that of a GPU's autocast, which
-has LayerNorm in float32 where a CPU's leaves it alone; the time is the CPU's own.
+and what the graph keeps for the backward pass. On a CPU the count is that of a GPU's autocast, which has LayerNorm in
+float32 where a CPU's leaves it alone; the time is the CPU's own.
 """
 
 from __future__ import annotations
@@ -35,13 +35,12 @@ NOTE = (
     "writes, and what the graph keeps; on a CPU as by a GPU's autocast, which has LayerNorm in float32."
 )
 OPEN_CLIP, OURS = "open_clip", "clipscale"
-_OFF = TowerSettings(fast_attention=False, fast_norms=False, channels_last=False)
+_OFF = TowerSettings(fast_attention=False, fast_norms=False)
 _WAYS = {
     OPEN_CLIP: _OFF,
     "fast_attention": dataclasses.replace(_OFF, fast_attention=True),
     "fast_norms": dataclasses.replace(_OFF, fast_norms=True),
     "residual=bf16": dataclasses.replace(_OFF, residual="bf16"),
-    "channels_last": dataclasses.replace(_OFF, channels_last=True),
     OURS: TowerSettings(),
     f"{OURS}, residual=bf16": TowerSettings(residual="bf16"),
     f"{OURS}, checkpoint_blocks": TowerSettings(checkpoint_blocks=True),
@@ -110,11 +109,9 @@ def _rows(ways: dict[str, Tower], towers: Towers, samples: int, seconds: float) 
 
 
 def _differs(tower: Tower, other: Tower) -> bool:
-    """Whether a switch does anything here: other classes of modules, or another order of the pixels."""
+    """Whether a switch does anything here: other classes of modules."""
     kinds = [[type(module) for module in one.encoder.modules()] for one in (tower, other)]
-    picture = torch.zeros(2, 3, 2, 2, dtype=torch.uint8)
-    orders = [one.prepare(picture, torch.float32).stride() for one in (tower, other)] if tower.name == "image" else []
-    return kinds[0] != kinds[1] or len({*orders}) > 1
+    return kinds[0] != kinds[1]
 
 
 def _pass(tower: Tower, inputs: Tensor) -> int:
