@@ -283,6 +283,8 @@ def test_results_of_other_devices_and_broken_files_are_passed_over(tmp_path):
     (folder / "broken.json").write_text("{")
     (folder / "unfinished.json").write_text(json.dumps(document("step-h100") | {"finished": False}))
     assert look_up(find_gpu("h100"), tmp_path) == Found()
-    (folder / "step.json").write_text(json.dumps(document("step-h100")))
+    part = folder / "gpu-h100-parts" / "step.json"  # of bench gpu
+    part.parent.mkdir()
+    part.write_text(json.dumps(document("step-h100")))
     assert look_up(find_gpu("a100"), tmp_path) == Found()
-    assert look_up(find_gpu("h100"), tmp_path).sources == {"towers": str(folder / "step.json")}
+    assert look_up(find_gpu("h100"), tmp_path).sources == {"towers": str(part)}

@@ -10,7 +10,7 @@ those that autograd saves.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from unittest import mock
 
 import torch
@@ -27,6 +27,7 @@ from clipscale.towers import Tower, build_towers
 
 _FEW, _MANY = 8, 16  # samples
 _SHORT = 16  # tokens
+_ATTENTION = ("attn", "self_attn", "attention")  # what a layer calls its own
 
 
 def built_towers(model: Model, half: bool) -> tuple[TowerFacts, TowerFacts]:
@@ -43,7 +44,7 @@ def built_towers(model: Model, half: bool) -> tuple[TowerFacts, TowerFacts]:
         _place(towers.model, device)
         side, length = towers.image_size, towers.context_length
 
-        def pictures(samples: int, side: int = side) -> Tensor:
+        def pictures(samples: int) -> Tensor:
             return torch.zeros(samples, 3, side, side, dtype=torch.uint8, device=device)
 
         def captions(samples: int, tokens: int = length) -> Tensor:
@@ -77,7 +78,7 @@ def _facts(tower: Tower, inputs: Callable[..., Tensor], tokens: int, short: int 
             _FEW * (tokens - short)
         )
         of_token = (flop - _flop(tower, inputs(1, short))) / (tokens - short)
-    layers = max(1, sum("attn" in name.rpartition(".")[2] for name, _ in tower.encoder.named_modules()))
+    layers = max(1, sum(name.rpartition(".")[2] in _ATTENTION for name, _ in tower.encoder.named_modules()))
     return TowerFacts(
         name=tower.name,
         parameters=sum(each.numel() for each in tower.encoder.parameters()),
@@ -94,7 +95,7 @@ def _facts(tower: Tower, inputs: Callable[..., Tensor], tokens: int, short: int 
 
 def _graph(tower: Tower, inputs: Tensor, half: bool) -> int:
     """Bytes that the graph of a chunk keeps beyond what it shares with that of another chunk."""
-    with _as_on_a_gpu() if half else _nothing(), torch.enable_grad():
+    with _as_on_a_gpu() if half else nullcontext(), torch.enable_grad():
         shared, first = saved_storages(tower, inputs)
         own, second = saved_storages(tower, inputs)
     del first, second  # alive until here, or the second would lie where the first has been
@@ -107,11 +108,6 @@ def _flop(tower: Tower, inputs: Tensor) -> int:
     with counter, sdpa_kernel(SDPBackend.MATH):
         tower(inputs)
     return counter.get_total_flops()
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 @contextmanager

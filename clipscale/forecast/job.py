@@ -20,7 +20,6 @@ from clipscale.upstream.open_clip_files import check_model, model_fields
 from clipscale.words import counted
 
 TOKENS = 20.0  # a caption, cut and rounded up: 19.9 where captions have 13.5 on the average (bench step)
-LENGTH_STEP = 16  # what captions' lengths are rounded up to
 
 
 @dataclass(frozen=True)

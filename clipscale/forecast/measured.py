@@ -3,7 +3,8 @@
     found = look_up(device)             # Found(step=Step(...), loss={65536: 5.5e14}, decode=1412.0, sources={...})
 
 Looked at are the files of `clipscale bench step`, `loss` and `data` in bench-results/ and docs/benchmarks/ of the
-current folder. A file that is no result, is not finished or is of another device is passed over.
+current folder, those that `clipscale bench gpu` has made too. One that is no result, is not finished or is of another
+device is passed over.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def look_up(device: Device, root: Path = Path()) -> Found:
 
 def _documents(root: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     for folder in FOLDERS:
-        for path in sorted((root / folder).glob("*.json")):
+        for path in sorted([*(root / folder).glob("*.json"), *(root / folder).glob("*-parts/*.json")]):
             try:
                 document = json.loads(path.read_text(encoding="utf-8"))
             except (OSError, ValueError):

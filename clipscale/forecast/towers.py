@@ -49,7 +49,7 @@ class TowerFacts:
     cast: int
     """Those of which autocast makes a copy in half precision."""
     tokens: int
-    """T of a picture, or of a caption of full length."""
+    """T of a picture, or of a caption of full length. 1 of a picture whose tower was built: all is by sample then."""
     cuttable: bool
     """Captions may be cut at their end, so that T is theirs."""
     flop: tuple[float, float, float]
