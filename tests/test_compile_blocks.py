@@ -62,6 +62,8 @@ def test_gradients_are_those_of_blocks_as_they_come(caplog):
             assert abs(loss - wanted_loss) <= 1e-5
             assert worst_error(found, wanted) <= 1e-5
             counts.append(len(graphs(caplog)))
+        assert ours.draws_by_chunk() == {"image": [], "text": []}
+        assert len(graphs(caplog)) == counts[0]
         assert all(cost.sample > 1000 for cost in graph_costs(ours))
         counts.append(len(graphs(caplog)))
         ours.image(make_batch(5)[0])

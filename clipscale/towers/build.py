@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import traceback
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -87,9 +88,10 @@ class Towers:
         never named, other dropout always. Costs a forward pass over one sample.
         """
         found = {}
-        for tower, example in self.examples():
-            position = torch.zeros(1, dtype=torch.int64, device=tower.device)
-            found[tower.name] = draws_by_chunk(tower.encoder, partial(tower, example, position))
+        with torch.compiler.set_stance("force_eager") if self.settings.compile else nullcontext():  # hooks want graphs
+            for tower, example in self.examples():
+                position = torch.zeros(1, dtype=torch.int64, device=tower.device)
+                found[tower.name] = draws_by_chunk(tower.encoder, partial(tower, example, position))
         return found
 
     def how_computed(self) -> str:
