@@ -47,7 +47,6 @@ def test_every_setting_is_there_with_its_default(settings, capsys):
     leaves = {key: value for key, value in leaves.items() if value != {}}
     mappings = {"data.sources", "optim.lr_scales", "optim.options", *(f"eval.{kind}_sets" for kind in EVALUATIONS)}
     assert set(settings) == {*leaves, "data.shapes", *mappings}
-    leaves |= {"optim.betas": None, "optim.eps": None}  # which then are those of the kind
     for key, value in leaves.items():
         if key not in ("data.sources.<name>.urls", "data.sources.<name>.extra.urls"):
             shown = yaml.safe_load(settings[key].default)

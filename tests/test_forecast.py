@@ -18,7 +18,7 @@ from clipscale.bench.common.memory import watched_parts
 from clipscale.bench.step.captions import draw_captions, read_lengths
 from clipscale.bench.step.flops import tower_flops
 from clipscale.checkpoint.staging import state_bytes
-from clipscale.config import Model
+from clipscale.config import Model, TowerSettings
 from clipscale.config.load import load_config
 from clipscale.data.load.blocks import Layout
 from clipscale.data.load.replay import Held
@@ -30,7 +30,7 @@ from clipscale.forecast.job import make_job
 from clipscale.forecast.measured import Found, look_up
 from clipscale.forecast.memory import memory_of
 from clipscale.forecast.scale import exposed_seconds, hidden_from, hops
-from clipscale.forecast.seconds import data_seconds, loss_rate, seconds_of
+from clipscale.forecast.seconds import data_seconds, job_flop, loss_rate, seconds_of
 from clipscale.forecast.towers import plain_towers
 from clipscale.loss import contrastive_grads_in_place
 from clipscale.optim import build_optimizer
@@ -67,11 +67,11 @@ def test_parameters_and_operations_of_a_described_model_are_those_of_the_built_o
     model = described(variant)
     towers = build_towers(model)
     for facts, tower, example in zip(
-        plain_towers(model, half=False), (towers.image, towers.text), towers.examples(), strict=True
+        plain_towers(model, TowerSettings(), half=False), (towers.image, towers.text), towers.examples(), strict=True
     ):
         assert facts.parameters == sum(each.numel() for each in tower.encoder.parameters())
         assert facts.forward_flop() == tower_flops(lambda tower=tower, example=example: tower(example[1]))
-    assert plain_towers(model, half=False)[1].cuttable == (towers.text.cut is not None)
+    assert plain_towers(model, TowerSettings(), half=False)[1].cuttable == (towers.text.cut is not None)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -79,17 +79,33 @@ def test_saved_bytes_are_those_that_the_step_counts(variant):
     model = described(variant)
     towers = build_towers(model)
     towers.model.train()
-    for facts, cost, tokens in zip(plain_towers(model, half=False), graph_costs(towers), (None, 24), strict=True):
+    mine, costs = plain_towers(model, TowerSettings(), half=False), graph_costs(towers)
+    for facts, cost, tokens in zip(mine, costs, (None, 24), strict=True):
         for length in {tokens, 16 if facts.cuttable else tokens}:
-            mine = facts.graph_bytes(32, 32 * (length or facts.tokens))
-            assert mine == pytest.approx(cost.of(32, 32 * (length or 0)), rel=0.02)
+            planned = facts.graph_bytes(32, 32 * (length or facts.tokens))
+            assert planned == pytest.approx(cost.of(32, 32 * (length or 0)), rel=0.02)
 
 
-@pytest.mark.parametrize("half", [False, True])
-def test_vit_b_32_is_what_torch_makes_of_it_without_memory(half):
+SETTINGS = {
+    "default": TowerSettings(),
+    "as open_clip": TowerSettings(fast_attention=False, fast_norms=False),
+    "residual": TowerSettings(residual="bf16"),
+    "checkpointed": TowerSettings(checkpoint_blocks=True),
+}
+
+
+@pytest.mark.parametrize(
+    ("half", "settings"),
+    [
+        (True, SETTINGS["default"]),
+        *(pytest.param(half, its, marks=pytest.mark.slow) for half in (False, True) for its in SETTINGS.values()),
+    ],
+)
+def test_vit_b_32_is_what_torch_makes_of_it_without_memory(half, settings):
     """Under half, with the casts of a GPU's autocast and fused attention, which torch's fake tensors go through."""
+    model = Model(name="ViT-B-32")
     for formula, built in zip(
-        plain_towers(Model(name="ViT-B-32"), half), built_towers(Model(name="ViT-B-32"), half), strict=True
+        plain_towers(model, settings, half=half), built_towers(model, settings, half=half), strict=True
     ):
         assert formula.parameters == built.parameters
         assert formula.forward_flop() == built.forward_flop()
@@ -102,7 +118,10 @@ def test_vit_b_32_is_what_torch_makes_of_it_without_memory(half):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ViT-L-14", "ViT-H-14-CLIPA", "ViT-B-16-SigLIP", "ViT-B-16-plus-240"])
 def test_named_models_are_what_torch_makes_of_them(name):
-    for formula, built in zip(plain_towers(Model(name=name), True), built_towers(Model(name=name), True), strict=True):
+    model, settings = Model(name=name), TowerSettings()
+    for formula, built in zip(
+        plain_towers(model, settings, half=True), built_towers(model, settings, half=True), strict=True
+    ):
         if formula is None:
             assert name.endswith("SigLIP"), "its image tower is timm's"
             assert 90e6 < built.parameters < 95e6
@@ -150,7 +169,7 @@ def beyond_what_is_always_there(job) -> int:
 def test_the_copy_for_checkpoints_and_the_loader_s_blocks_are_what_they_are():
     model = described("plain")
     towers = build_towers(model)
-    for kind in ("adamw", "sgd"):
+    for kind in memory.MOMENTS:
         config = replace(load_config(["train.global_batch=64", f"optim.kind={kind}"]), model=model)
         job = make_job(config, ranks=2, device=cpu())
         needed = state_bytes(towers.model, build_optimizer(towers.model, config.optim))
@@ -160,12 +179,36 @@ def test_the_copy_for_checkpoints_and_the_loader_s_blocks_are_what_they_are():
     assert memory_of(job).parts[memory.PICTURES] >= layout.total_bytes
 
 
-def test_averaged_weights_are_a_copy_more(monkeypatch):
-    job = make_job(load_config(["model.name=ViT-B-32"]), ranks=1, device=find_gpu("h100"))
-    before = memory_of(job)
-    monkeypatch.setattr(memory, "averages", lambda config: 1)
-    assert memory_of(job).parts[memory.AVERAGE] == before.parts[memory.WEIGHTS]
-    assert memory_of(job).host[memory.STAGING] - before.host[memory.STAGING] == before.parts[memory.WEIGHTS]
+def on_h100(*words: str):
+    return make_job(load_config(["model.name=ViT-B-32", *words]), ranks=1, device=find_gpu("h100"))
+
+
+def test_averaged_weights_are_a_copy_more():
+    before, after = memory_of(on_h100()), memory_of(on_h100("ema.half_life_samples=1000"))
+    learned = before.parts[memory.GRADIENTS]
+    assert after.parts[memory.AVERAGE] == learned
+    assert after.host[memory.STAGING] - before.host[memory.STAGING] == learned
+
+
+def test_a_locked_tower_goes_through_once_and_has_neither_gradients_nor_moments():
+    free, locked = on_h100(), on_h100("train.lock.image=true", "model.init=b32.pt")
+    towers = build_towers(free.config.model, device="meta")
+    learned = sum(each.numel() for each in towers.model.text.parameters())
+    assert memory_of(locked).parts[memory.GRADIENTS] == 4 * learned
+    assert memory_of(locked).parts[memory.STATE] == 8 * learned
+    assert memory_of(locked).peaks["the image tower's second pass"] < memory_of(free).peaks["the loss"]
+    before, after = (seconds_of(job, Found(), replace(memory_of(job), kept=(0, 0))) for job in (free, locked))
+    assert after["image tower"] == pytest.approx(before["image tower"] / 4)
+    assert after["text tower"] == before["text tower"]
+
+
+def test_checkpointed_blocks_keep_less_and_run_once_more():
+    plain, checkpointed = on_h100("gradcache.keep_bytes=0"), on_h100("gradcache.keep_bytes=0", BLOCKS)
+    assert memory_of(checkpointed).parts[memory.CHUNK] < memory_of(plain).parts[memory.CHUNK] / 3
+    assert job_flop(checkpointed) == job_flop(plain) * 5 / 4
+
+
+BLOCKS = "towers.checkpoint_blocks=true"
 
 
 def document(name: str) -> dict:
@@ -176,6 +219,7 @@ def h100_step():
     """The job of docs/benchmarks/step-h100.json, and its row."""
     row = document("step-h100")["steps"][0]["rows"][0]
     words = ["model.name=ViT-B-32", "train.global_batch=32768", "gradcache.image_chunk=1024", "gradcache.keep_bytes=0"]
+    words += ["towers.fast_attention=false", "towers.fast_norms=false"]  # there were none
     config = load_config([*words, "gradcache.text_chunk=2048", "data.threads=64"])
     return make_job(config, ranks=1, device=find_gpu("h100"), tokens=row["tokens_per_caption"]), row
 

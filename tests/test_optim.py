@@ -44,7 +44,7 @@ def test_locked_parameters_are_left_out():
 def test_settings_reach_adamw():
     group = build_optimizer(build_towers(MODEL).model, Optim(lr=0.1, betas=(0.8, 0.9), eps=1e-3)).param_groups[0]
     assert (group["lr"], group["betas"], group["eps"]) == (0.1, (0.8, 0.9), 1e-3)
-    assert Optim().eps == 1e-6
+    assert Optim().moments == {"betas": (0.9, 0.98), "eps": 1e-6}
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])

@@ -184,6 +184,15 @@ def test_settings_reach_the_kind():
             assert {name: group[name] for name in wanted} == wanted
 
 
+@pytest.mark.parametrize(
+    ("kind", "betas"), [("adamw", (0.9, 0.98)), ("lion", (0.9, 0.99)), ("adan", (0.98, 0.92, 0.99))]
+)
+def test_a_kind_has_its_own_betas_where_a_config_has_none(kind, betas):
+    config = load_config([f"optim.kind={kind}"])
+    assert config_from_yaml(dump_config(config)) == config
+    assert {group["betas"] for group in build_optimizer(model_of(), config.optim).param_groups} == {betas}
+
+
 def test_settings_are_the_same_from_yaml():
     words = ['optim.no_decay=["*.bias", "visual.*"]', "optim.lr_scales.logit_scale=0.25", "optim.kind=adan"]
     config = load_config([*words, "optim.betas=[0.9,0.92,0.99]", "optim.options={no_prox: true}"])

@@ -44,14 +44,11 @@ class Optim:
     timescale_steps: int | None = None  # the same in steps; big_vision's is 10,000
 
     def __post_init__(self) -> None:
-        if self.kind == "adamw":
-            object.__setattr__(self, "betas", OWN_BETAS if self.betas is None else self.betas)
-            object.__setattr__(self, "eps", OWN_EPS if self.eps is None else self.eps)
         require(self.lr > 0, f"optim.lr={self.lr} must be above 0")
         require(
             0 <= self.final_lr <= self.lr, f"optim.final_lr={self.final_lr} must lie between 0 and optim.lr={self.lr}"
         )
-        betas = self.betas or ()
+        betas = self.moments.get("betas", ())
         require(all(0 <= beta < 1 for beta in betas), f"optim.betas={list(betas)} must lie in [0, 1)")
         require(self.kind != "adamw" or len(betas) == 2, f"optim.betas={list(betas)} must be two, as adamw takes them")
         require(self.eps is None or self.eps > 0, f"optim.eps={self.eps} must be above 0")
@@ -82,6 +79,12 @@ class Optim:
             "optim.schedule=rsqrt needs optim.timescale_samples or optim.timescale_steps: the rate falls to 1 / "
             "sqrt(2) of its peak over so many after the warm-up (big_vision: 10,000 steps)",
         )
+
+    @property
+    def moments(self) -> dict[str, Any]:
+        """`betas` and `eps`, those of them that are not the kind's own to choose; AdamW's always."""
+        usual = {"betas": OWN_BETAS, "eps": OWN_EPS} if self.kind == "adamw" else {}
+        return usual | {name: value for name in ("betas", "eps") if (value := getattr(self, name)) is not None}
 
     def _check_spans(self) -> None:
         for span, least in (("warmup", 0), ("cooldown", 0), ("timescale", 1)):

@@ -124,8 +124,8 @@ def _training(config: Config, state: dict[str, Any]) -> dict[str, Any]:
 
 def _said(optim: Optim) -> list[str]:
     """What the settings say of the optimizer, beside its decay."""
-    words = {name: getattr(optim, name) for name in ("betas", "eps", "momentum", "update_clipping", "layer_decay")}
-    words["betas"] = optim.betas and list(optim.betas)
+    words = {name: list(value) if name == "betas" else value for name, value in optim.moments.items()}
+    words |= {name: getattr(optim, name) for name in ("momentum", "update_clipping", "layer_decay")}
     return [f"{name} {value}" for name, value in (words | optim.options).items() if value is not None]
 
 

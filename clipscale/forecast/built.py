@@ -1,6 +1,6 @@
 """What a tower costs that no formula knows, of timm or Hugging Face for one: built and run without memory or device.
 
-    image, text = built_towers(config.model, half=True)
+    image, text = built_towers(config.model, config.towers, half=True)
 
 torch's fake tensors have a shape, a type and a device and no numbers: a model of any size is made and goes through its
 layers at once, also as on a GPU that is not here. Operations are torch's own count (torch.utils.flop_counter), bytes
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from unittest import mock
 
 import torch
@@ -20,24 +21,27 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from clipscale.config import Model
+from clipscale.config import Model, TowerSettings
 from clipscale.forecast.towers import TowerFacts
 from clipscale.step.costs import saved_storages
 from clipscale.towers import Tower, build_towers
+from clipscale.towers.fast import speed_up
 
 _FEW, _MANY = 8, 16  # samples
 _SHORT = 16  # tokens
 _ATTENTION = ("attn", "self_attn", "attention")  # what a layer calls its own
 
 
-def built_towers(model: Model, half: bool) -> tuple[TowerFacts, TowerFacts]:
+def built_towers(model: Model, settings: TowerSettings, *, half: bool) -> tuple[TowerFacts, TowerFacts]:
     """Image and text tower of a model that `check_model` lets pass. `half`: as under autocast on a GPU.
 
     Raises:
         UserError: it cannot be built.
     """
     with torch.device("meta"):
-        towers = build_towers(model, device="meta")
+        towers = build_towers(model, replace(settings, compile=False, residual="open_clip"), device="meta")
+    for tower in (towers.image, towers.text):
+        speed_up(tower.encoder, settings)  # the residual stream, which wants autocast: it comes below
     towers.model.train()
     device = "cuda" if half else "cpu"
     with FakeTensorMode():

@@ -46,6 +46,19 @@ class Job:
         return self.image.parameters + self.text.parameters + 1
 
     @property
+    def locked(self) -> tuple[bool, bool]:
+        """Of image and text tower, whether nothing in it learns. One that learns in part counts as one that learns."""
+        lock = self.config.train.lock
+        image, text = (name in lock.whole() and not lock.learn for name in ("image", "text"))
+        return image, text
+
+    @property
+    def learned(self) -> tuple[int, int]:
+        """Parameters of image and text tower that learn."""
+        image, text = self.locked
+        return self.image.parameters * (not image), self.text.parameters * (not text)
+
+    @property
     def half(self) -> bool:
         return is_half(self.config, self.device)
 
@@ -100,11 +113,11 @@ def make_job(config: Config, *, ranks: int, device: Device, tokens: float | None
     check_ranks(config.train.global_batch, ranks)
     check_model(config.model)
     fields, half = model_fields(config.model), is_half(config, device)
-    image, text = plain_towers(config.model, half)
+    image, text = plain_towers(config.model, config.towers, half=half)
     if image is None or text is None:
         from clipscale.forecast.built import built_towers  # torch, for these alone
 
-        built_image, built_text = built_towers(config.model, half)
+        built_image, built_text = built_towers(config.model, config.towers, half=half)
         image, text = image or built_image, text or built_text
     require(
         tokens is None or 1 <= tokens <= text.tokens,

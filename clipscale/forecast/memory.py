@@ -11,13 +11,11 @@ loader's process take is added. A step's peak is in its loss or in its second pa
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 
-from clipscale.config import Config, flat
 from clipscale.forecast.job import Job
 
-MOMENTS = {"adamw": 8, "sgd": 0}
+MOMENTS = {"adamw": 8, "sgd": 0, "adam": 8, "nadamw": 8, "lamb": 8, "lion": 4, "adan": 16, "adopt": 8}
 """Bytes a parameter that an optimizer remembers, by optim.kind; of another kind as much as AdamW."""
 OPERAND = {"fp16": 2, "bf16": 2, "tf32": 4, "fp32": 4, "fp64": 8}
 _TILE_BYTES, _STATISTICS = 512 << 20, 32  # of the Triton kernels; a pair (README, the loss by itself)
@@ -66,14 +64,14 @@ _IN_A_STEP = (GRADIENTS, LOSS, WORKSPACE, CHUNK, KEPT)  # and gone after it
 
 def memory_of(job: Job) -> Memory:
     """Of one rank; the host's part of the first rank of a node, which alone stages checkpoints."""
-    config, size = job.config, job.parameters
-    average = averages(config)
-    moments = MOMENTS.get(config.optim.kind, MOMENTS["adamw"]) * size
+    config, size, learned = job.config, job.parameters, sum(job.learned)
+    average = 4 * learned * config.ema.enabled
+    moments = MOMENTS.get(config.optim.kind, MOMENTS["adamw"]) * learned
     parts = {
         WEIGHTS: 4 * size,
-        GRADIENTS: 4 * size,
+        GRADIENTS: 4 * learned,
         STATE: moments,
-        AVERAGE: 4 * size * average,
+        AVERAGE: average,
         COPIES: 2 * max(job.image.cast, job.text.cast) if job.half else 0,
         EMBEDDINGS: 8 * job.slots * job.width,
         LOSS: _loss_blocks(job),
@@ -91,7 +89,7 @@ def memory_of(job: Job) -> Memory:
     parts[KEPT] = int(_graph_image(job, kept[0]) + job.text.graph_bytes(kept[1], kept[1] * job.tokens))
     host = {
         PICTURES: _ring_bytes(job, tier, kept[0]),
-        STAGING: (4 * size * (1 + average) + moments) * config.checkpoint.background,
+        STAGING: (4 * size + average + moments) * config.checkpoint.background,
     }
     if job.device.on_gpu:
         host[PROCESS] = _PROCESS + _LOADER
@@ -105,9 +103,10 @@ def _peaks(job: Job, parts: dict[str, int], kept: tuple[int, int]) -> dict[str, 
     through in a single chunk come when its activations go."""
     always = sum(size for name, size in parts.items() if name not in _IN_A_STEP)
     kept_text = job.text.graph_bytes(kept[1], kept[1] * job.tokens)
-    of_image, of_text = 4 * job.image.parameters, 4 * job.text.parameters
+    of_image, of_text = (4 * count for count in job.learned)
     transient = job.image.replay_token * job.image.tokens * job.chunks[0]
-    image, text = (chunk * (count < job.slots) for chunk, count in zip(_chunk_bytes(job), kept, strict=True))
+    twice = (count < job.slots and not locked for count, locked in zip(kept, job.locked, strict=True))
+    image, text = (chunk * again for chunk, again in zip(_chunk_bytes(job), twice, strict=True))
     one_by_one = job.slots > job.chunks[0], job.slots * job.tokens > job.text_chunk_tokens
     found = {
         "the loss": parts[KEPT] + parts[LOSS] + parts[WORKSPACE],
@@ -117,11 +116,6 @@ def _peaks(job: Job, parts: dict[str, int], kept: tuple[int, int]) -> dict[str, 
         "the optimizer's step": parts[GRADIENTS],
     }
     return {name: int(always + size) for name, size in found.items()}
-
-
-def averages(config: Config) -> int:
-    """How many averaged copies of the weights a run keeps on its device."""
-    return int(bool(flat(dataclasses.asdict(config)).get("ema.decay")))
 
 
 def _loss_blocks(job: Job) -> int:
@@ -166,11 +160,12 @@ def _keep_bytes(job: Job, parts: dict[str, int]) -> float:
 
 
 def _kept(job: Job, keep_bytes: float) -> tuple[int, int]:
-    """Whole chunks of pictures first; of captions, whose chunks differ, what is left."""
+    """Whole chunks of pictures first; of captions, whose chunks differ, what is left. A locked tower has no graphs."""
     chunk, of_chunk = job.chunks[0], _graph_image(job, job.chunks[0])
-    pictures = min(job.slots, int(max(0, keep_bytes) // of_chunk) * chunk)
+    image, text = (job.slots * (not locked) for locked in job.locked)
+    pictures = min(image, int(max(0, keep_bytes) // of_chunk) * chunk)
     left = max(0.0, keep_bytes - _graph_image(job, pictures))
-    return pictures, min(job.slots, int(left / job.text.graph_bytes(1, job.tokens)))
+    return pictures, min(text, int(left / job.text.graph_bytes(1, job.tokens)))
 
 
 def _tier(job: Job) -> str:

@@ -66,4 +66,4 @@ def sum_seconds(job: Job) -> float:
     device = job.device
     between = device.network * device.per_node
     rate = device.link if job.ranks <= device.per_node else min(device.link, between)
-    return 2 * (job.ranks - 1) / job.ranks * 4 * job.parameters / (rate * WIRE)
+    return 2 * (job.ranks - 1) / job.ranks * 4 * sum(job.learned) / (rate * WIRE)

@@ -12,7 +12,7 @@ this.
 
 from __future__ import annotations
 
-from clipscale.config import Model
+from clipscale.config import Model, TowerSettings
 from clipscale.forecast.job import Job, is_half
 from clipscale.forecast.measured import Found, Step
 from clipscale.forecast.memory import Memory, memory_of
@@ -23,6 +23,8 @@ from clipscale.upstream.open_clip_files import known_models
 PRODUCTS, TRAFFIC, LOSS = 0.70, 0.50, 0.55
 """Shares of the datasheet's rate and bandwidth that towers reach, and of its rate that the loss does."""
 CPU_TOWERS, CPU_LOSS = 0.60, 0.85
+_AS_MEASURED = TowerSettings(fast_attention=False, fast_norms=False)
+"""How the towers of the steps were computed that have been measured on GPUs so far."""
 COPIES = 0.80
 """Of the datasheet's bandwidth, to and from host memory."""
 _BETWEEN = 3.3  # bytes that go through memory in a pass, by byte that autograd saves
@@ -36,12 +38,12 @@ def seconds_of(job: Job, found: Found, memory: Memory | None = None) -> dict[str
     factor = _factor(job, found.step)
     kept_image, kept_text = pictures / job.slots, captions / job.slots
     parts = {
-        "image tower": factor * _tower(job, job.image, job.image.tokens, kept_image, found),
-        "text tower": factor * _tower(job, job.text, job.tokens, kept_text, found),
+        "image tower": factor * _tower(job, job.image, job.image.tokens, kept_image, found, locked=job.locked[0]),
+        "text tower": factor * _tower(job, job.text, job.tokens, kept_text, found, locked=job.locked[1]),
         "loss": loss_flop(job) / loss_rate(job, found),
         "ring": exposed_seconds(job, loss_rate(job, found)),
         "gradients' sum": sum_seconds(job),
-        "optimizer": _UPDATE_BYTES * job.parameters / (job.device.bandwidth * TRAFFIC),
+        "optimizer": _UPDATE_BYTES * sum(job.learned) / (job.device.bandwidth * TRAFFIC),
     }
     parts["data"] = max(0.0, data_seconds(job, found, memory) - sum(parts.values()))
     return parts
@@ -71,12 +73,20 @@ def loss_rate(job: Job, found: Found) -> float:
 
 def job_flop(job: Job) -> float:
     """Operations of both towers in a step of one rank where nothing is kept: two forward passes and a backward."""
-    return 4 * job.slots * (job.image.forward_flop() + job.text.forward_flop(job.tokens))
+    of_towers = job.image.forward_flop(), job.text.forward_flop(job.tokens)
+    return job.slots * sum(
+        _passes(job, locked=locked) * flop for locked, flop in zip(job.locked, of_towers, strict=True)
+    )
 
 
-def _tower(job: Job, tower: TowerFacts, tokens: float, kept: float, found: Found) -> float:
+def _passes(job: Job, kept: float = 0.0, *, locked: bool = False) -> float:
+    """Forward passes that a sample's work is worth: the backward pass two, and one more for checkpointed blocks."""
+    return 1.0 if locked else 4 - kept + job.config.towers.checkpoint_blocks
+
+
+def _tower(job: Job, tower: TowerFacts, tokens: float, kept: float, found: Found, *, locked: bool = False) -> float:
     """Of all slots. `kept`: the share that goes through once."""
-    passes = (4 - kept) * job.slots
+    passes = _passes(job, kept, locked=locked) * job.slots
     flop = passes * tower.forward_flop(tokens)
     if not job.device.on_gpu:
         return flop / (found.step.flops if found.step else job.device.fp32 * CPU_TOWERS)
@@ -91,7 +101,7 @@ def _factor(job: Job, step: Step | None) -> float:
         return 1.0
     if (step.precision in ("bf16", "fp16")) != is_half(job.config, job.device):
         return 1.0
-    image, text = plain_towers(Model(name=step.model), job.half)
+    image, text = plain_towers(Model(name=step.model), _AS_MEASURED, half=job.half)
     if image is None or text is None:
         return 1.0
     none = Found()

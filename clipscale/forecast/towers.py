@@ -1,6 +1,6 @@
 """What a tower costs, by closed formulas, from the fields that describe it: parameters, operations, memory of a graph.
 
-    image, text = plain_towers(config.model, half=True)     # None in the place of a tower that no formula knows
+    image, text = plain_towers(config.model, config.towers, half=True)   # None for a tower that no formula knows
     image.parameters, image.forward_flop()                  # 87,849,216 and 8.7e9
     image.graph_bytes(samples=256, tokens=256 * image.tokens)
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from clipscale.config import Model
+from clipscale.config import Model, TowerSettings
 from clipscale.upstream.open_clip_files import model_fields
 
 _ANY = object()
@@ -73,6 +73,23 @@ class TowerFacts:
 
 
 @dataclass(frozen=True)
+class _Numbers:
+    """Bytes of a number: of products, of the residual stream, and as a norm keeps its input."""
+
+    product: int
+    stream: int
+    norm: int
+    checkpointed: bool
+
+    @classmethod
+    def of(cls, settings: TowerSettings, *, half: bool, in_halves: bool) -> _Numbers:
+        """`in_halves`: under autocast the stream is in half precision."""
+        stream = 2 if half and in_halves else 4
+        norm = stream if settings.fast_norms else 4
+        return cls(2 if half else 4, stream, norm, settings.checkpoint_blocks)
+
+
+@dataclass(frozen=True)
 class _Blocks:
     """A stack of transformer blocks."""
 
@@ -93,32 +110,39 @@ class _Blocks:
         """By token, by token squared: the products with weights, and attention's two."""
         return self.layers * 2 * (4 * self.width**2 + 2 * self.width * self.hidden), self.layers * 4 * self.width
 
-    def graph_token(self, half: bool) -> int:
-        """Two norms' inputs in float32 with their mean and deviation; the norms' outputs, q, k, v, what attention gives
-        and its logsumexp; around the activation. `half`: all but the norms' in half precision (autocast)."""
-        size = 2 if half else 4
+    def graph_token(self, numbers: _Numbers) -> int:
+        """Of each block, or where they are checkpointed its input alone."""
+        return self.layers * (self.width * numbers.stream if numbers.checkpointed else self._block_token(numbers))
+
+    def _block_token(self, numbers: _Numbers) -> int:
+        """Two norms' inputs with their mean and deviation; the norms' outputs, q, k, v, what attention gives and its
+        logsumexp; around the activation."""
         activation = 3 if self.quick_gelu else 2
-        of_layer = self.width * (8 + 6 * size) + self.hidden * size * activation + 16 + 4 * self.heads
-        return self.layers * of_layer
+        of_norms, size = 2 * numbers.norm, numbers.product
+        return self.width * (of_norms + 6 * size) + self.hidden * size * activation + 16 + 4 * self.heads
 
-    def replay_token(self, half: bool, stream: int) -> int:
-        """The residual's gradient (`stream` bytes a number), its copy in half precision, and the MLP's."""
-        size = 2 if half else 4
-        return self.width * (stream + size * (stream != size)) + self.hidden * size
+    def replay_token(self, numbers: _Numbers) -> int:
+        """The residual's gradient, its copy in half precision, and the MLP's; a checkpointed block, run again."""
+        size, stream = numbers.product, numbers.stream
+        transient = self.width * (stream + size * (stream != size)) + self.hidden * size
+        return transient + (self._block_token(numbers) if numbers.checkpointed else 0)
 
 
-def plain_towers(model: Model, half: bool) -> tuple[TowerFacts | None, TowerFacts | None]:
+def plain_towers(model: Model, settings: TowerSettings, *, half: bool) -> tuple[TowerFacts | None, TowerFacts | None]:
     """Image and text tower of a model that `check_model` lets pass; None: no formula knows it.
 
     Args:
+        settings: how the towers are computed.
         half: products in bf16 or fp16 under autocast, else in float32.
     """
     fields = model_fields(model)
     vision, text = fields["vision_cfg"], fields["text_cfg"]
     width, quick = fields["embed_dim"], bool(fields["quick_gelu"])
+    pictures = _Numbers.of(settings, half=half, in_halves=True)  # their first norm rounds
+    captions = _Numbers.of(settings, half=half, in_halves=settings.residual == "bf16")
     return (
-        _image(_VISION_DEFAULTS | vision, width, quick, half) if _plain(vision, _VISION) else None,
-        _text(_TEXT_DEFAULTS | text, width, quick, half) if _plain(text, _TEXT) else None,
+        _image(_VISION_DEFAULTS | vision, width, quick, pictures) if _plain(vision, _VISION) else None,
+        _text(_TEXT_DEFAULTS | text, width, quick, captions) if _plain(text, _TEXT) else None,
     )
 
 
@@ -129,7 +153,7 @@ def _plain(fields: dict[str, Any], known: dict[str, Any]) -> bool:
     )
 
 
-def _image(fields: dict[str, Any], embed_dim: int, quick: bool, half: bool) -> TowerFacts:
+def _image(fields: dict[str, Any], embed_dim: int, quick: bool, numbers: _Numbers) -> TowerFacts:
     width, side, patch = fields["width"], fields["image_size"], fields["patch_size"]
     grid = (side // patch) ** 2
     hidden, heads = int(width * fields["mlp_ratio"]), width // fields["head_width"]
@@ -137,16 +161,16 @@ def _image(fields: dict[str, Any], embed_dim: int, quick: bool, half: bool) -> T
     pre, after_pool = not fields.get("no_ln_pre"), bool(fields.get("final_ln_after_pool"))
     dropped = fields.get("patch_dropout") or 0.0
     tokens = 1 + (max(1, int(grid * (1 - dropped))) if dropped else grid)
-    size = 2 if half else 4
-    graph_token, graph_sample = blocks.graph_token(half) + pre * (4 * width + 8), 3 * side * side * size
+    size, norm = numbers.product, numbers.norm
+    graph_token, graph_sample = blocks.graph_token(numbers) + pre * (norm * width + 8), 3 * side * side * size
     graph_sample += 4 * embed_dim + 8
     average = fields.get("pool_type") == "avg"
     if not after_pool:
-        graph_token += 4 * width + 8 + (0 if average else size * width)  # a picture's one token is a view of all
+        graph_token += norm * width + 8 + (0 if average else size * width)  # a picture's one token is a view of all
         graph_sample += size * width if average else 0
     else:
-        graph_token += 0 if average or half else 4 * width
-        graph_sample += 4 * width + 8 + size * width
+        graph_token += 0 if average or size == 2 else 4 * width
+        graph_sample += norm * width + 8 + size * width
     by_token, by_square = blocks.flop
     products = 3 * patch * patch * width
     return TowerFacts(
@@ -163,17 +187,17 @@ def _image(fields: dict[str, Any], embed_dim: int, quick: bool, half: bool) -> T
         flop=(2.0 * (products * grid + width * embed_dim), by_token, by_square),
         graph_sample=graph_sample,
         graph_token=graph_token,
-        replay_token=blocks.replay_token(half, stream=size),
+        replay_token=blocks.replay_token(numbers),
     )
 
 
-def _text(fields: dict[str, Any], embed_dim: int, quick: bool, half: bool) -> TowerFacts:
+def _text(fields: dict[str, Any], embed_dim: int, quick: bool, numbers: _Numbers) -> TowerFacts:
     width, length, vocabulary = fields["width"], fields["context_length"], fields["vocab_size"]
     blocks = _Blocks(fields["layers"], width, int(width * fields["mlp_ratio"]), fields["heads"], quick)
     projects = fields.get("proj_type", "linear") != "none"
     projection = projects * (width * embed_dim + bool(fields.get("proj_bias")) * embed_dim)
     at_end = fields.get("pool_type", "argmax") in ("argmax", "eos")
-    size = 2 if half else 4
+    size = numbers.product
     by_token, by_square = blocks.flop
     return TowerFacts(
         name="text",
@@ -183,6 +207,6 @@ def _text(fields: dict[str, Any], embed_dim: int, quick: bool, half: bool) -> To
         cuttable=at_end and not fields.get("no_causal_mask"),
         flop=(2.0 * projects * width * embed_dim, by_token, by_square),
         graph_sample=4 * embed_dim + 8 + size * width + 16 * at_end,
-        graph_token=blocks.graph_token(half) + 4 * width + 8 + (0 if at_end or half else 4 * width),
-        replay_token=blocks.replay_token(half, stream=4),  # token embeddings are float32 under autocast
+        graph_token=blocks.graph_token(numbers) + numbers.norm * width + 8 + (0 if at_end or size == 2 else 4 * width),
+        replay_token=blocks.replay_token(numbers),
     )

@@ -91,7 +91,7 @@ def make_optimizer(groups: Sequence[dict[str, Any]], config: Optim) -> torch.opt
         UserError: the constructor refuses a value.
     """
     known, fields = _fields(config), dict(config.options)
-    for name, value in (("betas", config.betas), ("eps", config.eps), ("momentum", config.momentum)):
+    for name, value in (*config.moments.items(), ("momentum", config.momentum)):
         if value is not None and name in known:
             fields[name] = tuple(value) if name == "betas" else value
     if config.update_clipping is not None:
