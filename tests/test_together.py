@@ -90,9 +90,13 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [{name: x for name, x in json.loads(line).items() if not name.startswith(aside)} for line in lines]
 
 
+def last_of(folder: Path) -> Path:
+    return folder / "run" / "checkpoints" / "step-000000004"
+
+
 def saved(folder: Path) -> tuple:
     """Weights, optimizer and loss scale of the last step; averages."""
-    last = folder / "run" / "checkpoints" / "step-000000004"
+    last = last_of(folder)
     return *what_is_in(last), load_file(last / "ema.safetensors")
 
 
@@ -112,7 +116,7 @@ def whole(data, tmp_path_factory) -> Callable[[str], dict[str, Any]]:
 @pytest.mark.parametrize("case", SLOW)
 def test_a_resume_is_the_run_without_a_stop(case, whole, data, tmp_path):
     shutil.copytree(whole(case)["folder"] / "run", tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000000004")
+    shutil.rmtree(last_of(tmp_path))
     resumed = trained(tmp_path, data, ALONE, CASES[case])
     assert bitwise_equal(saved(tmp_path), saved(whole(case)["folder"]))
     assert resumed["rows"] == whole(case)["rows"]
@@ -151,10 +155,20 @@ def test_ranks_agree_with_one_process(case, size, whole, data, tmp_path):
 def test_averages_and_checkpointed_blocks_change_no_bit(whole, data, tmp_path):
     """Of a run with LAMB, layer decay, patch dropout and drop path."""
     plain = trained(tmp_path, data, ALONE, (*CASES[LAMB], "towers.checkpoint_blocks=false", "ema.half_life_samples=0"))
-    last = "run/checkpoints/step-000000004"
-    assert bitwise_equal(what_is_in(tmp_path / last), what_is_in(whole(LAMB)["folder"] / last))
+    assert bitwise_equal(what_is_in(last_of(tmp_path)), what_is_in(last_of(whole(LAMB)["folder"])))
     assert plain["rows"] == whole(LAMB)["rows"]
     assert plain["averages"] == {} != whole(LAMB)["averages"]
+
+
+def test_averages_of_what_is_locked_later_are_dropped_with_a_warning(data, tmp_path):
+    """A run of two steps goes on for two with its image tower locked."""
+    trained(tmp_path, data, ALONE, (VISION, "train.samples=16"))
+    found = trained(tmp_path, data, ALONE, (VISION, "train.lock.image=true"))
+    names = {name for name in found["weights"] if not name.startswith("visual.")}
+    assert found["averages"].keys() == load_file(last_of(tmp_path) / "ema.safetensors").keys() == names
+    count = len(found["weights"]) - len(names)
+    told = f"warning: the checkpoint's averages of {count} tensors are dropped: train.lock"
+    assert told in (tmp_path / "run" / "run.log").read_text()
 
 
 @pytest.mark.slow
