@@ -27,6 +27,7 @@ TEXT = "model.text={context_length: 24, width: 32, heads: 2, layers: 3, ls_init_
 EMA = "ema.half_life_samples=24"
 STEADY = "optim.eps=1e-3"  # where a gradient is all rounding (a key's bias in attention), so is the step then
 LAMB, COMPILED = "lamb, ema, checkpointed blocks", "compiled, kept graphs, ema"
+LION = "lion, part of a tower locked, ema"
 CASES: dict[str, tuple[str, ...]] = {
     LAMB: (
         f"model.vision={{{TIMM}, patch_dropout: 0.5, timm_drop_path: 0.3}}",
@@ -40,9 +41,7 @@ CASES: dict[str, tuple[str, ...]] = {
         *(VISION, "optim.kind=muon", STEADY, "train.lock={image: true, image_groups: 1}"),
         "optim.lr_scales={logit_scale: 0.25}",
     ),
-    "lion, part of a tower locked, ema": (
-        *(VISION, "optim.kind=lion", "optim.lr=1e-4", "train.lock={image: true, image_groups: 1}"),
-    ),
+    LION: (*(VISION, "optim.kind=lion", "optim.lr=1e-4", "train.lock={image: true, image_groups: 1}"),),
     "bf16, fast norms, kept graphs, ema": (
         *(VISION, "train.precision=bf16", "towers.residual=bf16", "gradcache.keep_bytes=300_000", STEADY),
     ),
@@ -52,8 +51,7 @@ CASES: dict[str, tuple[str, ...]] = {
     ),
     COMPILED: (VISION, "towers.compile=true", "gradcache.keep_bytes=300_000", STEADY),
 }
-FAST = [case for case in CASES if case != COMPILED]
-SLOW = [*FAST, pytest.param(COMPILED, marks=pytest.mark.slow)]  # compiling takes ten seconds
+RESUMED = [pytest.param(case, marks=[pytest.mark.slow] * (case in (COMPILED, LION))) for case in CASES]
 BARS = {"fp32": (1e-6, 1e-5, 1e-5), "muon": (1e-5, 5e-5, 2e-4), "fp16": (1e-3, 1e-2, None), "bf16": (1e-2, 0.1, None)}
 """Between numbers of ranks: of losses, of gradients' norms, and of weights and averages by their largest number; None,
 and for lion, which steps by signs: not compared."""
@@ -113,7 +111,7 @@ def whole(data, tmp_path_factory) -> Callable[[str], dict[str, Any]]:
     return run
 
 
-@pytest.mark.parametrize("case", SLOW)
+@pytest.mark.parametrize("case", RESUMED)
 def test_a_resume_is_the_run_without_a_stop(case, whole, data, tmp_path):
     shutil.copytree(whole(case)["folder"] / "run", tmp_path / "run")
     shutil.rmtree(last_of(tmp_path))
@@ -130,7 +128,7 @@ def a_rank(rank: int, size: int, folder: str, data: tuple[str, str], words: tupl
 
 def bars_of(case: str) -> tuple[float, float, float | None]:
     loss, grad_norm, weights = BARS[next((name for name in BARS if case.startswith(name)), "fp32")]
-    return loss, grad_norm, None if case.startswith("lion") else weights
+    return loss, grad_norm, None if case == LION else weights
 
 
 @pytest.mark.parametrize(
