@@ -27,6 +27,7 @@ TEXT = "model.text={context_length: 24, width: 32, heads: 2, layers: 3, ls_init_
 EMA = "ema.half_life_samples=24"
 STEADY = "optim.eps=1e-3"  # where a gradient is all rounding (a key's bias in attention), so is the step then
 LAMB, COMPILED = "lamb, ema, checkpointed blocks", "compiled, kept graphs, ema"
+LION = "lion, part of a tower locked, ema"
 CASES: dict[str, tuple[str, ...]] = {
     LAMB: (
         f"model.vision={{{TIMM}, patch_dropout: 0.5, timm_drop_path: 0.3}}",
@@ -40,9 +41,7 @@ CASES: dict[str, tuple[str, ...]] = {
         *(VISION, "optim.kind=muon", STEADY, "train.lock={image: true, image_groups: 1}"),
         "optim.lr_scales={logit_scale: 0.25}",
     ),
-    "lion, part of a tower locked, ema": (
-        *(VISION, "optim.kind=lion", "optim.lr=1e-4", "train.lock={image: true, image_groups: 1}"),
-    ),
+    LION: (*(VISION, "optim.kind=lion", "optim.lr=1e-4", "train.lock={image: true, image_groups: 1}"),),
     "bf16, fast norms, kept graphs, ema": (
         *(VISION, "train.precision=bf16", "towers.residual=bf16", "gradcache.keep_bytes=300_000", STEADY),
     ),
@@ -52,8 +51,7 @@ CASES: dict[str, tuple[str, ...]] = {
     ),
     COMPILED: (VISION, "towers.compile=true", "gradcache.keep_bytes=300_000", STEADY),
 }
-FAST = [case for case in CASES if case != COMPILED]
-SLOW = [*FAST, pytest.param(COMPILED, marks=pytest.mark.slow)]  # compiling takes ten seconds
+RESUMED = [pytest.param(case, marks=[pytest.mark.slow] * (case in (COMPILED, LION))) for case in CASES]
 BARS = {"fp32": (1e-6, 1e-5, 1e-5), "muon": (1e-5, 5e-5, None), "fp16": (1e-3, 1e-2, None), "bf16": (1e-2, 0.1, None)}
 """Between numbers of ranks: of losses, of gradients' norms, and of weights and averages by their largest number; None,
 and for lion: not compared. Lion steps by signs, and Muon makes every direction of a gradient equally long, those too in
@@ -91,9 +89,13 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [{name: x for name, x in json.loads(line).items() if not name.startswith(aside)} for line in lines]
 
 
+def last_of(folder: Path) -> Path:
+    return folder / "run" / "checkpoints" / "step-000000004"
+
+
 def saved(folder: Path) -> tuple:
     """Weights, optimizer and loss scale of the last step; averages."""
-    last = folder / "run" / "checkpoints" / "step-000000004"
+    last = last_of(folder)
     return *what_is_in(last), load_file(last / "ema.safetensors")
 
 
@@ -110,10 +112,10 @@ def whole(data, tmp_path_factory) -> Callable[[str], dict[str, Any]]:
     return run
 
 
-@pytest.mark.parametrize("case", SLOW)
+@pytest.mark.parametrize("case", RESUMED)
 def test_a_resume_is_the_run_without_a_stop(case, whole, data, tmp_path):
     shutil.copytree(whole(case)["folder"] / "run", tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000000004")
+    shutil.rmtree(last_of(tmp_path))
     resumed = trained(tmp_path, data, ALONE, CASES[case])
     assert bitwise_equal(saved(tmp_path), saved(whole(case)["folder"]))
     assert resumed["rows"] == whole(case)["rows"]
@@ -127,7 +129,7 @@ def a_rank(rank: int, size: int, folder: str, data: tuple[str, str], words: tupl
 
 def bars_of(case: str) -> tuple[float, float, float | None]:
     loss, grad_norm, weights = BARS[next((name for name in BARS if case.startswith(name)), "fp32")]
-    return loss, grad_norm, None if case.startswith("lion") else weights
+    return loss, grad_norm, None if case == LION else weights
 
 
 @pytest.mark.parametrize(
@@ -152,10 +154,20 @@ def test_ranks_agree_with_one_process(case, size, whole, data, tmp_path):
 def test_averages_and_checkpointed_blocks_change_no_bit(whole, data, tmp_path):
     """Of a run with LAMB, layer decay, patch dropout and drop path."""
     plain = trained(tmp_path, data, ALONE, (*CASES[LAMB], "towers.checkpoint_blocks=false", "ema.half_life_samples=0"))
-    last = "run/checkpoints/step-000000004"
-    assert bitwise_equal(what_is_in(tmp_path / last), what_is_in(whole(LAMB)["folder"] / last))
+    assert bitwise_equal(what_is_in(last_of(tmp_path)), what_is_in(last_of(whole(LAMB)["folder"])))
     assert plain["rows"] == whole(LAMB)["rows"]
     assert plain["averages"] == {} != whole(LAMB)["averages"]
+
+
+def test_averages_of_what_is_locked_later_are_dropped_with_a_warning(data, tmp_path):
+    """A run of two steps goes on for two with its image tower locked."""
+    trained(tmp_path, data, ALONE, (VISION, "train.samples=16"))
+    found = trained(tmp_path, data, ALONE, (VISION, "train.lock.image=true"))
+    names = {name for name in found["weights"] if not name.startswith("visual.")}
+    assert found["averages"].keys() == load_file(last_of(tmp_path) / "ema.safetensors").keys() == names
+    count = len(found["weights"]) - len(names)
+    told = f"warning: the checkpoint's averages of {count} tensors are dropped: train.lock"
+    assert told in (tmp_path / "run" / "run.log").read_text()
 
 
 @pytest.mark.slow

@@ -48,6 +48,8 @@ class Ema:
             tell(f"ema: the checkpoint has no average of {counted(fresh, 'tensor')}, which begin as they are now")
         if found and not self._settings.enabled:
             tell("warning: the checkpoint's averaged weights are dropped: ema.half_life_samples=0")
+        elif locked := len(found.keys() - self._weights.keys()):
+            tell(f"warning: the checkpoint's averages of {counted(locked, 'tensor')} are dropped: train.lock")
 
     def update(self, *, samples: int) -> None:
         """After the step that ends with so many samples seen."""
