@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 
-from clipscale.config import Config
+from clipscale.config import AVERAGE_PREFIX, Config
 from clipscale.words import counted
 
 _MANY_STEPS, _LARGE_BATCH = 15_000, 4_096
@@ -141,4 +141,4 @@ def others_left(config: Config, step: int, last_step: int) -> dict[str, int]:
 
 def _judge(config: Config) -> str:
     """Name of the evaluation whose score tells the best checkpoint, of the weights or of their average; "": none."""
-    return (config.checkpoint.best or "").rpartition("/")[0].removeprefix("ema/")
+    return (config.checkpoint.best or "").rpartition("/")[0].removeprefix(AVERAGE_PREFIX)

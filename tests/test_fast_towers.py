@@ -10,12 +10,11 @@ from open_clip.transformer import LayerNorm, ResidualAttentionBlock
 from test_gradcache import gradients, worst_error
 from test_walks import CONTEXT, END, make_captions
 
-from clipscale.config import Config, Model, TowerSettings, Train
+from clipscale.config import AS_OPEN_CLIP, Config, Model, TowerSettings, Train
 from clipscale.errors import UserError
 from clipscale.towers import Towers, build_towers
 from clipscale.towers.fast import FastBlock, FastNorm, HalfStream
 
-OFF = TowerSettings(fast_attention=False, fast_norms=False)
 VISION = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 2, "head_width": 16}
 TEXT = {"context_length": CONTEXT, "width": 64, "heads": 4, "layers": 2}
 VISIONS = {
@@ -69,7 +68,9 @@ def passed(towers: Towers, images: torch.Tensor | None, tokens: torch.Tensor | N
 
 def assert_same(make, images, tokens, bar: float) -> None:
     """`make(settings)` -> towers: by default settings as by open_clip's own forwards."""
-    (ours, our_grads), (theirs, their_grads) = (passed(make(way), images, tokens) for way in (TowerSettings(), OFF))
+    (ours, our_grads), (theirs, their_grads) = (
+        passed(make(way), images, tokens) for way in (TowerSettings(), AS_OPEN_CLIP)
+    )
     assert (ours - theirs).abs().max() <= bar
     assert worst_error(our_grads, their_grads) <= bar
 
@@ -97,7 +98,7 @@ def test_captions(kind, dtype, bar):
 
 def test_captions_cut_at_every_length():
     """Against open_clip's mask, cut; and the full length, whose mask it has not heard of."""
-    ours, theirs = (towers_of(way, torch.float64) for way in (TowerSettings(), OFF))
+    ours, theirs = (towers_of(way, torch.float64) for way in (TowerSettings(), AS_OPEN_CLIP))
     tokens = make_captions(3)
     for length in range(2, CONTEXT + 1):
         cut = tokens[:, :length].clone()
@@ -116,7 +117,7 @@ def test_a_mask_that_is_wrong_is_seen(causal, monkeypatch):
     )
     for block in encoder.transformer.resblocks:
         block.causal = not causal
-    ours, theirs = (passed(each, *inputs)[0] for each in (towers, make(OFF)))
+    ours, theirs = (passed(each, *inputs)[0] for each in (towers, make(AS_OPEN_CLIP)))
     assert (ours - theirs).abs().max() > 1e-3
 
 
@@ -124,7 +125,7 @@ def test_drop_path_draws_the_same():
     """timm's tower stays as it is, and a swap of open_clip's leaves what draws by position."""
     vision = {"image_size": 64, "timm_model_name": "test_vit", "timm_drop_path": 0.4, "patch_dropout": 0.3}
     (ours, grads), (theirs, their_grads) = (
-        passed(towers_of(way, vision=vision), pictures(side=64), None) for way in (TowerSettings(), OFF)
+        passed(towers_of(way, vision=vision), pictures(side=64), None) for way in (TowerSettings(), AS_OPEN_CLIP)
     )
     assert torch.equal(ours, theirs)
     assert all(torch.equal(grads[name], their_grads[name]) for name in their_grads)
@@ -134,14 +135,14 @@ def test_drop_path_draws_the_same():
 def test_what_is_not_known_stays(kind):
     make = partial(towers_of, text=AS_IT_COMES[kind])
     assert not any(isinstance(module, FastBlock) for module in make(TowerSettings()).model.text.modules())
-    ours, theirs = (passed(make(way), None, make_captions(4))[0] for way in (TowerSettings(), OFF))
+    ours, theirs = (passed(make(way), None, make_captions(4))[0] for way in (TowerSettings(), AS_OPEN_CLIP))
     assert torch.equal(ours, theirs)
     told = "TextTransformer as it comes" if kind == "custom" else "2 blocks of open_clip's"
     assert make(TowerSettings()).how_computed().endswith(f"text: {told}")
 
 
 def test_the_state_dict_and_what_is_off():
-    ours, theirs = towers_of(TowerSettings()), towers_of(OFF)
+    ours, theirs = towers_of(TowerSettings()), towers_of(AS_OPEN_CLIP)
     assert [*ours.model.state_dict()] == [*theirs.model.state_dict()]
     kinds = {type(module) for module in theirs.model.modules()}
     assert {ResidualAttentionBlock, LayerNorm} < kinds
@@ -152,7 +153,7 @@ def test_the_state_dict_and_what_is_off():
 def test_an_evaluation_is_open_clips_to_the_bit():
     images, tokens = pictures(), make_captions(6)
     for autocast, residual in ((None, "open_clip"), (torch.bfloat16, "bf16")):
-        ours, theirs = (towers_of(way, autocast=autocast) for way in (TowerSettings(residual=residual), OFF))
+        ours, theirs = (towers_of(way, autocast=autocast) for way in (TowerSettings(residual=residual), AS_OPEN_CLIP))
         trained = ours.image(images).detach()
         for towers in (ours, theirs):
             towers.model.eval()
@@ -168,7 +169,7 @@ def test_an_evaluation_is_open_clips_to_the_bit():
 def errors(settings: TowerSettings) -> tuple[float, float]:
     """Of embeddings and of gradients under bf16, relative to float64 with the same weights, over both towers."""
     images, tokens = pictures(32), make_captions(32)
-    wanted, wanted_grads = passed(towers_of(OFF, torch.float64), images, tokens)
+    wanted, wanted_grads = passed(towers_of(AS_OPEN_CLIP, torch.float64), images, tokens)
     found, found_grads = passed(towers_of(settings, autocast=torch.bfloat16), images, tokens)
     square = sum((found_grads[name] - wanted_grads[name]).square().sum() for name in wanted_grads)
     norm = sum(grad.square().sum() for grad in wanted_grads.values())
@@ -176,13 +177,13 @@ def errors(settings: TowerSettings) -> tuple[float, float]:
 
 
 def test_bf16_is_as_near_to_float64_as_by_open_clip():
-    ours, theirs = errors(TowerSettings()), errors(OFF)
+    ours, theirs = errors(TowerSettings()), errors(AS_OPEN_CLIP)
     assert ours[0] <= theirs[0]
     assert ours[1] <= theirs[1]
 
 
 def test_the_residual_stream_in_bf16_costs_little_and_is_asked_for():
-    found, plain = errors(TowerSettings(residual="bf16")), errors(OFF)
+    found, plain = errors(TowerSettings(residual="bf16")), errors(AS_OPEN_CLIP)
     assert plain[0] < found[0] < 1.3 * plain[0]
     assert plain[1] < found[1] < 1.3 * plain[1]
 
@@ -222,7 +223,7 @@ def test_what_is_fast_is_told():
     assert plain.how_computed() == f"image: {line.format(6)}; text: {line.format(5)}"
     half = towers_of(TowerSettings(residual="bf16"), autocast=torch.bfloat16)
     assert half.how_computed().endswith("in bf16, residual stream in bf16")
-    timm = towers_of(OFF, vision={"timm_model_name": "test_vit"})
+    timm = towers_of(AS_OPEN_CLIP, vision={"timm_model_name": "test_vit"})
     assert timm.how_computed() == "image: TimmModel as it comes; text: 2 blocks of open_clip's"
     both = towers_of(TowerSettings(checkpoint_blocks=True, compile=True))
     assert both.how_computed().count("(flash), blocks compiled, blocks checkpointed") == 2
@@ -231,7 +232,7 @@ def test_what_is_fast_is_told():
 def test_the_backend_is_the_one_that_runs():
     """What a profiler sees of torch's attention, and of the zeros that open_clip's has filled for q, k and v."""
     zeros = {}
-    for way in TowerSettings(), OFF:
+    for way in TowerSettings(), AS_OPEN_CLIP:
         towers = towers_of(way)
         with torch.profiler.profile() as profile:
             passed(towers, pictures(), make_captions(4))
@@ -240,4 +241,4 @@ def test_the_backend_is_the_one_that_runs():
         kernel = "aten::_scaled_dot_product_flash_attention_for_cpu"
         assert names == {"aten::scaled_dot_product_attention", kernel, f"{kernel}_backward"}
         zeros[way] = counts["aten::select_backward"]
-    assert zeros == {TowerSettings(): 1, OFF: 1 + 3 * 4}  # the class token; four blocks
+    assert zeros == {TowerSettings(): 1, AS_OPEN_CLIP: 1 + 3 * 4}  # the class token; four blocks

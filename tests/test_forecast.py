@@ -18,7 +18,7 @@ from clipscale.bench.common.memory import watched_parts
 from clipscale.bench.step.captions import draw_captions, read_lengths
 from clipscale.bench.step.flops import tower_flops
 from clipscale.checkpoint.staging import state_bytes
-from clipscale.config import Model, TowerSettings
+from clipscale.config import AS_OPEN_CLIP, Model, TowerSettings
 from clipscale.config.load import load_config
 from clipscale.data.load.blocks import Layout
 from clipscale.data.load.replay import Held
@@ -88,7 +88,7 @@ def test_saved_bytes_are_those_that_the_step_counts(variant):
 
 SETTINGS = {
     "default": TowerSettings(),
-    "as open_clip": TowerSettings(fast_attention=False, fast_norms=False),
+    "as open_clip": AS_OPEN_CLIP,
     "residual": TowerSettings(residual="bf16"),
     "checkpointed": TowerSettings(checkpoint_blocks=True),
 }

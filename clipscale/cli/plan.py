@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 from clipscale.config.load import load_config
-from clipscale.errors import UserError, require
+from clipscale.errors import require
 from clipscale.files import write_file
 from clipscale.forecast.answer import plan_run, scale_rows
 from clipscale.forecast.curve import draw_curve, text_plot
@@ -72,10 +73,11 @@ def _device(arguments: argparse.Namespace, wanted: str) -> tuple[Device, bool]:
 
 
 def _bytes(word: str) -> int:
-    unit = word[-1:].lower() if word[-1:].isalpha() else ""
+    """A number, or one of k, m, g, t (powers of 1,000, as GPUs are sold)."""
+    match = re.fullmatch(r"([\d.]+(?:e\d+)?)([kmgt]?)", word.strip().lower())
     try:
-        size = float(word.removesuffix(word[-1:]) if unit else word) * _UNITS[unit]
-        assert 0 < size < 2**60
-        return int(size)
-    except (ValueError, KeyError, AssertionError):
-        raise UserError(f"--gpu-memory={word}: not a size; write bytes such as 24e9, or 24g") from None
+        size = float(match[1]) * _UNITS[match[2]] if match else 0.0
+    except ValueError:  # 1.2.3
+        size = 0.0
+    require(0 < size < 2**60, f"--gpu-memory={word}: not a size; write bytes such as 24e9, or 24g")
+    return int(size)

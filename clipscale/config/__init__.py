@@ -7,13 +7,15 @@ and their rules, `read.py` reads YAML and words, `load.py` merges them, `help.py
 finds the configs that come along.
 """
 
-from clipscale.config.evaluation import EVALUATIONS, Eval, Retrieval, Validation, ZeroShot
+from clipscale.config.evaluation import AVERAGE_PREFIX, EVALUATIONS, Eval, Retrieval, Validation, ZeroShot
 from clipscale.config.model import Model, Preprocess
 from clipscale.config.optim import Optim
 from clipscale.config.settings import Checkpoint, Config, Ema, GradCache, Lock, Loss, Run, Train, Wandb, flat
-from clipscale.config.towers import TowerSettings
+from clipscale.config.towers import AS_OPEN_CLIP, TowerSettings
 
 __all__ = [
+    "AS_OPEN_CLIP",
+    "AVERAGE_PREFIX",
     "EVALUATIONS",
     "Checkpoint",
     "Config",

@@ -93,6 +93,8 @@ EVALUATIONS = {"validation": Validation, "zeroshot": ZeroShot, "retrieval": Retr
 """The kinds, as `clipscale eval` and `eval` call them; in the order in which they are made."""
 
 
+AVERAGE_PREFIX = "ema/"
+"""What the columns of an evaluation of averaged weights begin with."""
 JUDGED_BY = {
     "validation": ("loss", "image_accuracy", "text_accuracy"),
     "zeroshot": ("top1", "top5", "mean_per_class_recall"),

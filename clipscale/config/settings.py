@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from clipscale.config.data import Data, Replay, SourceSettings
-from clipscale.config.evaluation import EVALUATIONS, JUDGED_BY, Eval, Retrieval, Validation
+from clipscale.config.evaluation import AVERAGE_PREFIX, EVALUATIONS, JUDGED_BY, Eval, Retrieval, Validation
 from clipscale.config.model import Model
 from clipscale.config.optim import Optim
 from clipscale.config.towers import TowerSettings
@@ -240,7 +240,7 @@ class Config:
 
     def judged_by(self) -> list[str]:
         """The scores of a run that tell a better checkpoint: of its weights, of their average, or of both."""
-        of_weights = [""] * (not self.ema.enabled or self.ema.evaluate == "both") + ["ema/"] * self.ema.enabled
+        of_weights = [""] * (not self.ema.enabled or self.ema.evaluate == "both") + [AVERAGE_PREFIX] * self.ema.enabled
         return [
             f"{prefix}{name}/{score}"
             for prefix in of_weights

@@ -15,3 +15,7 @@ class TowerSettings:
     residual: Literal["open_clip", "bf16"] = "open_clip"  # what text blocks add up in: there float32 under autocast too
     checkpoint_blocks: bool = False  # keep of each block its input alone; the backward pass runs the block once more
     compile: bool = False  # blocks by torch.compile: a minute or more at first, then fewer passes over memory
+
+
+AS_OPEN_CLIP = TowerSettings(fast_attention=False, fast_norms=False)
+"""Every forward open_clip's own."""

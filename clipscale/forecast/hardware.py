@@ -15,7 +15,7 @@ from pathlib import Path
 from clipscale.errors import UserError
 from clipscale.words import counted, did_you_mean
 
-_CORE_FLOPS = 50e9  # float32 products of a core; measured here: 57e9 a thread of an AMD EPYC
+CORE_FLOPS = 50e9  # float32 products of a core; measured here: 57e9 a thread of an AMD EPYC
 _CPU_BANDWIDTH, _CPU_NETWORK = 20e9, 1.25e9
 _DRIVER = Path("/proc/driver/nvidia/gpus")
 
@@ -103,6 +103,6 @@ def cpu() -> Device:
     """This machine's, with all of its memory."""
     cores = len(os.sched_getaffinity(0))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    rate, name = cores * _CORE_FLOPS, f"cpu ({counted(cores, 'core')})"
+    rate, name = cores * CORE_FLOPS, f"cpu ({counted(cores, 'core')})"
     bandwidths = _CPU_BANDWIDTH, _CPU_BANDWIDTH, _CPU_NETWORK, _CPU_BANDWIDTH
     return Device(name, memory, rate, rate, rate, *bandwidths, per_node=1, cores=cores)

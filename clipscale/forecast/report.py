@@ -8,18 +8,23 @@ from __future__ import annotations
 
 from typing import Any
 
+from clipscale.forecast.hardware import CORE_FLOPS
+from clipscale.forecast.measured import DECODE
+from clipscale.forecast.seconds import CPU_LOSS, CPU_TOWERS, LOSS, PRODUCTS, TRAFFIC
 from clipscale.progress import duration
 from clipscale.words import counted, short
 
+_CORE = f"{CORE_FLOPS / 1e9:.0f} GFLOP/s a core"
 _STATED = {
-    "towers": "towers: the datasheet's rate of products at 70 % and its bandwidth at 50 %, the shares of one H100",
-    "loss": "loss: 55 % of the datasheet's rate of products",
+    "towers": f"towers: the datasheet's rate of products at {100 * PRODUCTS:.0f} % and its bandwidth at "
+    f"{100 * TRAFFIC:.0f} %, the shares of one H100",
+    "loss": f"loss: {100 * LOSS:.0f} % of the datasheet's rate of products",
 }
 _STATED_CPU = {
-    "towers": "towers: 60 % of 50 GFLOP/s a core",
-    "loss": "loss: 85 % of 50 GFLOP/s a core",
+    "towers": f"towers: {100 * CPU_TOWERS:.0f} % of {_CORE}",
+    "loss": f"loss: {100 * CPU_LOSS:.0f} % of {_CORE}",
 }
-_DECODING = {"decoding": "decoding: 1,412 pictures/s a core, JPEGs of short side 256 cut to 224 (an AMD EPYC)"}
+_DECODING = {"decoding": f"decoding: {DECODE:,.0f} pictures/s a core, JPEGs of short side 256 cut to 224 (an AMD EPYC)"}
 
 
 def report_lines(answer: dict[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ this.
 
 from __future__ import annotations
 
-from clipscale.config import Model, TowerSettings
+from clipscale.config import AS_OPEN_CLIP, Model
 from clipscale.forecast.job import Job, is_half
 from clipscale.forecast.measured import Found, Step
 from clipscale.forecast.memory import Memory, memory_of
@@ -23,8 +23,6 @@ from clipscale.upstream.open_clip_files import known_models
 PRODUCTS, TRAFFIC, LOSS = 0.70, 0.50, 0.55
 """Shares of the datasheet's rate and bandwidth that towers reach, and of its rate that the loss does."""
 CPU_TOWERS, CPU_LOSS = 0.60, 0.85
-_AS_MEASURED = TowerSettings(fast_attention=False, fast_norms=False)
-"""How the towers of the steps were computed that have been measured on GPUs so far."""
 COPIES = 0.80
 """Of the datasheet's bandwidth, to and from host memory."""
 _BETWEEN = 3.3  # bytes that go through memory in a pass, by byte that autograd saves
@@ -101,7 +99,7 @@ def _factor(job: Job, step: Step | None) -> float:
         return 1.0
     if (step.precision in ("bf16", "fp16")) != is_half(job.config, job.device):
         return 1.0
-    image, text = plain_towers(Model(name=step.model), _AS_MEASURED, half=job.half)
+    image, text = plain_towers(Model(name=step.model), AS_OPEN_CLIP, half=job.half)  # as GPUs were measured
     if image is None or text is None:
         return 1.0
     none = Found()

@@ -21,7 +21,7 @@ from clipscale.config import Lock
 from clipscale.errors import require
 from clipscale.optim.groups import TOWERS, matching
 from clipscale.optim.layers import layers_of
-from clipscale.towers import Towers
+from clipscale.towers import Towers, learns
 from clipscale.words import short
 
 
@@ -81,7 +81,7 @@ def _learning_in_locked(model: nn.Module, config: Lock) -> set[str]:
 def _hold_in_eval(encoder: nn.Module) -> None:
     inner = {TimmModel: "trunk", HFTextEncoder: "transformer"}.get(type(encoder), "")
     for module in (encoder, getattr(encoder, inner, None)):
-        if module is not None and not any(parameter.requires_grad for parameter in module.parameters()):
+        if module is not None and not learns(module):
             module.__class__ = _held(type(module))  # the same module, so that whoever holds it need not be found
             module.eval()
             return

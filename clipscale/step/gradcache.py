@@ -33,7 +33,7 @@ from clipscale.step.plan import StepPlan, TowerPlan
 from clipscale.step.trace import Trace
 from clipscale.step.walks import Captions, Chunk, Pictures, Walk
 from clipscale.telemetry.parts import UNTIMED, Parts
-from clipscale.towers import Tower, Towers
+from clipscale.towers import Tower, Towers, learns
 
 LossAndGrads = Callable[..., ContrastiveGrads]
 
@@ -153,7 +153,7 @@ class TwoPasses:
     ) -> None:
         self.tower, self.walk, self._key, self._positions, self._by_chunk = tower, walk, key, positions, by_chunk
         self._trace = trace
-        self.learns = any(parameter.requires_grad for parameter in tower.encoder.parameters())
+        self.learns = learns(tower.encoder)
         self._kept: list[tuple[slice | Tensor, Tensor]] = []  # slots, embeddings
 
     def embed(self) -> Tensor:

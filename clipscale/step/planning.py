@@ -26,7 +26,7 @@ from clipscale.step.plan import GraphCost, StepPlan, TowerPlan
 from clipscale.step.search import Search, Sizes
 from clipscale.step.walks import Captions
 from clipscale.tell import tell
-from clipscale.towers import Tower, Towers
+from clipscale.towers import Towers, learns
 from clipscale.words import counted
 
 _MARGIN = 0.1  # of a GPU's memory, for what its allocator cuts off and what nobody counted
@@ -96,21 +96,16 @@ def chunks_of(config: Config, recorded: dict[str, Any] | None) -> tuple[int, int
 def plan_line(plan: StepPlan, towers: Towers, slots: int) -> str:
     """What a run tells of its plan."""
     blank_NL = torch.zeros(1, towers.context_length, dtype=torch.int32).expand(slots, -1)
-    pictures = f"{plan.image.kept_samples(slots) / slots if _learns(towers.image) else 1:.0%}"
+    pictures = f"{plan.image.kept_samples(slots) / slots if learns(towers.image.encoder) else 1:.0%}"
     least = f"{Captions(blank_NL, plan.text, None).kept / slots:.0%}"  # all of full length
     most = f"{captions_of(towers.text, blank_NL, plan.text).kept / slots:.0%}"  # all of them as short as can be
-    least, most = (least, most) if _learns(towers.text) else ("100%", "100%")
+    least, most = (least, most) if learns(towers.text.encoder) else ("100%", "100%")
     captions = most if most == least else f"{least} to {most}"
     once = f"{pictures} of the pictures and {captions} of the captions{'' if most == least else ', by their length,'}"
     return (
         f"step: chunks of {counted(plan.image.chunk, 'picture')} and {counted(plan.text.chunk, 'caption')} of full "
         f"length; {once} go through their tower once, the others twice"
     )
-
-
-def _learns(tower: Tower) -> bool:
-    """One in which nothing does has no second pass."""
-    return any(parameter.requires_grad for parameter in tower.encoder.parameters())
 
 
 def _settings(config: Config, world: World) -> dict[str, Any]:

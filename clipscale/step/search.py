@@ -34,7 +34,7 @@ from clipscale.config import Config, GradCache
 from clipscale.device import device_name
 from clipscale.remembered import Remembered
 from clipscale.step.plan import GraphCost
-from clipscale.towers import Tower, Towers
+from clipscale.towers import Tower, Towers, learns
 
 _SECONDS = 20.0  # for one tower's chunks, and as much for what pass 1 takes at once
 _TURNS = 5  # of a size, at most, beside one that is not counted
@@ -104,10 +104,10 @@ class Search:
         def peak_bytes(samples: int) -> float:
             return _ON_CPU * cost.peak(samples, samples * self._towers.context_length)
 
-        learns = any(parameter.requires_grad for parameter in tower.encoder.parameters())
+        backwards = learns(tower.encoder)
         sizes = _doublings(self._slots)
         while True:
-            timings = self._timings(tower, sizes, learns, peak_bytes)
+            timings = self._timings(tower, sizes, backwards, peak_bytes)
             if (found := best(timings, self._room)) or sizes[0] == 1:
                 return found or 1
             sizes = [sizes[0] // 2]

@@ -65,6 +65,11 @@ class Tower:
         return next(self.encoder.parameters()).device
 
 
+def learns(encoder: nn.Module) -> bool:
+    """Whether anything in it does; one in which nothing does has no second pass."""
+    return any(parameter.requires_grad for parameter in encoder.parameters())
+
+
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """`train.precision` -> the dtype of autocast, or None for none; auto: bf16 on CUDA, else none."""
     if precision == "auto":

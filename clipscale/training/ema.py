@@ -20,12 +20,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from clipscale.checkpoint import Snapshot
-from clipscale.config import Config
+from clipscale.config import AVERAGE_PREFIX, Config
 from clipscale.config import Ema as Settings
 from clipscale.tell import tell
 from clipscale.words import counted
-
-PREFIX = "ema/"
 
 
 class Ema:
@@ -61,7 +59,7 @@ class Ema:
         """What an evaluation is made of: what its columns begin with, and within which the model has the weights."""
         if not self.averages:
             return [("", nullcontext())]
-        return [("", nullcontext())] * (self._settings.evaluate == "both") + [(PREFIX, self._applied())]
+        return [("", nullcontext())] * (self._settings.evaluate == "both") + [(AVERAGE_PREFIX, self._applied())]
 
     @contextmanager
     def _applied(self) -> Iterator[None]:

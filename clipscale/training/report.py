@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from clipscale.checkpoint import Snapshot
-from clipscale.config import Config
+from clipscale.config import AVERAGE_PREFIX, Config
 from clipscale.config.load import changed_keys
 from clipscale.dist import World
 from clipscale.progress import time_left
@@ -181,7 +181,7 @@ def _evaluated(row: dict[str, float], column: str) -> list[str]:
 
 
 def _title(name: str) -> str:
-    average, name = name.startswith("ema/"), name.removeprefix("ema/")
+    average, name = name.startswith(AVERAGE_PREFIX), name.removeprefix(AVERAGE_PREFIX)
     return "ema " * average + ("zero-shot" if name == "zeroshot" else f"zero-shot {name}")
 
 

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from clipscale.bench.common.spread import Spread
 from clipscale.bench.common.turns import Supplier, take_turns
-from clipscale.config import Model, TowerSettings
+from clipscale.config import AS_OPEN_CLIP, Model, TowerSettings
 from clipscale.step.costs import saved_bytes
 from clipscale.towers import Tower, Towers, autocast_dtype, build_towers
 
@@ -35,12 +35,11 @@ NOTE = (
     "writes, and what the graph keeps; on a CPU as by a GPU's autocast, which has LayerNorm in float32."
 )
 OPEN_CLIP, OURS = "open_clip", "clipscale"
-_OFF = TowerSettings(fast_attention=False, fast_norms=False)
 _WAYS = {
-    OPEN_CLIP: _OFF,
-    "fast_attention": dataclasses.replace(_OFF, fast_attention=True),
-    "fast_norms": dataclasses.replace(_OFF, fast_norms=True),
-    "residual=bf16": dataclasses.replace(_OFF, residual="bf16"),
+    OPEN_CLIP: AS_OPEN_CLIP,
+    "fast_attention": dataclasses.replace(AS_OPEN_CLIP, fast_attention=True),
+    "fast_norms": dataclasses.replace(AS_OPEN_CLIP, fast_norms=True),
+    "residual=bf16": dataclasses.replace(AS_OPEN_CLIP, residual="bf16"),
     OURS: TowerSettings(),
     f"{OURS}, residual=bf16": TowerSettings(residual="bf16"),
     f"{OURS}, checkpoint_blocks": TowerSettings(checkpoint_blocks=True),
