@@ -204,7 +204,8 @@ def test_averaged_weights_are_opened_exported_and_begun_from(trained, tmp_path, 
     assert all(torch.equal(weight, average[name]) for name, weight in towers.model.named_parameters())
     begun = ["model.init_ema=true", f"model.init={trained}/run", "train.samples=8", "optim.lr=1e-30"]
     train(tiny_config(tmp_path, urls, *begun))
-    assert all(torch.allclose(snapshot_of(tmp_path).model[name], tensor, atol=1e-7) for name, tensor in average.items())
+    begun = snapshot_of(tmp_path).model  # after a step that moves nothing by more than 1e-30
+    assert all((begun[name] - tensor).abs().max() <= 1e-29 for name, tensor in average.items())
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def test_saved_bytes_are_those_that_the_step_counts(variant):
     for facts, cost, tokens in zip(mine, costs, (None, 24), strict=True):
         for length in {tokens, 16 if facts.cuttable else tokens}:
             planned = facts.graph_bytes(32, 32 * (length or facts.tokens))
-            assert planned == pytest.approx(cost.of(32, 32 * (length or 0)), rel=0.02)
+            assert planned == pytest.approx(cost.of(32, 32 * (length or 0)), rel=0.003)
 
 
 SETTINGS = {
@@ -109,10 +109,8 @@ def test_vit_b_32_is_what_torch_makes_of_it_without_memory(half, settings):
     ):
         assert formula.parameters == built.parameters
         assert formula.forward_flop() == built.forward_flop()
-        assert formula.graph_bytes(256, 256 * formula.tokens) == pytest.approx(
-            built.graph_bytes(256, 256 * built.tokens), rel=1e-3
-        )
-        assert formula.cast == pytest.approx(built.cast, rel=0.02)
+        assert formula.graph_bytes(256, 256 * formula.tokens) == built.graph_bytes(256, 256 * built.tokens)
+        assert formula.cast == pytest.approx(built.cast, rel=1e-4)  # which counts the class token and the like
 
 
 @pytest.mark.slow
@@ -127,7 +125,7 @@ def test_named_models_are_what_torch_makes_of_them(name):
             assert 90e6 < built.parameters < 95e6
             continue
         assert (formula.parameters, formula.forward_flop()) == (built.parameters, built.forward_flop())
-        assert formula.graph_bytes(1, formula.tokens) == pytest.approx(built.graph_bytes(1, built.tokens), rel=0.01)
+        assert formula.graph_bytes(1, formula.tokens) == built.graph_bytes(1, built.tokens)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -173,7 +171,7 @@ def test_the_copy_for_checkpoints_and_the_loader_s_blocks_are_what_they_are():
         config = replace(load_config(["train.global_batch=64", f"optim.kind={kind}"]), model=model)
         job = make_job(config, ranks=2, device=cpu())
         needed = state_bytes(towers.model, build_optimizer(towers.model, config.optim))
-        assert memory_of(job).parts[memory.STAGING] == pytest.approx(needed, rel=0.01)
+        assert memory_of(job).parts[memory.STAGING] == pytest.approx(needed, rel=2e-3)  # each tensor is aligned
     shape = job.shape()
     layout = Layout(len(shape.spans) + shape.ahead, shape.chunk, 48, 24)
     assert memory_of(job).parts[memory.PICTURES] >= layout.total_bytes

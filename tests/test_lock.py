@@ -18,9 +18,10 @@ from shards import write_pairs
 from spawn import run_ranks
 from test_gradcache import BARS, dense_step, gradients, make_batch, make_towers, run_step, worst_error
 from test_optimizers import SMALL, bitwise_equal, model_of, what_is_in
-from tiny import save_run, tiny_config
+from tiny import save_run, tiny_config, write_config
 from torch import nn
 
+from clipscale.cli import main
 from clipscale.config import Lock
 from clipscale.config.load import load_config
 from clipscale.dist import World
@@ -332,3 +333,19 @@ def test_a_tower_that_is_unlocked_later_begins_its_moments_then(data, tmp_path):
     assert f"optimizer: {count} parameters that did not learn before (text." in log
     state = what_is_in(tmp_path / "run" / "checkpoints" / "step-000000006")[1]
     assert sorted({int(slots["step"]) for slots in state["state"].values()}) == [2, 6]
+
+
+@pytest.mark.parametrize(
+    ("word", "line"),
+    [
+        ("train.lock.patterns=['vision.*']", "train.lock.patterns has 'vision.*', which matches no parameter"),
+        ("optim.no_decay=['vision.*']", "optim.no_decay has 'vision.*', which matches no parameter"),
+        ("optim.lr_scales.vision=0.1", "optim.lr_scales has 'vision', which matches no parameter"),
+    ],
+)
+def test_what_matches_nothing_is_told_before_a_shard_is_read(tmp_path, capsys, word, line):
+    config = write_config(tmp_path, write_pairs(tmp_path / "data", 2, 8, size=16))
+    assert main(["train", config, word]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"clipscale: error: {line}")
+    assert not any((tmp_path / "data").glob("*.index"))
+    assert not (tmp_path / "run").exists()

@@ -60,6 +60,8 @@ PAIRS = [
     (["optim.cooldown_power=2"], "optim.cooldown_power=2.0 is not used: there is no cool-down"),
     (["optim.timescale_steps=10"], "optim.timescale_steps=10 is not used: optim.schedule=cosine"),
     (["optim.lr_batch=256"], "optim.lr_batch=256 is not used: optim.lr_rule=none"),
+    (["ema.evaluate=only"], "ema.* is not used: ema.half_life_samples=0"),
+    (["wandb.mode=offline"], "wandb.* is not used: wandb.project=null"),
     (["model.name=ViT-B-16-SigLIP"], "model.name='ViT-B-16-SigLIP' has a bias of -10 for its sigmoid loss"),
     (["eval.zeroshot.every_steps=5"], "eval.zeroshot.every_steps=5 without eval.zeroshot.urls or eval.zeroshot.folder"),
     (["eval.retrieval.every_samples=800"], "eval.retrieval.every_samples=800 without eval.retrieval.urls: nothing is"),

@@ -86,6 +86,11 @@ class Optim:
         usual = {"betas": OWN_BETAS, "eps": OWN_EPS} if self.kind == "adamw" else {}
         return usual | {name: value for name in ("betas", "eps") if (value := getattr(self, name)) is not None}
 
+    @property
+    def names_parameters(self) -> bool:
+        """Whether some of it is by the names or layers of parameters."""
+        return bool(self.no_decay or self.lr_scales) or self.layer_decay is not None
+
     def _check_spans(self) -> None:
         for span, least in (("warmup", 0), ("cooldown", 0), ("timescale", 1)):
             names = [f"{span}_samples", f"{span}_steps"]

@@ -23,7 +23,7 @@ from clipscale.checkpoint import (
     saved_state,
 )
 from clipscale.checkpoint.mirror import fetch_from_mirror
-from clipscale.config import EVALUATIONS, Config, Model, Optim, Wandb, ZeroShot
+from clipscale.config import EVALUATIONS, Config, Lock, Model, Optim, Wandb, ZeroShot
 from clipscale.config.data import Data, SourceSettings
 from clipscale.data.fetch.urls import expand_urls, is_local
 from clipscale.data.pipeline import require_sources
@@ -77,6 +77,7 @@ def check_training(config: Config) -> list[str]:
                 _check_weights(config.model)
             if start.kind == "new":
                 _check_lock(config)
+            _check_named(config)
             if start.kind == "other" and config.model.init is not None:
                 notes.append(f"warning: model.init={config.model.init} is not used: resume={config.resume} has weights")
         saved = saved_state(config.run.dir, config.resume)
@@ -126,6 +127,13 @@ def _check_optimizer(optim: Optim) -> list[str]:
     from clipscale.optim import check_optimizer
 
     return check_optimizer(optim)
+
+
+def _check_named(config: Config) -> None:
+    if config.train.lock != Lock() or config.optim.names_parameters:
+        from clipscale.optim.named import check_named
+
+        check_named(config)
 
 
 def _check_weights(model: Model) -> None:

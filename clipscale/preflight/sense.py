@@ -83,6 +83,10 @@ def _unused(config: Config) -> Iterator[str]:
         if model.init is None and getattr(model, name) != getattr(usual, name):
             yield f"model.{name}={getattr(model, name)} is not used: model.init is null"
     yield from _unused_rates(config.optim)
+    for section, master, off in (("ema", "half_life_samples", 0), ("wandb", "project", None)):
+        its = getattr(config, section)
+        if getattr(its, master) == off and its != type(its)():
+            yield f"{section}.* is not used: {section}.{master}={'null' if off is None else off}"
     evaluation = config.eval
     for kind, is_on, pictures in (
         ("zeroshot", evaluation.zeroshot.enabled, "urls or eval.zeroshot.folder"),
